@@ -1,0 +1,189 @@
+"""FVAEConfig: every option of an adapted layer in one frozen, validated dataclass."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any
+
+OBJECTIVES = ("fvae", "vae2lat", "beta_vae2lat", "symmetric")
+FUSIONS = ("concat", "average")
+ESTIMATORS = ("closed_form", "monte_carlo")
+
+
+@dataclass(frozen=True)
+class FVAEConfig:
+    """Options of one FVAE-LoRA layer; names and equation numbers as in the paper (arXiv 2510.19640).
+
+    Args:
+        rank: size r of each latent space, and rank of the update.
+        alpha: the update is scaled by ``alpha / rank``.
+        rslora: scale by ``alpha / sqrt(rank)`` instead.
+        encoder_hidden: sizes of the encoders' hidden layers. ``()`` is a linear encoder: its mean path has no bias,
+            is plain LoRA with ``A = M_1``, and can be merged.
+        separate_hidden: mean and logvar each have hidden layers of their own.
+        decoder_hidden: sizes of the decoder's hidden layers.
+        dropout: after each hidden layer, in training.
+        fusion: the decoder reads ``[z_1, z_2]`` ("concat") or ``(z_1 + z_2) / 2`` ("average").
+        objective: "fvae" is (4); "vae2lat" (2), "beta_vae2lat" (8) and "symmetric" (9) are the paper's ablations.
+        recon_weight: alpha of (4), weight of the reconstruction's negative log-likelihood.
+        kl_weight: beta of (4), weight of KL(q_1 || p_1); in (8) of both KLs.
+        gamma_weight: delta of (4). A pair weights E log p_2(z_2) and -E log p_1(z_1) one by one.
+        gamma_estimator: "closed_form", or "monte_carlo" from the samples that the layer draws anyway.
+        prior2_mean: mean of every entry of p_2.
+        prior2_std: standard deviation of every entry of p_2.
+        loss_weight: lambda of (6); a number, or ``{module name pattern: number}``, where the first pattern that matches
+            the end of a module's name counts.
+        detach_target: no gradient flows into x as the target of the reconstruction.
+        sample_at_inference: draw z_1 in eval mode too, instead of taking its mean.
+
+    Raises:
+        ValueError: for a value out of range; it says what came, what is allowed and why.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    rslora: bool = False
+    encoder_hidden: tuple[int, ...] = (16,)
+    separate_hidden: bool = False
+    decoder_hidden: tuple[int, ...] = (128, 128, 128)
+    dropout: float = 0.1
+    fusion: str = "concat"
+    objective: str = "fvae"
+    recon_weight: float = 1.0
+    kl_weight: float = 1.0
+    gamma_weight: float | tuple[float, float] = 1.0
+    gamma_estimator: str = "closed_form"
+    prior2_mean: float = 1.5
+    prior2_std: float = 1.0
+    loss_weight: float | Mapping[str, float] = 1e-3
+    detach_target: bool = False
+    sample_at_inference: bool = False
+
+    def __post_init__(self) -> None:
+        _integer("rank", self.rank, "it is the size of the latent space")
+        for name in ("encoder_hidden", "decoder_hidden"):
+            object.__setattr__(self, name, _sizes(name, getattr(self, name)))
+        for name in ("rslora", "separate_hidden", "detach_target", "sample_at_inference"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, getattr(self, name), "True or False")
+        _choice("fusion", self.fusion, FUSIONS)
+        _choice("objective", self.objective, OBJECTIVES)
+        _choice("gamma_estimator", self.gamma_estimator, ESTIMATORS)
+        _number("alpha", self.alpha)
+        _number("dropout", self.dropout, low=0.0, below=1.0, why="it is the probability of dropping an activation")
+        _number("recon_weight", self.recon_weight, low=0.0, why="a negative weight would reward bad reconstruction")
+        _number("kl_weight", self.kl_weight, low=0.0, why="a negative weight would push q_1 away from its prior")
+        _number("prior2_mean", self.prior2_mean)
+        _number("prior2_std", self.prior2_std, above=0.0, why="it is a standard deviation")
+        self._check_gamma()
+        self._check_loss_weight()
+        if self.separate_hidden and not self.encoder_hidden:
+            raise _wrong("separate_hidden", True, "False where encoder_hidden=()", "there is no hidden layer to separate")
+
+    def _check_gamma(self) -> None:
+        weight: Any = self.gamma_weight
+        if isinstance(weight, (tuple, list)):
+            if len(weight) != 2:
+                raise _wrong("gamma_weight", weight, "a number or a pair", "Gamma is a difference of two terms")
+            object.__setattr__(self, "gamma_weight", tuple(weight))
+        for w in self.gamma_weights:
+            _number("gamma_weight", w, low=0.0, why="a negative weight would pull z_1 and z_2 together")
+        if self.objective != "fvae" and self.gamma_weights not in ((1.0, 1.0), (0.0, 0.0)):
+            raise _wrong("gamma_weight", weight, f"the default 1.0 (or 0.0) with objective={self.objective!r}", "it has no Gamma term")
+        if self.objective == "vae2lat" and self.kl_weight != 1.0:
+            raise _wrong("kl_weight", self.kl_weight, "1.0 with objective='vae2lat'", "(8) is 'beta_vae2lat'")
+
+    def _check_loss_weight(self) -> None:
+        weight: Any = self.loss_weight
+        table = weight if isinstance(weight, Mapping) else {".*": weight}
+        if not table:
+            raise _wrong("loss_weight", weight, "a number or a table with at least one pattern")
+        for pattern, value in table.items():
+            if not isinstance(pattern, str):
+                raise _wrong("loss_weight", weight, "a table whose keys are strings, patterns of module names")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise _wrong("loss_weight", pattern, "a regular expression", str(error)) from None
+            _number("loss_weight", value, low=0.0, why="a negative lambda would maximise the objective's loss")
+
+    @property
+    def scaling(self) -> float:
+        """s in ``y = W x + b + s B z_1``."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def gamma_weights(self) -> tuple[float, float]:
+        """delta of E log p_2(z_2) and delta of -E log p_1(z_1)."""
+        weight: Any = self.gamma_weight
+        return (weight[0], weight[1]) if isinstance(weight, (tuple, list)) else (weight, weight)
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether mean_1 is linear in x, so that a weight matrix holds the whole adapter."""
+        return not self.encoder_hidden and not self.sample_at_inference
+
+    def loss_weight_for(self, module_name: str) -> float:
+        """lambda of (6) for the layer called `module_name`."""
+        if not isinstance(self.loss_weight, Mapping):
+            return float(self.loss_weight)
+        for pattern, value in self.loss_weight.items():
+            if matches(pattern, module_name):
+                return float(value)
+        raise ValueError(
+            f"loss_weight has no pattern for the layer {module_name or '(unnamed)'!r}; it has {sorted(self.loss_weight)}. "
+            "Add '.*' as its last pattern to cover the rest, or pass a number."
+        )
+
+    def check_loss_weight_patterns(self, module_names: Iterable[str]) -> None:
+        """Raise unless every layer has its lambda and every pattern of the table has its layer."""
+        names = list(module_names)
+        for name in names:
+            self.loss_weight_for(name)
+        table = self.loss_weight if isinstance(self.loss_weight, Mapping) else {}
+        unused = [pattern for pattern in table if not any(matches(pattern, name) for name in names)]
+        if unused:
+            raise ValueError(f"loss_weight has patterns that match none of the adapted layers: {unused}; layers: {names}")
+
+
+def matches(pattern: str, module_name: str) -> bool:
+    """Whether `pattern` is the name, or its end from a dot on: the rule of PEFT's rank_pattern."""
+    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module_name) is not None
+
+
+FIELDS = tuple(f.name for f in fields(FVAEConfig))
+
+
+def _wrong(name: str, came: Any, allowed: str, why: str = "") -> ValueError:
+    return ValueError(f"{name}={came!r} is not allowed: expected {allowed}" + (f" ({why})" if why else ""))
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise _wrong(name, value, "one of " + ", ".join(map(repr, allowed)))
+
+
+def _integer(name: str, value: Any, why: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _wrong(name, value, "a whole number of at least 1", why)
+
+
+def _sizes(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise _wrong(name, value, "a sequence of layer sizes, as (16,)", "() is no hidden layer")
+    sizes = tuple(value)
+    for size in sizes:
+        _integer(name, size, "each entry is the size of one hidden layer")
+    return sizes
+
+
+def _number(
+    name: str, value: Any, low: float | None = None, above: float | None = None, below: float | None = None, why: str = ""
+) -> None:
+    bounds = [f"{word} {bound}" for word, bound in (("at least", low), ("above", above), ("below", below)) if bound is not None]
+    ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    ok = ok and (low is None or value >= low) and (above is None or value > above) and (below is None or value < below)
+    if not ok:
+        raise _wrong(name, value, " and ".join(["a finite number", *bounds]), why)
