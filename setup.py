@@ -1,13 +1,19 @@
 """The one thing that pyproject.toml cannot say: the C++ extension, compiled where a compiler is found."""
 
+import sys
+from glob import glob
+
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for is a header: serial without it
+
 kernels = CppExtension(
     "fvae_kernels._C",
-    sources=["csrc/module.cpp", "csrc/divergence.cpp"],
+    sources=sorted(glob("csrc/*.cpp")),
     depends=["csrc/common.h"],
-    extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-g0"],
+    extra_compile_args=["-O3", "-fvisibility=hidden", "-fno-math-errno", "-g0", *OPENMP],
+    extra_link_args=OPENMP,
     optional=True,  # without a compiler the package installs and says that "cpp" is missing
 )
 

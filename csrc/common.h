@@ -1,0 +1,110 @@
+// What the kernels share: the accumulation type, and the walk over tiles of tokens.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace fvae {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Needs = std::array<bool, 4>;  // which gradients a backward has to compute; the others come back empty
+
+#define FVAE_DISPATCH(type, name, ...) \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, name, __VA_ARGS__)
+
+// log-variances are clamped to [-20, 20] wherever a Gaussian is made of them; NaN stays NaN, as in torch.clamp.
+constexpr double kLogvarLimit = 20.0;
+
+template <typename T>
+T clamp_logvar(T logvar) {
+  constexpr T limit = kLogvarLimit;
+  return logvar < -limit ? -limit : (logvar > limit ? limit : logvar);
+}
+
+template <typename T>
+bool clamp_passes(T logvar) {
+  return logvar >= -kLogvarLimit && logvar <= kLogvarLimit;
+}
+
+// Sums are taken in float32 at least.
+inline at::ScalarType wide(const Tensor& t) {
+  return at::toOpMathType(t.scalar_type());
+}
+
+// A kernel computes on plain tensors: it records no graph, and autocast does not reach into its products. Worker
+// threads need a guard of their own, for they do not inherit the state of the calling thread.
+struct PlainTensors {
+  at::AutoDispatchBelowADInplaceOrView autograd;
+  c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
+};
+
+struct Tile {
+  int64_t index, start, length;  // tokens start ... start + length - 1
+  int64_t worker;
+
+  // These tokens of t [N, ...], contiguous and in the given type; no copy where they already are.
+  Tensor rows(const Tensor& t, at::ScalarType type) const {
+    return t.narrow(0, start, length).to(type).contiguous();
+  }
+  Tensor rows(const Tensor& t) const {
+    return t.narrow(0, start, length).contiguous();
+  }
+};
+
+// N tokens cut into tiles whose rows of `width` float32 fill 256 KB, a part of a core's L2, or less where that gives
+// every thread its share; never so few that starting a thread costs more. Each worker walks a contiguous run of tiles. Both depend on sizes and on the number of threads alone, and partial results of
+// tiles and workers are added in order, so the same inputs give the same bits.
+struct Tiles {
+  int64_t tokens, length, count, workers;
+
+  Tiles(int64_t tokens, int64_t width) : tokens(tokens) {
+    const int64_t threads = at::get_num_threads(), row = std::max<int64_t>(width, 1);
+    const int64_t fits = std::max<int64_t>((1 << 16) / row, 16), worthwhile = at::divup(at::internal::GRAIN_SIZE, row);
+    length = std::max(std::min(fits, at::divup(tokens, threads)), worthwhile);
+    count = at::divup(tokens, length);
+    workers = std::min(count, threads);
+  }
+
+  template <typename Body>
+  void for_each(const Body& body) const {
+    at::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+      const PlainTensors guard;
+      for (int64_t worker = first; worker < last; ++worker) {
+        for (int64_t i = worker * count / workers; i < (worker + 1) * count / workers; ++i) {
+          body(Tile{i, i * length, std::min(length, tokens - i * length), worker});
+        }
+      }
+    });
+  }
+};
+
+// The tokens that a mask [N] keeps; all of them where there is none.
+struct Kept {
+  Tensor mask;
+  const bool* flags = nullptr;
+  int64_t count;
+
+  Kept(const OptionalTensor& given, int64_t tokens) : count(tokens) {
+    if (given.has_value()) {
+      mask = given->contiguous();
+      flags = mask.const_data_ptr<bool>();
+      count = std::count(flags, flags + tokens, true);
+    }
+  }
+  bool operator[](int64_t token) const {
+    return flags == nullptr || flags[token];
+  }
+};
+
+}  // namespace fvae

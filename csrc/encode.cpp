@@ -1,0 +1,99 @@
+// encode: mean = x Wm^T + bm,  logvar = x Wv^T + bv,  z = mean + exp(logvar / 2) noise.   Mathematics: reference.encode
+#include "common.h"
+
+namespace fvae {
+namespace {
+
+// Both heads as one product: weights [2R, D], bias [2R].
+Tensor both_biases(const OptionalTensor& b_mean, const OptionalTensor& b_logvar, const Tensor& w) {
+  const auto of = [&](const OptionalTensor& b) { return b.has_value() ? *b : at::zeros({w.size(0)}, w.options()); };
+  return at::cat({of(b_mean), of(b_logvar)});
+}
+
+template <typename scalar_t, typename acc_t>
+void reparameterise(
+    const acc_t* heads, const scalar_t* noise, int64_t tokens, int64_t R, scalar_t* mean, scalar_t* logvar, scalar_t* z) {
+  for (int64_t n = 0; n < tokens; ++n, heads += 2 * R, noise += R, mean += R, logvar += R, z += R) {
+    for (int64_t r = 0; r < R; ++r) {
+      const acc_t m = heads[r], v = heads[R + r];
+      mean[r] = m;
+      logvar[r] = v;
+      z[r] = m + std::exp(clamp_logvar(v) / 2) * static_cast<acc_t>(noise[r]);
+    }
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> encode_fwd(
+    const Tensor& x,
+    const Tensor& w_mean,
+    const OptionalTensor& b_mean,
+    const Tensor& w_logvar,
+    const OptionalTensor& b_logvar,
+    const Tensor& noise) {
+  const PlainTensors guard;
+  const int64_t N = x.size(0), D = x.size(1), R = w_mean.size(0);
+  const auto type = wide(x);
+  const Tensor w = at::cat({w_mean, w_logvar}).to(type).t();
+  const Tensor b = both_biases(b_mean, b_logvar, w_mean).to(type);
+  const Tensor mean = at::empty({N, R}, x.options()), logvar = at::empty_like(mean), z = at::empty_like(mean);
+
+  FVAE_DISPATCH(x.scalar_type(), "encode_fwd", [&] {
+    using acc_t = at::opmath_type<scalar_t>;
+    Tiles(N, D).for_each([&](const Tile& tile) {
+      const Tensor heads = at::addmm(b, tile.rows(x, type), w), noise_rows = tile.rows(noise);
+      const int64_t first = tile.start * R;
+      reparameterise(
+          heads.const_data_ptr<acc_t>(), noise_rows.const_data_ptr<scalar_t>(), tile.length, R,
+          mean.mutable_data_ptr<scalar_t>() + first, logvar.mutable_data_ptr<scalar_t>() + first,
+          z.mutable_data_ptr<scalar_t>() + first);
+    });
+  });
+  return {mean, logvar, z};
+}
+
+// [grad_mean | grad_logvar] of the heads, [N, 2R]: what arrives at mean and logvar themselves and through z.
+Tensor encode_bwd(
+    const OptionalTensor& grad_mean,
+    const OptionalTensor& grad_logvar,
+    const OptionalTensor& grad_z,
+    const Tensor& logvar,
+    const Tensor& noise) {
+  const PlainTensors guard;
+  const int64_t N = logvar.size(0), R = logvar.size(1);
+  const Tensor grad_heads = at::empty({N, 2 * R}, logvar.options());
+
+  FVAE_DISPATCH(logvar.scalar_type(), "encode_bwd", [&] {
+    using acc_t = at::opmath_type<scalar_t>;
+    Tiles(N, 4 * R).for_each([&](const Tile& tile) {
+      const auto rows = [&](const OptionalTensor& grad) { return grad.has_value() ? tile.rows(*grad) : Tensor(); };
+      const Tensor gm = rows(grad_mean), gv = rows(grad_logvar), gz = rows(grad_z);
+      const Tensor logvar_rows = tile.rows(logvar), noise_rows = tile.rows(noise);
+      const auto* v = logvar_rows.const_data_ptr<scalar_t>();
+      const auto* e = noise_rows.const_data_ptr<scalar_t>();
+      const auto at = [](const Tensor& grad, int64_t i) {
+        return grad.defined() ? static_cast<acc_t>(grad.const_data_ptr<scalar_t>()[i]) : acc_t(0);
+      };
+      auto* out = grad_heads.mutable_data_ptr<scalar_t>() + tile.start * 2 * R;
+      for (int64_t n = 0, i = 0; n < tile.length; ++n, out += 2 * R) {
+        for (int64_t r = 0; r < R; ++r, ++i) {
+          const acc_t logvar_i = v[i], through_z = at(gz, i);
+          out[r] = at(gm, i) + through_z;
+          out[R + r] = at(gv, i);
+          if (gz.defined() && clamp_passes(logvar_i)) {
+            out[R + r] += through_z * static_cast<acc_t>(e[i]) * std::exp(logvar_i / 2) / 2;
+          }
+        }
+      }
+    });
+  });
+  return grad_heads;
+}
+
+TORCH_LIBRARY_IMPL(fvae_cpp, CPU, m) {
+  m.impl("encode_fwd", &encode_fwd);
+  m.impl("encode_bwd", &encode_bwd);
+}
+
+}  // namespace fvae

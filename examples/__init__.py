@@ -1,0 +1,1 @@
+"""Runnable examples; `python -m examples.demo --help` is the place to start."""

@@ -1,0 +1,140 @@
+"""One seed of the demo: train, evaluate, save, load again, export, draw."""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
+
+import fvae_kernels as fk
+from examples import figure, report, train
+from examples.data import Snippet, Splits
+from examples.report import Result
+from examples.train import METHODS, Run, Settings, Tokenizer
+
+
+def one_seed(
+    settings: Settings, model: Path, splits: Splits, sample: Sequence[Snippet], out: Path, console: Console
+) -> tuple[list[Result], bool]:
+    """The results, and whether the saved adapters predict the same when loaded again."""
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    runs, steps = train.train(settings, model, sample)
+    follow(steps, runs, console)
+    tokenize = Tokenizer(model)
+    results, lines, good = [], [], True
+    with console.status("evaluating, saving, loading again"):
+        for run in runs:
+            result, said, same = finish(run, runs, tokenize, model, splits, out)
+            results.append(result)
+            lines += said
+            good = good and same
+        figure.draw(runs, results, latent_space(runs, tokenize, splits), out / "demo.png")
+    report.save(results, settings, out / "results.json")
+    console.print()
+    console.print(report.table(results))
+    for line in [*lines, f"figure: {out / 'demo.png'}; all numbers: {out / 'results.json'}"]:
+        console.print(line, soft_wrap=True)
+    console.print(f"seed {settings.seed} took {time.perf_counter() - start:.0f} s")
+    return results, good
+
+
+def follow(steps: Iterator[int], runs: Sequence[Run], console: Console) -> None:
+    """Perform the steps: under a progress bar, or with ten plain lines where there is no terminal."""
+    total = runs[0].settings.total_steps
+    if not console.is_terminal:
+        for done in steps:
+            if done % max(1, total // 10) == 0 or done == total:
+                console.print(f"step {done}/{total}  task loss: {recent_losses(runs)}")
+        return
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("task loss: {task.fields[losses]}"), console=console) as progress:
+        task = progress.add_task("", total=total, losses="")
+        for done in steps:
+            progress.update(task, completed=done, losses=recent_losses(runs))
+
+
+def recent_losses(runs: Sequence[Run], last: int = 10) -> str:
+    """As in "LoRA 0.412, FVAE-LoRA 0.398": means over the last steps."""
+    return ", ".join(f"{METHODS[run.method]} {statistics.mean(run.history.task_loss[-last:]):.3f}" for run in runs)
+
+
+def finish(
+    run: Run, runs: Sequence[Run], tokenize: Tokenizer, model: Path, splits: Splits, out: Path
+) -> tuple[Result, list[str], bool]:
+    """Evaluate and save a trained run; its result, what to say about its files, and whether they load again."""
+    title, folder = METHODS[run.method], out / run.method
+    logits = train.predict(run.model, tokenize, splits.test)
+    validation = report.by_group(train.predict(run.model, tokenize, splits.validation), splits.validation)
+    run.model.save_pretrained(folder)
+    difference = (
+        (train.predict(train.reload(folder, model, run.settings.seed), tokenize, splits.test) - logits)
+        .abs()
+        .max()
+        .item()
+    )
+    same = difference <= 1e-5
+    lines = [
+        f"{title}: saved to {folder} and loaded onto a fresh model: {'same' if same else 'OTHER'} predictions on "
+        f"{len(splits.test)} test snippets (largest difference of a logit {difference:.1e})"
+    ]
+    served = folder
+    if run.method == "fvae":
+        served = out / "fvae-serving"
+        lines.append(export(run, served))
+    baseline = next((r for r in runs if r.method == "lora"), None)
+    result = Result(
+        method=run.method,
+        title=title,
+        validation=statistics.mean(share.value for share in validation.values()),
+        validation_worst=min(share.value for share in validation.values()),
+        groups=report.by_group(logits, splits.test),
+        trainable=sum(p.numel() for p in run.parameters),
+        served=count_parameters(served),
+        adapter_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        seconds_per_step=statistics.median(run.history.seconds),
+        time_ratio=report.time_ratio(run.history.seconds, baseline.history.seconds) if baseline else None,
+    )
+    return result, lines, same
+
+
+def export(run: Run, folder: Path) -> str:
+    """Write what serving needs (encoder 1 and B of every layer, the classifier), and say how much smaller it is."""
+    sizes = fk.export_for_inference(run.model, folder)
+    saved = 1 - sizes.served_bytes / sizes.full_bytes
+    return (
+        f"{METHODS[run.method]}: exported for serving to {folder}: {sizes.served_bytes / 1000:,.0f} KB, {saved:.0%} less than the "
+        f"{sizes.full_bytes / 1000:,.0f} KB of training"
+    )
+
+
+def count_parameters(folder: Path) -> int:
+    """Numbers in the safetensors files of a folder."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            count += sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118 (not a dict)
+    return count
+
+
+def latent_space(runs: Sequence[Run], tokenize: Tokenizer, splits: Splits) -> figure.Latents | None:
+    """The latents of the test snippets, and how well readouts fitted on validation snippets find label and source there."""
+    run = next((r for r in runs if r.method == "fvae"), None)
+    if run is None:
+        return None
+    name, *test = train.latent_means(run.model, tokenize, splits.test)
+    _, *fit = train.latent_means(run.model, tokenize, splits.validation)
+
+    def readable(index: int) -> tuple[float, float]:
+        def of(target: Any) -> float:
+            fit_targets, test_targets = ([target(s) for s in part] for part in (splits.validation, splits.test))
+            return figure.linear_readout(fit[index], fit_targets, test[index], test_targets)
+
+        return of(lambda s: s.label), of(lambda s: s.source)
+
+    short = ".".join(name.split(".")[-5:])
+    return figure.Latents(short, (test[0], test[1]), (readable(0), readable(1)), splits.test)

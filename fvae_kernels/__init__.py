@@ -1,0 +1,45 @@
+"""FVAE-LoRA for PyTorch and PEFT. See README.md; the method on one page is `fvae_kernels.reference`."""
+
+from importlib.util import find_spec as _find_spec
+from typing import TYPE_CHECKING, Any
+
+from . import diagnostics, interop, reference
+from ._backend import BackendUnavailable, available_backends, use_backend
+from .aux_loss import attach_aux_loss, external_loss
+from .config import FVAEConfig
+from .diagnostics import collect_terms
+from .linear import FusedFVAELinear, replace_linears
+from .ops import divergence, encode, reconstruct
+
+if TYPE_CHECKING or _find_spec("peft") is not None:
+    from .peft import FVAELoraConfig, FVAELoraModel, export_for_inference
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in ("FVAELoraConfig", "FVAELoraModel", "export_for_inference"):
+            raise ImportError(f"fvae_kernels.{name} needs PEFT, which is not installed: pip install 'fvae_kernels[peft]'")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "FVAEConfig",
+    "FVAELoraConfig",
+    "FVAELoraModel",
+    "FusedFVAELinear",
+    "attach_aux_loss",
+    "available_backends",
+    "collect_terms",
+    "diagnostics",
+    "divergence",
+    "encode",
+    "export_for_inference",
+    "external_loss",
+    "interop",
+    "reconstruct",
+    "reference",
+    "replace_linears",
+    "use_backend",
+]

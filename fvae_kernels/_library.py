@@ -1,0 +1,108 @@
+"""Raw operators: each schema and each fake declared once, for the namespace of every kernel backend.
+
+``torch.ops.fvae_cpp.encode_fwd`` and ``torch.ops.fvae_triton.encode_fwd`` are one contract with two implementations.
+Declaring them needs neither: the compiled library (``_C``) and the Triton kernels (``_triton``) contribute
+implementations when they are loaded. Raw operators have no autograd formula and check little; `ops` wraps them.
+
+Tokens are flattened to N; `mask` is a bool [N]. A backward takes `needs`, one flag for each gradient that it returns,
+and returns an empty tensor [0] for those that are not needed. A gradient that is None counts as zero.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACES = {"triton": "fvae_triton", "cpp": "fvae_cpp"}
+MODULES = {"triton": "fvae_kernels._triton", "cpp": "fvae_kernels._C"}
+
+_DIVERGENCE = (
+    "Tensor mean1, Tensor logvar1, Tensor mean2, Tensor logvar2, float prior2_mean, float prior2_std, Tensor? mask"
+)
+_RECONSTRUCT = "Tensor x, Tensor g, Tensor w_out, Tensor? b_out, Tensor scale, Tensor? mask"
+
+SCHEMAS = {
+    "encode_fwd": "(Tensor x, Tensor w_mean, Tensor? b_mean, Tensor w_logvar, Tensor? b_logvar, Tensor noise)"
+    " -> (Tensor mean, Tensor logvar, Tensor z)",
+    "encode_bwd": "(Tensor? grad_mean, Tensor? grad_logvar, Tensor? grad_z, Tensor logvar, Tensor noise)"
+    " -> Tensor grad_heads",
+    "divergence_fwd": f"({_DIVERGENCE}) -> (Tensor kl, Tensor gamma)",
+    "divergence_bwd": f"(Tensor? grad_kl, Tensor? grad_gamma, {_DIVERGENCE}, bool[4] needs)"
+    " -> (Tensor grad_mean1, Tensor grad_logvar1, Tensor grad_mean2, Tensor grad_logvar2)",
+    "reconstruct_fwd": f"({_RECONSTRUCT}) -> (Tensor nll, Tensor unit_grad_scale)",
+    "reconstruct_bwd": f"(Tensor grad_nll, {_RECONSTRUCT}, bool[4] needs)"
+    " -> (Tensor grad_x, Tensor grad_g, Tensor grad_w_out, Tensor grad_b_out)",
+}
+
+
+def wide_dtype(t: Tensor) -> torch.dtype:
+    """The dtype of sums: float32 at least."""
+    return torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else t.dtype
+
+
+def _needed(needs: list[bool], *like: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(shape if need else (0,)) for need, (t, shape) in zip(needs, like, strict=True))
+
+
+def _encode_fwd(x: Tensor, w_mean: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (x.shape[0], w_mean.shape[0])
+    return x.new_empty(shape), x.new_empty(shape), x.new_empty(shape)
+
+
+def _encode_bwd(
+    grad_mean: Tensor | None, grad_logvar: Tensor | None, grad_z: Tensor | None, logvar: Tensor, noise: Tensor
+) -> Tensor:
+    return logvar.new_empty(logvar.shape[0], 2 * logvar.shape[1])
+
+
+def _divergence_fwd(mean1: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return mean1.new_empty((), dtype=wide_dtype(mean1)), mean1.new_empty((), dtype=wide_dtype(mean1))
+
+
+def _divergence_bwd(grad_kl: Tensor | None, grad_gamma: Tensor | None, mean1: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _needed(rest[-1], *[(mean1, tuple(mean1.shape))] * 4)
+
+
+def _reconstruct_fwd(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty((), dtype=wide_dtype(x)), x.new_empty(x.shape[1], dtype=wide_dtype(x))
+
+
+def _reconstruct_bwd(grad_nll: Tensor, x: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    D, H = x.shape[1], g.shape[1]
+    return _needed(rest[-1], (x, tuple(x.shape)), (g, tuple(g.shape)), (x, (D, H)), (x, (D,)))
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "encode_fwd": _encode_fwd,
+    "encode_bwd": _encode_bwd,
+    "divergence_fwd": _divergence_fwd,
+    "divergence_bwd": _divergence_bwd,
+    "reconstruct_fwd": _reconstruct_fwd,
+    "reconstruct_bwd": _reconstruct_bwd,
+}
+
+for _namespace in NAMESPACES.values():
+    for _name, _schema in SCHEMAS.items():
+        torch.library.define(f"{_namespace}::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{_namespace}::{_name}", FAKES[_name])
+
+RAW = {backend: getattr(torch.ops, namespace) for backend, namespace in NAMESPACES.items()}
+
+
+@functools.cache
+def load(backend: str) -> str | None:
+    """Load the kernels of a backend, once. None, or why they cannot be loaded."""
+    try:
+        importlib.import_module(MODULES[backend])
+    except (ImportError, OSError) as error:
+        return str(error)
+    return None
+
+
+def implemented(backend: str, device_type: str) -> tuple[str, ...]:
+    """Raw operators of a loaded backend that have a kernel for tensors on `device_type` ("cpu", "cuda")."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return tuple(name for name in SCHEMAS if has(f"{NAMESPACES[backend]}::{name}", device_type.upper()))

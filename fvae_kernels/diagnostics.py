@@ -1,0 +1,70 @@
+"""What the adapters of a model are doing: the terms of the last step, and the geometry of the two latent spaces."""
+
+from torch import Tensor, nn
+
+from .aux_loss import AuxLossLayer
+from .reference import LOGVAR_LIMIT, gaussian_kl, token_mean, widen
+
+
+def collect_terms(model: nn.Module) -> dict[str, dict[str, float]]:
+    """loss, nll, kl and gamma (nats, means over tokens) of each adapted layer in its last training forward.
+
+    Layers that have not run in training, or ran inside torch.compile, are left out. Copies to the host: call it when you
+    log, not at every step.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, AuxLossLayer)}
+    return {
+        name: {term: float(value) for term, value in layer.last_terms._asdict().items()}
+        for name, layer in layers.items()
+        if layer.last_terms is not None
+    }
+
+
+def latent_geometry(
+    mean1: Tensor,
+    logvar1: Tensor,
+    mean2: Tensor,
+    logvar2: Tensor,
+    prior2_mean: float = 1.5,
+    prior2_std: float = 1.0,
+    mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Mismatch, discrepancy and distance of the two posteriors (paper, equation 5 and appendix B).
+
+    Args:
+        mean1: ``[..., R]``, like `logvar1`, `mean2` and `logvar2`.
+        logvar1: log-variances of q_1.
+        mean2: means of q_2.
+        logvar2: log-variances of q_2.
+        prior2_mean: mean of p_2.
+        prior2_std: standard deviation of p_2.
+        mask: tokens that count.
+
+    Returns:
+        0-dim means over tokens, in nats: ``Lambda = KL(q_2 || p_1) - KL(q_2 || p_2)``,
+        ``Delta = E_q2 log p_1 - E_q1 log p_1``, ``Gamma = Lambda + Delta``; and ``W2_squared``, the squared
+        2-Wasserstein distance of q_1 and q_2. ``delta_bound`` is the paper's upper bound of |Delta|.
+    """
+    var1, var2 = (widen(v).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT).exp() for v in (logvar1, logvar2))
+    mean1, mean2 = widen(mean1), widen(mean2)
+    mismatch = gaussian_kl(mean2, logvar2) - gaussian_kl(mean2, logvar2, prior2_mean, prior2_std)
+    norm1, norm2 = (mean1.square() + var1).sum(-1), (mean2.square() + var2).sum(-1)
+    discrepancy = 0.5 * (norm1 - norm2)
+    w2_squared = ((mean1 - mean2).square() + (var1.sqrt() - var2.sqrt()).square()).sum(-1)
+    bound = w2_squared / 2 + norm1.sqrt() * w2_squared.sqrt()
+    terms = {
+        "Lambda": mismatch,
+        "Delta": discrepancy,
+        "Gamma": mismatch + discrepancy,
+        "W2_squared": w2_squared,
+        "delta_bound": bound,
+    }
+    return {name: token_mean(value, mask) for name, value in terms.items()}
+
+
+def active_units(mean: Tensor, threshold: float = 1e-2) -> int:
+    """Latent entries whose mean varies over tokens by more than `threshold` (variance): those that carry anything."""
+    return int((mean.reshape(-1, mean.shape[-1]).var(0, correction=0) > threshold).sum()) if mean.numel() else 0
+
+
+

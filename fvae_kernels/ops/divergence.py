@@ -1,0 +1,124 @@
+"""divergence: KL(q_1 || p_1) and Gamma of equation (4), both in closed form, in nats.
+
+    kl    = 1/2 sum( mean1^2 + var1 - 1 - logvar1 )                                var = exp(logvar)
+    gamma = 1/2 sum( mean1^2 + var1 - ((mean2 - mu)^2 + var2) / tau^2 ) - R log tau
+
+Sums run over latent entries, both results are means over the N tokens kept. Backward, with logvar clamped to [-20, 20],
+[..] = 1 inside of that range and 0 outside, and a = grad_kl / N, c = grad_gamma / N:
+
+    grad_mean1 = (a + c) mean1                  grad_logvar1 = (a (var1 - 1) + c var1) / 2 * [..]
+    grad_mean2 = -c (mean2 - mu) / tau^2        grad_logvar2 = -c var2 / (2 tau^2) * [..]
+"""
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from .._backend import resolve
+from .._library import RAW
+from ._checks import check_features, check_mask, check_shape, check_tensors, rows, token_flags
+
+
+class DivergenceFunction(torch.autograd.Function):
+    """(mean1, logvar1, mean2, logvar2 [N, R], mu, tau, mask bool [N], backend) -> kl, gamma"""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mean1: Tensor,
+        logvar1: Tensor,
+        mean2: Tensor,
+        logvar2: Tensor,
+        prior2_mean: float,
+        prior2_std: float,
+        mask: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        kl, gamma = RAW[backend].divergence_fwd(mean1, logvar1, mean2, logvar2, prior2_mean, prior2_std, mask)
+        ctx.save_for_backward(mean1, logvar1, mean2, logvar2, mask)
+        ctx.prior2, ctx.backend = (prior2_mean, prior2_std), backend
+        ctx.set_materialize_grads(False)
+        return kl, gamma
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_kl: Tensor | None, grad_gamma: Tensor | None) -> tuple[Tensor | None, ...]:
+        mean1, logvar1, mean2, logvar2, mask = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:4])
+        if grad_gamma is None:  # KL does not depend on the second encoder
+            needs[2:] = [False, False]
+        grads = RAW[ctx.backend].divergence_bwd(
+            grad_kl, grad_gamma, mean1, logvar1, mean2, logvar2, *ctx.prior2, mask, needs
+        )
+        return *(grad if need else None for need, grad in zip(needs, grads, strict=True)), None, None, None, None
+
+
+def divergence(
+    mean1: Tensor,
+    logvar1: Tensor,
+    mean2: Tensor,
+    logvar2: Tensor,
+    prior2_mean: float = 1.5,
+    prior2_std: float = 1.0,
+    mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """KL(q_1 || p_1) and Gamma = E log p_2(z_2) - E log p_1(z_1) of equation (4), closed form, in nats.
+
+    p_1 = N(0, I) and p_2 = N(prior2_mean, prior2_std^2 I).
+
+    Equivalent to::
+
+        var1, var2 = logvar1.clamp(-20, 20).exp(), logvar2.clamp(-20, 20).exp()
+        kl = 0.5 * (mean1**2 + var1 - 1 - logvar1.clamp(-20, 20)).sum(-1).mean()
+        log_p1 = -0.5 * (mean1**2 + var1).sum(-1).mean()
+        log_p2 = -0.5 * (((mean2 - prior2_mean)**2 + var2) / prior2_std**2 + 2 * log(prior2_std)).sum(-1).mean()
+        gamma = log_p2 - log_p1
+
+    Args:
+        mean1, logvar1, mean2, logvar2: [..., R], as `encode` gives them.
+        prior2_mean, prior2_std: mean and standard deviation of every entry of p_2.
+        mask: [...], bool or of zeros and ones: the tokens that count. None is all of them.
+        backend: "triton", "cpp" or "reference"; None takes the fastest for the device of mean1.
+
+    Returns:
+        kl, gamma: 0-dim, means over tokens, 0 where there is none; float32 for half dtypes, else the dtype of mean1.
+
+    Raises:
+        TypeError: not floating point, or more than one dtype.
+        ValueError: shapes do not fit, more than one device, or a prior that is no distribution.
+        BackendUnavailable: the backend was named and cannot run.
+    """
+    check_tensors("divergence", mean1=mean1, logvar1=logvar1, mean2=mean2, logvar2=logvar2)
+    check_features("divergence", "mean1", mean1)
+    for name, t in (("logvar1", logvar1), ("mean2", mean2), ("logvar2", logvar2)):
+        check_shape("divergence", name, t, tuple(mean1.shape), "the shape of mean1")
+    check_mask("divergence", mask, mean1.shape[:-1], mean1.device)
+    _check_prior(prior2_mean, prior2_std)
+    backend = resolve("divergence", mean1.device, backend)
+    if backend == "reference":
+        return reference.divergence(mean1, logvar1, mean2, logvar2, prior2_mean, prior2_std, mask)
+    kl, gamma = DivergenceFunction.apply(
+        rows(mean1),
+        rows(logvar1),
+        rows(mean2),
+        rows(logvar2),
+        float(prior2_mean),
+        float(prior2_std),
+        token_flags(mask),
+        backend,
+    )
+    return kl, gamma
+
+
+def _check_prior(mean: float, std: float) -> None:
+    if not isinstance(mean, Real) or not math.isfinite(mean):
+        raise ValueError(f"divergence: prior2_mean={mean!r}; expected a finite number")
+    if not isinstance(std, Real) or not math.isfinite(std) or std <= 0:
+        raise ValueError(f"divergence: prior2_std={std!r}; expected a finite number above 0, a standard deviation")

@@ -1,0 +1,43 @@
+"""Registration with stock PEFT, which knows no plug-ins: one member is added to its enum, the rest is its public API."""
+
+import enum
+from typing import Any
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
+
+def extend_str_enum(enum_class: type[enum.Enum], name: str) -> Any:
+    """Append ``name = "name"`` to a ``(str, Enum)``, once; raises at import if this Python's enum does not take it."""
+    if name in enum_class.__members__:
+        return enum_class.__members__[name]
+    member: Any = str.__new__(enum_class, name)  # type: ignore[type-var]
+    member._name_, member._value_ = name, name
+    member.__objclass__, member._sort_order_ = enum_class, len(enum_class._member_names_)
+    type.__setattr__(enum_class, name, member)
+    enum_class._member_names_.append(name)
+    enum_class._member_map_[name] = member
+    enum_class._value2member_map_[name] = member
+    hashable = getattr(enum_class, "_hashable_values_", None)  # newer Pythons look here
+    if hashable is not None and name not in hashable:
+        hashable.append(name)
+    if not (enum_class(name) is enum_class[name] is getattr(enum_class, name) and name in list(enum_class)):
+        raise RuntimeError(f"could not add {name!r} to {enum_class.__qualname__} on this version of Python")
+    return member
+
+
+def register(name: str, config_class: type, model_class: type) -> Any:
+    """Make `name` a method of PEFT, and return its PeftType. Importing twice is fine, a foreign method of that name is not.
+
+    transformers derives the prefix of the state dict's keys from the type's value, so it must be ``name + "_"``.
+    """
+    key = name.upper()
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(key)
+    if known is not None:
+        if (known.__module__, known.__qualname__) == (config_class.__module__, config_class.__qualname__):
+            return PeftType(key)
+        raise ImportError(f"peft already has a method called {key!r}: {known.__module__}.{known.__qualname__}")
+    member = extend_str_enum(PeftType, key)
+    register_peft_method(name=name, config_cls=config_class, model_cls=model_class, prefix=f"{name}_")
+    return member

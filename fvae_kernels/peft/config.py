@@ -1,0 +1,132 @@
+"""FVAELoraConfig: the options of FVAEConfig, and those that say where PEFT puts the adapters."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from peft.config import PeftConfig
+
+from ..config import FIELDS, FVAEConfig
+from .files import find_weights, read_shapes
+
+METHOD = "fvae"
+DEFAULT = FVAEConfig()
+
+
+def _option(name: str) -> Any:
+    return field(default=getattr(DEFAULT, name), metadata={"help": f"see FVAEConfig.{name}"})
+
+
+@dataclass
+class FVAELoraConfig(PeftConfig):
+    """FVAE-LoRA for `peft.get_peft_model`.
+
+    The options of the method are those of `FVAEConfig`, by the same names, with `r` for its `rank`.
+
+    Args:
+        r: size of each latent space, and rank of the update.
+        target_modules: names or name ends of the linear layers to adapt, a regular expression, or "all-linear". Names of
+            several generations of a model may stand together: those that do not match are ignored if one does.
+        exclude_modules: names, or a regular expression, of layers to leave out.
+        layers_to_transform: indices of the blocks to adapt; needs a list in target_modules.
+        layers_pattern: name of the list of blocks, where it is not found by itself.
+        modules_to_save: other modules to train and save, as a classification head.
+        rank_pattern: rank by module name pattern, where it differs from `r`.
+        alpha_pattern: alpha by module name pattern, where it differs from `alpha`.
+        init_weights: False starts from random heads, for tests: the adapter then changes the output from the start.
+        inference_only: the adapter holds encoder 1's mean path and B alone (`export_for_inference` writes it).
+
+    Raises:
+        ValueError: for a value out of range or an unknown option.
+    """
+
+    r: int = field(default=DEFAULT.rank, metadata={"help": "size of each latent space, and rank of the update"})
+    alpha: float = _option("alpha")
+    rslora: bool = _option("rslora")
+    encoder_hidden: tuple[int, ...] = _option("encoder_hidden")
+    separate_hidden: bool = _option("separate_hidden")
+    decoder_hidden: tuple[int, ...] = _option("decoder_hidden")
+    dropout: float = _option("dropout")
+    fusion: str = _option("fusion")
+    objective: str = _option("objective")
+    recon_weight: float = _option("recon_weight")
+    kl_weight: float = _option("kl_weight")
+    gamma_weight: float | tuple[float, float] = _option("gamma_weight")
+    gamma_estimator: str = _option("gamma_estimator")
+    prior2_mean: float = _option("prior2_mean")
+    prior2_std: float = _option("prior2_std")
+    loss_weight: float | Mapping[str, float] = _option("loss_weight")
+    detach_target: bool = _option("detach_target")
+    sample_at_inference: bool = _option("sample_at_inference")
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "linear layers to adapt"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to leave out"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "indices of blocks to adapt"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of blocks"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "other modules to train and save"})
+    rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "rank by module name pattern"})
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict, metadata={"help": "alpha by name pattern"})
+    init_weights: bool = field(default=True, metadata={"help": "False: random heads, for tests"})
+    inference_only: bool = field(default=False, metadata={"help": "hold the inference path alone"})
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "FVAELoraConfig":
+        """Refuse unknown options. PEFT would drop them from a file with a warning, and load another model."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            raise ValueError(
+                f"FVAELoraConfig has no option {unknown}: check the spelling, or update fvae_kernels and peft if the file "
+                f"comes from newer ones. It has: {sorted(known)}"
+            )
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> tuple[()]:
+        return ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from peft import PeftType
+
+        self.peft_type = PeftType(METHOD.upper())
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+        validated = self.to_fvae_config()
+        for name in ("encoder_hidden", "decoder_hidden", "gamma_weight"):
+            setattr(self, name, getattr(validated, name))
+        for name in ("rank_pattern", "alpha_pattern"):
+            setattr(self, name, getattr(self, name) or {})
+        for pattern, rank in self.rank_pattern.items():  # type: ignore[union-attr]
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"rank_pattern[{pattern!r}]={rank!r} is not allowed: expected a whole number of at least 1")
+        if self.inference_only and self.sample_at_inference:
+            raise ValueError("inference_only=True keeps the mean path alone; it does not go with sample_at_inference=True")
+        self._check_placement()
+
+    def _check_placement(self) -> None:
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs target_modules as a list of names; it is the string {self.target_modules!r}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where the blocks are; give their indices in layers_to_transform too")
+
+    def to_fvae_config(self, rank: int | None = None, alpha: float | None = None) -> FVAEConfig:
+        """The options of one layer, validated."""
+        options = {name: getattr(self, name) for name in FIELDS if name != "rank"}
+        if alpha is not None:
+            options["alpha"] = alpha
+        return FVAEConfig(rank=self.r if rank is None else rank, **options)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """The saved config. Weights that lie beside it are checked here, before any model is touched.
+
+        Raises:
+            ValueError: if the weights are a pickle, truncated, or not an FVAE-LoRA adapter's.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        weights = find_weights(folder)
+        if weights is not None:
+            config.__dict__["_saved_shapes"] = read_shapes(weights)  # checked against the model when it is adapted
+        return config

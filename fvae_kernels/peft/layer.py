@@ -1,0 +1,126 @@
+"""FVAELoraLinear: a linear layer inside a PEFT model, with any number of FVAE-LoRA adapters."""
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..adapter import FVAEAdapter
+from ..aux_loss import AuxLossLayer
+from ..config import FVAEConfig
+from ..linear import linear_shape
+
+
+class FVAELoraLayer(BaseTunerLayer, AuxLossLayer):
+    """What PEFT asks of an adapted layer: where the parameters are, and how they are switched, merged and removed."""
+
+    adapter_layer_names = ("fvae_adapter",)
+    other_param_names = ("fvae_loss_weight",)
+    fvae_adapter: nn.ModuleDict
+    fvae_loss_weight: dict[str, float]
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: FVAEConfig,
+        loss_weight: float,
+        init_weights: bool = True,
+        inference_only: bool = False,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add the adapter called `adapter_name`, in this layer's mode."""
+        adapter = FVAEAdapter(self.in_features, self.out_features, config, inference_only)
+        if not init_weights:
+            for name, parameter in adapter.named_parameters():
+                if name != "decoder_scale":
+                    nn.init.normal_(parameter, std=0.3 if name == "B" else 0.1)
+        self.fvae_adapter[adapter_name] = adapter.train(self.training)
+        self.fvae_loss_weight[adapter_name] = loss_weight
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+
+class FVAELoraLinear(nn.Module, FVAELoraLayer):
+    """``y = W x + b + sum over active adapters s B z_1``; see FusedFVAELinear for the layer without PEFT."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **adapter: Any) -> None:
+        super().__init__()
+        self._init_aux_loss()
+        self.base_layer = base_layer
+        self.fvae_adapter, self.fvae_loss_weight = nn.ModuleDict(), {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self.in_features, self.out_features, self.fan_in_fan_out = linear_shape(self.get_base_layer())
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, **adapter)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[..., D] -> [..., M]``, in the dtype that the base layer returns."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return y
+        for name in self.active_adapters:
+            if name not in self.fvae_adapter:
+                continue
+            adapter: Any = self.fvae_adapter[name]
+            h = self._cast_input_dtype(x, adapter.B.dtype)
+            if self.training and not (adapter.inference_only and not adapter.B.requires_grad):
+                delta, terms = adapter(h)
+                delta = self.inject(delta, terms, self.fvae_loss_weight[name])
+            else:
+                delta = adapter.infer(h)
+            y = y + delta.to(y.dtype)
+        return y
+
+    def posterior_means(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """mean_1 and mean_2 ``[..., R]`` of the latents of x, of the active adapter."""
+        adapter: Any = self.fvae_adapter[self.active_adapters[0]]
+        return adapter.posterior_means(self._cast_input_dtype(x, adapter.B.dtype))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The matrix that equals a linear encoder's mean path, in the base weight's layout.
+
+        Raises:
+            ValueError: if the update depends on the input.
+        """
+        module: Any = self.fvae_adapter[adapter]
+        delta = module.delta_weight()
+        return (delta.T if self.fan_in_fan_out else delta).to(module.B.dtype)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add linear-encoder adapters to the base weight, all or none of them."""
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.fvae_adapter]
+        deltas = {name: self.get_delta_weight(name) for name in names}
+        weight: Any = self.get_base_layer().weight
+        for name, delta in deltas.items():
+            merged = weight + delta.to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"merging adapter {name!r} would put NaN or Inf into the weight; the adapter seems broken")
+            weight.copy_(merged)
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take every merged adapter out of the base weight again (up to rounding, as everywhere in PEFT)."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        weight: Any = self.get_base_layer().weight
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.fvae_adapter:
+                weight.sub_(self.get_delta_weight(name).to(weight.dtype))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """A linear encoder's mean path is LoRA."""
+        module: Any = self.fvae_adapter[adapter_name]
+        return module.config.mergeable
+
+    def __repr__(self) -> str:
+        return "fvae." + super().__repr__()

@@ -1,0 +1,45 @@
+"""The weight of the auxiliary loss where the task loss is a sum over tokens, divided by the tokens of a whole step.
+
+transformers.Trainer passes `num_items_in_batch` to models that take it. The task loss is then ``sum / num_items``, and
+the micro-batches of one step add up instead of being averaged. The auxiliary loss of a micro-batch, a mean over its
+tokens, then counts with the micro-batch's share of the labelled tokens, so that the shares of one step sum to 1.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORED_LABEL = -100
+
+
+def token_share(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
+    """The share of this forward; 1 where the task loss is a plain mean."""
+    items = kwargs.get("num_items_in_batch")
+    labels = kwargs.get("shift_labels", kwargs.get("labels"))
+    if items is None or not isinstance(labels, torch.Tensor) or not honours_num_items(model):
+        return 1.0
+    if kwargs.get("shift_labels") is None and _shifts_labels(model):
+        labels = labels[..., 1:]
+    return labels.ne(IGNORED_LABEL).sum() / items
+
+
+def honours_num_items(model: nn.Module) -> bool:
+    """Whether the head divides by `num_items_in_batch`.
+
+    Some heads swallow it in ``**kwargs`` and take the mean all the same (BERT, RoBERTa and others in transformers 5):
+    their loss comes out larger by the accumulation steps under Trainer. The auxiliary loss must follow the task loss,
+    so that their ratio stays what was asked for. Heads that honour it call ``self.loss_function``.
+    """
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    return code is None or "loss_function" in code.co_names
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    try:
+        from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+    except ImportError:
+        return False
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not encoder_decoder

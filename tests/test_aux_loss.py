@@ -1,0 +1,377 @@
+"""The auxiliary loss arrives in the gradient exactly once, whatever the training loop.
+
+Every case is compared with a direct computation of the total loss (6): the layers' terms are collected with their graph
+and added to the task loss by hand, with the weights that the loop is meant to give them.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import peft
+import pytest
+import torch
+from tiny_models import TARGETS, batch, build, mlp
+from torch import Tensor, nn
+
+import fvae_kernels as fk
+from fvae_kernels import aux_loss
+from fvae_kernels.adapter import FVAEAdapter
+from fvae_kernels.aux_loss import AuxLossLayer, aux_loss_layers
+
+pytestmark = pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning")
+
+OPTIONS = {"encoder_hidden": (5,), "decoder_hidden": (7,), "dropout": 0.0, "loss_weight": 0.01}
+# transformers' causal LM loss is float32 whatever the model is, and so is its gradient, the weight
+EXACT, CAUSAL = 1e-9, 5e-7
+TASKS = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "vit": None}
+
+
+@pytest.fixture(autouse=True)
+def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise that depends on the position in the batch alone, so that two ways of computing a step see the same."""
+
+    def draw(self: FVAEAdapter, x: Tensor) -> Tensor:
+        shape = torch.Size((*x.shape[:-1], self.config.rank))
+        return torch.arange(shape.numel()).to(x).sin().view(shape)
+
+    monkeypatch.setattr(FVAEAdapter, "draw_noise", draw)
+
+
+def adapted(kind: str, dtype: torch.dtype = torch.float64, task: str | None = "auto", **options: object) -> nn.Module:
+    """A PEFT model whose adapters already change the output."""
+    torch.manual_seed(0)
+    task = TASKS[kind] if task == "auto" else task
+    config = fk.FVAELoraConfig(
+        task_type=task, r=3, target_modules=TARGETS[kind], init_weights=False, **{**OPTIONS, **options}
+    )
+    return peft.get_peft_model(build(kind).to(dtype), config, autocast_adapter_dtype=False).train()
+
+
+def params(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def grads(model: nn.Module) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params(model)]
+
+
+@contextlib.contextmanager
+def by_hand(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, the layers put ``loss_weight * terms.loss``, graph and all, into the list, and nothing else happens."""
+    collected: list[Tensor] = []
+
+    def collect(self: AuxLossLayer, out: Tensor, terms: object, loss_weight: float) -> Tensor:
+        collected.append(loss_weight * terms.loss)  # type: ignore[attr-defined]
+        return out
+
+    with pytest.MonkeyPatch.context() as patch, fk.external_loss(model):
+        patch.setattr(AuxLossLayer, "inject", collect)
+        yield collected
+
+
+def direct(model: nn.Module, steps: list[tuple[dict[str, Tensor], float, float]]) -> list[Tensor]:
+    """Gradient of ``sum_k t_k * task_k + a_k * aux_k`` over micro-batches (inputs, t, a)."""
+    model.zero_grad()
+    for inputs, task_weight, aux_weight in steps:
+        with by_hand(model) as terms:
+            task = model(**inputs).loss
+        (task_weight * task + aux_weight * torch.stack(terms).sum()).backward()
+    expected = grads(model)
+    model.zero_grad()
+    assert all(g.abs().sum() > 0 for g in expected), "a parameter that gets no gradient proves nothing"
+    return expected
+
+
+def assert_same(model: nn.Module, expected: list[Tensor], rtol: float = EXACT) -> None:
+    got, names = grads(model), [n for n, p in model.named_parameters() if p.requires_grad]
+    for name, g, e in zip(names, got, expected, strict=True):
+        assert (g - e).norm() <= rtol * e.norm(), f"{name}: relative error {(g - e).norm() / e.norm():.2e}"
+
+
+def test_the_measure_sees_a_missing_auxiliary_loss() -> None:
+    model, inputs = adapted("bert"), batch("bert")
+    expected = direct(model, [(inputs, 1.0, 1.0)])
+    for weight in (0.0, 0.99):
+        with pytest.raises(AssertionError, match="relative error"):
+            assert_same(model_with(model, direct(model, [(inputs, 1.0, weight + 1e-30)])), expected)
+
+
+def model_with(model: nn.Module, gradient: list[Tensor]) -> nn.Module:
+    for p, g in zip(params(model), gradient, strict=True):
+        p.grad = g
+    return model
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit", "llama", "gpt2"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_plain_loop(kind: str, steps: int) -> None:
+    model = adapted(kind)
+    batches = [batch(kind, seed=k, dtype=torch.float64) for k in range(steps)]
+    expected = direct(model, [(b, 1 / steps, 1 / steps) for b in batches])
+    for inputs in batches:
+        (model(**inputs).loss / steps).backward()
+    assert_same(model, expected, CAUSAL if kind in ("llama", "gpt2") else EXACT)
+
+
+@pytest.mark.parametrize("task", [None, "SEQ_CLS", "FEATURE_EXTRACTION"])
+def test_every_task_type_and_tuple_outputs(task: str | None) -> None:
+    model, inputs = adapted("bert", task=task), batch("bert")
+    expected = direct(model, [(inputs, 1.0, 1.0)])
+    if task != "FEATURE_EXTRACTION":  # its PeftModel passes no labels on as a tuple
+        model(**inputs, return_dict=False)[0].backward()
+        assert_same(model, expected)
+        model.zero_grad()
+    model(**inputs).loss.backward()
+    assert_same(model, expected)
+
+
+def test_reported_loss_is_the_total_and_eval_loss_is_the_task() -> None:
+    model, inputs = adapted("bert"), batch("bert")
+    with by_hand(model) as terms:
+        task = model(**inputs).loss
+    total = model(**inputs).loss
+    torch.testing.assert_close(total, task + torch.stack(terms).sum(), rtol=1e-12, atol=0)
+    logged = sum(t["loss"] for t in fk.collect_terms(model).values())
+    assert logged * OPTIONS["loss_weight"] == pytest.approx((total - task).item(), rel=1e-9)
+    model.eval()
+    evaluated = model(**inputs)
+    expected = nn.functional.cross_entropy(evaluated.logits, inputs["labels"])
+    torch.testing.assert_close(evaluated.loss, expected)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_gradient_checkpointing(kind: str, reentrant: bool, steps: int) -> None:
+    model = adapted(kind)
+    batches = [batch(kind, seed=k) for k in range(steps)]
+    expected = direct(model, [(b, 1 / steps, 1 / steps) for b in batches])
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.base_model.model.enable_input_require_grads()
+    ran: list[int] = []
+    aux_loss_layers(model)[0].base_layer.register_forward_hook(lambda *_: ran.append(1))
+    for inputs in batches:
+        (model(**inputs).loss / steps).backward()
+    assert len(ran) == 2 * steps, "no recomputation happened"
+    assert_same(model, expected, CAUSAL if kind == "llama" else EXACT)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_recomputes_with_the_same_noise(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # real noise
+    model, inputs = adapted("bert", dropout=0.2), batch("bert")
+    torch.manual_seed(3)
+    model(**inputs).loss.backward()
+    expected = grads(model)
+    model.zero_grad()
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.base_model.model.enable_input_require_grads()
+    torch.manual_seed(3)
+    model(**inputs).loss.backward()
+    assert_same(model, expected)
+
+
+@pytest.mark.parametrize("checkpoint", [None, True, False])
+def test_grad_scaler(checkpoint: bool | None) -> None:
+    model, inputs = adapted("bert"), batch("bert")
+    expected = direct(model, [(inputs, 1.0, 1.0)])
+    if checkpoint is not None:
+        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": checkpoint})
+        model.base_model.model.enable_input_require_grads()
+    optimizer = torch.optim.SGD(params(model), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    scaler.scale(model(**inputs).loss).backward()
+    assert_same(model, [65536 * e for e in expected])
+    scaler.unscale_(optimizer)
+    assert_same(model, expected)
+
+
+def test_autocast_bfloat16_gradient_has_the_auxiliary_part() -> None:
+    model, inputs = adapted("bert", torch.float32), batch("bert")
+    expected = direct(model, [(inputs, 1.0, 1.0)])
+    without = direct(model, [(inputs, 1.0, 1e-30)])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**inputs).loss
+    loss.backward()
+    got = torch.cat([g.flatten() for g in grads(model)])
+    full, task = (torch.cat([g.flatten() for g in side]) for side in (expected, without))
+    share = float((got - task) @ (full - task) / (full - task).square().sum())
+    assert share == pytest.approx(1.0, abs=0.02)  # bfloat16 has 8 bits
+
+
+def test_two_forwards_of_different_weight_before_one_backward() -> None:
+    model, first, second = adapted("bert"), batch("bert", seed=1), batch("bert", seed=2)
+    expected = direct(model, [(first, 0.3, 0.3), (second, 0.7, 0.7)])
+    (0.3 * model(**first).loss + 0.7 * model(**second).loss).backward()
+    assert_same(model, expected)
+
+
+def own_criterion(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")
+    return nn.functional.cross_entropy(model(**inputs).logits, labels)
+
+
+def test_own_criterion_counts_once_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = adapted("bert"), batch("bert")
+    expected = direct(model, [(inputs, 1.0, 1.0)])
+    monkeypatch.setattr(aux_loss, "_unprobed_warned", False)
+    with pytest.warns(UserWarning, match="attach_aux_loss"):
+        own_criterion(model, inputs).backward()
+    assert_same(model, expected)
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own_criterion(model, inputs).backward()
+    assert_same(model, expected)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_own_criterion_with_attach(reentrant: bool | None) -> None:
+    model = adapted("bert")
+    batches = [batch("bert", seed=k) for k in range(4)]
+    expected = direct(model, [(b, 1024 / 4, 1024 / 4) for b in batches])
+    if reentrant is not None:
+        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.base_model.model.enable_input_require_grads()
+    for inputs in batches:
+        (1024 * fk.attach_aux_loss(model, own_criterion(model, inputs)) / 4).backward()
+    assert_same(model, expected)
+
+
+def test_attach_refuses_what_it_cannot_do() -> None:
+    model, inputs = adapted("bert"), batch("bert")
+    loss = model(**inputs).loss
+    with pytest.raises(ValueError, match="not for a loss that the model computed itself"):
+        fk.attach_aux_loss(model, loss)
+    with pytest.raises(ValueError, match="expected a scalar"):
+        fk.attach_aux_loss(model, loss.expand(2))
+
+
+@pytest.mark.parametrize("criterion", ["inside", "outside", "attached"])
+def test_compiled_model(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = adapted("bert"), batch("bert")
+    expected = direct(model, [(inputs, 0.5, 0.5 if criterion != "outside" else 1.0)])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=False)
+    if criterion == "inside":
+        loss = compiled(**inputs).loss
+    elif criterion == "outside":
+        loss = own_criterion(compiled, inputs)
+    else:
+        with fk.external_loss(model):
+            task = own_criterion(compiled, inputs)
+        loss = fk.attach_aux_loss(model, task)
+    (0.5 * loss).backward()
+    assert_same(model, expected)
+    torch._dynamo.reset()
+
+
+def test_compiled_with_checkpointing_and_inductor_layer() -> None:
+    model, inputs = adapted("bert"), batch("bert")
+    expected = direct(model, [(inputs, 1.0, 1.0)])
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.base_model.model.enable_input_require_grads()
+    torch.compile(model, backend="aot_eager")(**inputs).loss.backward()
+    assert_same(model, expected)
+    torch._dynamo.reset()
+
+
+# Without PEFT: layers in any module, with and without a model that computes a loss.
+
+
+class Regressor(nn.Module):
+    """A model that computes its loss when it gets labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.net(x)
+        return {"logits": logits} if labels is None else {"loss": (logits - labels).square().mean(), "logits": logits}
+
+
+def replaced() -> Regressor:
+    torch.manual_seed(0)
+    model = Regressor().double()
+    fk.replace_linears(model, fk.FVAEConfig(rank=3, **OPTIONS))
+    with torch.no_grad():
+        for p in params(model):
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def test_replaced_linears_in_a_model_that_computes_its_loss() -> None:
+    model, x, labels = replaced(), torch.randn(5, 24).double(), torch.randn(5, 3).double()
+    with by_hand(model) as terms:
+        task = model(x, labels)["loss"]
+    (8 * (task + torch.stack(terms).sum())).backward()
+    expected = grads(model)
+    model.zero_grad()
+    (8 * model(x, labels=labels)["loss"]).backward()
+    assert_same(model, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_bare_layer_delivers_with_weight_one(compiled: bool) -> None:
+    torch.manual_seed(0)
+    layer = fk.FusedFVAELinear.from_linear(nn.Linear(24, 4).double(), fk.FVAEConfig(rank=3, **OPTIONS))
+    x = torch.randn(2, 5, 24).double()
+    y, terms = layer.forward_with_terms(x)
+    (3 * y.square().sum() + OPTIONS["loss_weight"] * terms.loss).backward()
+    expected = grads(layer)
+    layer.zero_grad()
+    called = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    for _ in range(2):  # a second step is like the first
+        layer.zero_grad()
+        (3 * called(x).square().sum()).backward()
+        assert_same(layer, expected)
+    torch._dynamo.reset()
+
+
+def test_a_bare_layer_with_attach_has_no_memory_of_earlier_steps() -> None:
+    torch.manual_seed(0)
+    layer = fk.FusedFVAELinear.from_linear(nn.Linear(24, 4).double(), fk.FVAEConfig(rank=3, **OPTIONS))
+    x = torch.randn(5, 24).double()
+    y, terms = layer.forward_with_terms(x)
+    total = y.square().sum() + OPTIONS["loss_weight"] * terms.loss
+    (7 * total).backward()
+    expected = grads(layer)
+    for _ in range(3):
+        layer.zero_grad()
+        loss = fk.attach_aux_loss(layer, layer(x).square().sum())
+        torch.testing.assert_close(loss, total)
+        (7 * loss).backward()
+        assert_same(layer, expected)
+    layer.zero_grad()
+    layer(x).square().sum().backward()  # not attached: weight 1, not the 7 of the step before
+    layer.zero_grad()
+    loss = fk.attach_aux_loss(layer, layer(x).square().sum())
+    torch.testing.assert_close(loss, total)
+
+
+def test_nothing_is_injected_in_eval_mode_or_without_grad() -> None:
+    model, inputs = adapted("bert").eval(), batch("bert")
+    model(**inputs).loss.backward()
+    names = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is not None and p.grad.abs().sum() > 0]
+    assert names
+    assert not any("decoder" in n or "encoder2" in n for n in names)
+    model.train()
+    with torch.no_grad():
+        assert not model(**inputs).loss.requires_grad
+
+
+def test_inplace_change_of_the_output_is_allowed() -> None:
+    layer = fk.FusedFVAELinear.from_linear(nn.Linear(24, 4), fk.FVAEConfig(rank=3, **OPTIONS))
+    layer(torch.randn(5, 24)).relu_().sum().backward()
+
+
+def test_second_backward_through_a_kept_graph_is_the_first_again() -> None:
+    model, inputs = adapted("bert"), batch("bert")
+    loss = model(**inputs).loss
+    loss.backward(retain_graph=True)
+    first = grads(model)
+    model.zero_grad()
+    (2 * loss).backward()
+    assert_same(model, [2 * g for g in first])

@@ -1,0 +1,71 @@
+"""Tiny random transformers and the batches they take: real architectures, made here, nothing downloaded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+DIM, VOCAB = 24, 40
+
+
+def _config(cls: type, **extra: Any) -> Any:
+    sizes = {"hidden_size": DIM, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return cls(**sizes, **extra)
+
+
+def bert(**extra: Any) -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    free = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = _config(BertConfig, vocab_size=VOCAB, max_position_embeddings=32, num_labels=3, **free, **extra)
+    return BertForSequenceClassification(config)
+
+
+def vit(**extra: Any) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = _config(ViTConfig, image_size=8, patch_size=4, num_labels=3, **extra)
+    return ViTForImageClassification(config)
+
+
+def llama(**extra: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(_config(LlamaConfig, vocab_size=VOCAB, max_position_embeddings=64, **extra))
+
+
+def gpt2(**extra: Any) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    free = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=DIM, n_layer=2, n_head=2, **free, **extra))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(DIM, 32), nn.ReLU(), nn.Linear(32, DIM), nn.ReLU(), nn.Linear(DIM, 3))
+
+
+TARGETS = {"bert": ["query", "value"], "vit": ["q_proj", "v_proj"], "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
+BUILD: dict[str, Callable[..., nn.Module]] = {"bert": bert, "vit": vit, "llama": llama, "gpt2": gpt2}
+
+
+def build(kind: str, seed: int = 0, **extra: Any) -> nn.Module:
+    """A model of this kind; the caller's generator is left alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return BUILD[kind](**extra)
+
+
+def batch(kind: str, size: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Inputs with labels; causal models get unequal numbers of labelled tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "vit":
+        pixels = torch.randn(size, 3, 8, 8, generator=generator).to(dtype)
+        return {"pixel_values": pixels, "labels": torch.randint(3, (size,), generator=generator)}
+    ids = torch.randint(1, VOCAB, (size, 6), generator=generator)
+    if kind == "bert":
+        return {"input_ids": ids, "labels": torch.randint(3, (size,), generator=generator)}
+    labels = ids.clone()
+    labels[0, : 1 + seed % 4] = -100
+    return {"input_ids": ids, "labels": labels}
