@@ -32,7 +32,6 @@ Sums token_sums(
   return {0.5 * kl, 0.5 * gamma};
 }
 
-// Contiguous copies where needed; the raw pointers of the loops below.
 template <typename scalar_t>
 const scalar_t* data(const Tensor& t) {
   return t.const_data_ptr<scalar_t>();
@@ -101,9 +100,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_bwd(
   const int64_t N = mean1.size(0), R = mean1.size(1);
   const Tensor m1 = mean1.contiguous(), v1 = logvar1.contiguous(), m2 = mean2.contiguous(), v2 = logvar2.contiguous();
   const Kept kept(mask, N);
-  const auto result = [&](bool needed) { return at::empty(needed ? at::IntArrayRef({N, R}) : at::IntArrayRef({0}), mean1.options()); };
   std::array<Tensor, 4> grads;
-  for (size_t i = 0; i < grads.size(); ++i) grads[i] = result(needs[i]);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    grads[i] = needs[i] ? at::empty({N, R}, mean1.options()) : at::empty({0}, mean1.options());
+  }
 
   FVAE_DISPATCH(mean1.scalar_type(), "divergence_bwd", [&] {
     using acc_t = at::opmath_type<scalar_t>;
@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_bwd(
       });
     };
     fill(0, m1, [=](acc_t m) { return (kl + gamma) * m; });
-    fill(1, v1, [=](acc_t v) { return clamp_passes(v) ? (kl * std::expm1(v) + gamma * std::exp(v)) / 2 : acc_t(0); });
+    fill(1, v1, [=](acc_t v) { return clamp_passes(v) ? ((kl + gamma) * std::exp(v) - kl) / 2 : acc_t(0); });
     fill(2, m2, [=](acc_t m) { return -gamma * (m - p2.mean) * p2.precision; });
     fill(3, v2, [=](acc_t v) { return clamp_passes(v) ? -gamma * std::exp(v) * p2.precision / 2 : acc_t(0); });
   });

@@ -17,7 +17,9 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name in ("FVAELoraConfig", "FVAELoraModel", "export_for_inference"):
-            raise ImportError(f"fvae_kernels.{name} needs PEFT, which is not installed: pip install 'fvae_kernels[peft]'")
+            raise ImportError(
+                f"fvae_kernels.{name} needs PEFT, which is not installed: pip install 'fvae_kernels[peft]'"
+            )
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

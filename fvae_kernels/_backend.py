@@ -111,7 +111,9 @@ def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; `pip install triton` brings it on Linux"
     if not interpreting() and not torch.cuda.is_available():
-        return "there is no GPU and TRITON_INTERPRET is not set; TRITON_INTERPRET=1 runs the kernels, slowly, on the CPU"
+        return (
+            "there is no GPU and TRITON_INTERPRET is not set; TRITON_INTERPRET=1 runs the kernels, slowly, on the CPU"
+        )
     error = _library.load("triton")
     if error is not None:
         return f"its kernels do not load ({error})"

@@ -16,7 +16,6 @@ from .ops.layer import layer
 from .reference import LOGVAR_LIMIT, Decoder, Encoder, Linears, Terms, mlp
 
 
-
 class FVAEAdapter(nn.Module):
     """Encoders, decoder and B of one layer (paper, figure 1).
 
@@ -133,7 +132,9 @@ class FVAEAdapter(nn.Module):
 
     def _mean(self, i: int, x: Tensor) -> Tensor:
         stem = f"encoder{i}"
-        return F.linear(mlp(x, self._hidden(stem)), getattr(self, f"{stem}_mean_weight"), self._get(f"{stem}_mean_bias"))
+        return F.linear(
+            mlp(x, self._hidden(stem)), getattr(self, f"{stem}_mean_weight"), self._get(f"{stem}_mean_bias")
+        )
 
     def _encoder(self, i: int) -> Encoder:
         stem = f"encoder{i}"
@@ -156,7 +157,10 @@ class FVAEAdapter(nn.Module):
 
 def is_served(name: str, config: FVAEConfig) -> bool:
     """Whether inference needs this parameter: encoder 1 (its mean path alone, unless z_1 is sampled) and B."""
-    return name.startswith("encoder1_" if config.sample_at_inference else ("encoder1_hidden", "encoder1_mean")) or name == "B"
+    return (
+        name.startswith("encoder1_" if config.sample_at_inference else ("encoder1_hidden", "encoder1_mean"))
+        or name == "B"
+    )
 
 
 def parameter_shapes(D: int, M: int, config: FVAEConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

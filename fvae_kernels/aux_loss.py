@@ -150,7 +150,9 @@ def attach_aux_loss(model: nn.Module, loss: Tensor, weight: Tensor | float = 1.0
         raise ValueError(f"the loss has shape {tuple(loss.shape)}; expected a scalar: reduce it (mean or sum) first")
     layers = aux_loss_layers(model)
     pending = [layer.aux_pending for layer in layers if layer.aux_pending is not None]
-    seeds = [seed for seed in {id(s): s for s in (layer.aux_seed for layer in layers)}.values() if seed.value is not None]
+    seeds = [
+        seed for seed in {id(s): s for s in (layer.aux_seed for layer in layers)}.values() if seed.value is not None
+    ]
     if not pending and not seeds:
         raise ValueError(
             f"{type(model).__name__} has {len(layers)} FVAE layer(s) and none ran in training mode since the last call: "
@@ -261,7 +263,11 @@ def remove_hooks(model: nn.Module) -> None:
 @contextmanager
 def external_loss(model: nn.Module) -> Iterator[None]:
     """Inside, the hooks stand back, whatever the number of forwards; the caller then calls `attach_aux_loss` once."""
-    roots = [module._fvae_hooks for module in model.modules() if isinstance(getattr(module, "_fvae_hooks", None), AuxLossHooks)]
+    roots = [
+        module._fvae_hooks
+        for module in model.modules()
+        if isinstance(getattr(module, "_fvae_hooks", None), AuxLossHooks)
+    ]
     seed = Seed()
     for layer in aux_loss_layers(model):
         layer.aux_pending, layer.aux_seed = None, seed
@@ -295,7 +301,9 @@ def _warn_unprobed() -> None:
 
 
 def _first_differentiable(output: Any) -> Tensor | None:
-    values = output.values() if hasattr(output, "values") else output if isinstance(output, (tuple, list)) else (output,)
+    values = (
+        output.values() if hasattr(output, "values") else output if isinstance(output, (tuple, list)) else (output,)
+    )
     return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
 
 

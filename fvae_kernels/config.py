@@ -80,7 +80,9 @@ class FVAEConfig:
         self._check_gamma()
         self._check_loss_weight()
         if self.separate_hidden and not self.encoder_hidden:
-            raise _wrong("separate_hidden", True, "False where encoder_hidden=()", "there is no hidden layer to separate")
+            raise _wrong(
+                "separate_hidden", True, "False where encoder_hidden=()", "there is no hidden layer to separate"
+            )
 
     def _check_gamma(self) -> None:
         weight: Any = self.gamma_weight
@@ -91,7 +93,12 @@ class FVAEConfig:
         for w in self.gamma_weights:
             _number("gamma_weight", w, low=0.0, why="a negative weight would pull z_1 and z_2 together")
         if self.objective != "fvae" and self.gamma_weights not in ((1.0, 1.0), (0.0, 0.0)):
-            raise _wrong("gamma_weight", weight, f"the default 1.0 (or 0.0) with objective={self.objective!r}", "it has no Gamma term")
+            raise _wrong(
+                "gamma_weight",
+                weight,
+                f"the default 1.0 (or 0.0) with objective={self.objective!r}",
+                "it has no Gamma term",
+            )
         if self.objective == "vae2lat" and self.kl_weight != 1.0:
             raise _wrong("kl_weight", self.kl_weight, "1.0 with objective='vae2lat'", "(8) is 'beta_vae2lat'")
 
@@ -145,7 +152,9 @@ class FVAEConfig:
         table = self.loss_weight if isinstance(self.loss_weight, Mapping) else {}
         unused = [pattern for pattern in table if not any(matches(pattern, name) for name in names)]
         if unused:
-            raise ValueError(f"loss_weight has patterns that match none of the adapted layers: {unused}; layers: {names}")
+            raise ValueError(
+                f"loss_weight has patterns that match none of the adapted layers: {unused}; layers: {names}"
+            )
 
 
 def matches(pattern: str, module_name: str) -> bool:
@@ -180,9 +189,18 @@ def _sizes(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _number(
-    name: str, value: Any, low: float | None = None, above: float | None = None, below: float | None = None, why: str = ""
+    name: str,
+    value: Any,
+    low: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    why: str = "",
 ) -> None:
-    bounds = [f"{word} {bound}" for word, bound in (("at least", low), ("above", above), ("below", below)) if bound is not None]
+    bounds = [
+        f"{word} {bound}"
+        for word, bound in (("at least", low), ("above", above), ("below", below))
+        if bound is not None
+    ]
     ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     ok = ok and (low is None or value >= low) and (above is None or value > above) and (below is None or value < below)
     if not ok:

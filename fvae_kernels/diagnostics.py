@@ -65,6 +65,3 @@ def latent_geometry(
 def active_units(mean: Tensor, threshold: float = 1e-2) -> int:
     """Latent entries whose mean varies over tokens by more than `threshold` (variance): those that carry anything."""
     return int((mean.reshape(-1, mean.shape[-1]).var(0, correction=0) > threshold).sum()) if mean.numel() else 0
-
-
-

@@ -29,7 +29,9 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
         TypeError: for another kind of layer.
     """
 
-    def __init__(self, base_layer: nn.Module, config: FVAEConfig, name: str = "", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, base_layer: nn.Module, config: FVAEConfig, name: str = "", dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self._init_aux_loss()
         self.in_features, self.out_features, self.transposed = linear_shape(base_layer)
@@ -132,7 +134,9 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
         if not x.is_floating_point():
             raise TypeError(f"x is {x.dtype}; expected a floating-point tensor of shape [..., {self.in_features}]")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected [..., {self.in_features}], the layer's in_features last")
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; expected [..., {self.in_features}], the layer's in_features last"
+            )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, loss_weight={self.loss_weight:g}"
@@ -219,6 +223,3 @@ def find_linears(model: nn.Module, named: dict[str, nn.Module], targets: str | l
 def _parents(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
-
-
-

@@ -354,7 +354,9 @@ def test_a_bare_layer_with_attach_has_no_memory_of_earlier_steps() -> None:
 def test_nothing_is_injected_in_eval_mode_or_without_grad() -> None:
     model, inputs = adapted("bert").eval(), batch("bert")
     model(**inputs).loss.backward()
-    names = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is not None and p.grad.abs().sum() > 0]
+    names = [
+        n for n, p in model.named_parameters() if p.requires_grad and p.grad is not None and p.grad.abs().sum() > 0
+    ]
     assert names
     assert not any("decoder" in n or "encoder2" in n for n in names)
     model.train()

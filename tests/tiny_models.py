@@ -39,7 +39,9 @@ def gpt2(**extra: Any) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     free = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=DIM, n_layer=2, n_head=2, **free, **extra))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=DIM, n_layer=2, n_head=2, **free, **extra)
+    )
 
 
 def mlp() -> nn.Module:

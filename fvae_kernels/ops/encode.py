@@ -121,7 +121,9 @@ def encode(
     check_shape("encode", "w_logvar", w_logvar, tuple(w_mean.shape), "the shape of w_mean")
     check_shape("encode", "b_mean", b_mean, (R,), "one entry for each row of w_mean")
     check_shape("encode", "b_logvar", b_logvar, (R,), "one entry for each row of w_logvar")
-    check_shape("encode", "noise", noise, (*x.shape[:-1], R), "the leading shape of x and one entry for each row of w_mean")
+    check_shape(
+        "encode", "noise", noise, (*x.shape[:-1], R), "the leading shape of x and one entry for each row of w_mean"
+    )
     backend = resolve("encode", x.device, backend)
     if backend == "reference":
         return reference.encode(x, w_mean, b_mean, w_logvar, b_logvar, noise)

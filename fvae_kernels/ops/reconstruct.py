@@ -120,12 +120,18 @@ def _check(
     check_features("reconstruct", "x", x)
     check_features("reconstruct", "latent", latent)
     check_shape(
-        "reconstruct", "latent", latent, (*x.shape[:-1], latent.shape[-1]), "the leading shape of x, then latent entries"
+        "reconstruct",
+        "latent",
+        latent,
+        (*x.shape[:-1], latent.shape[-1]),
+        "the leading shape of x, then latent entries",
     )
     features, of = latent.shape[-1], "latent"
     for i, (weight, bias) in enumerate(hidden):
         check_weight("reconstruct", f"hidden[{i}][0]", weight, features, of)
-        check_shape("reconstruct", f"hidden[{i}][1]", bias, weight.shape[:1], f"one entry for each row of hidden[{i}][0]")
+        check_shape(
+            "reconstruct", f"hidden[{i}][1]", bias, weight.shape[:1], f"one entry for each row of hidden[{i}][0]"
+        )
         features, of = weight.shape[0], f"the output of hidden[{i}]"
     check_weight("reconstruct", "w_out", w_out, features, of)
     D = x.shape[-1]

@@ -98,15 +98,21 @@ class FVAELoraConfig(PeftConfig):
             setattr(self, name, getattr(self, name) or {})
         for pattern, rank in self.rank_pattern.items():  # type: ignore[union-attr]
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"rank_pattern[{pattern!r}]={rank!r} is not allowed: expected a whole number of at least 1")
+                raise ValueError(
+                    f"rank_pattern[{pattern!r}]={rank!r} is not allowed: expected a whole number of at least 1"
+                )
         if self.inference_only and self.sample_at_inference:
-            raise ValueError("inference_only=True keeps the mean path alone; it does not go with sample_at_inference=True")
+            raise ValueError(
+                "inference_only=True keeps the mean path alone; it does not go with sample_at_inference=True"
+            )
         self._check_placement()
 
     def _check_placement(self) -> None:
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                raise ValueError(f"{name} needs target_modules as a list of names; it is the string {self.target_modules!r}")
+                raise ValueError(
+                    f"{name} needs target_modules as a list of names; it is the string {self.target_modules!r}"
+                )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where the blocks are; give their indices in layers_to_transform too")
 

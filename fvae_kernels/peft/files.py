@@ -39,7 +39,9 @@ def read_shapes(path: str) -> Shapes:
                 if found:
                     shapes.setdefault(module, {})[parameter] = tuple(file.get_slice(key).get_shape())
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}. It is truncated or not a safetensors file: copy it again") from error
+        raise ValueError(
+            f"{path} cannot be read: {error}. It is truncated or not a safetensors file: copy it again"
+        ) from error
     if not shapes:
         raise ValueError(f"{path} holds no FVAE-LoRA weights: no key has {CONTAINER!r} in it")
     return shapes
@@ -65,7 +67,9 @@ def check_fits(saved: Shapes, expected: Shapes, model: nn.Module) -> None:
                 f"the file and {parameters.get(at, 'unknown')} in the model; {advice}"
             )
     if remaining:
-        raise ValueError(f"the saved adapter has weights for {sorted(remaining)[0]!r}, which is not adapted here: {advice}")
+        raise ValueError(
+            f"the saved adapter has weights for {sorted(remaining)[0]!r}, which is not adapted here: {advice}"
+        )
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,9 @@ def export_for_inference(model: Any, folder: str | Path, adapter_name: str = "de
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     method = config.to_fvae_config()
     own = {key: key.rpartition(f"{CONTAINER}.")[2] for key in state if f".{CONTAINER}." in key}
-    served = {key: t.detach().cpu().contiguous() for key, t in state.items() if key not in own or is_served(own[key], method)}
+    served = {
+        key: t.detach().cpu().contiguous() for key, t in state.items() if key not in own or is_served(own[key], method)
+    }
     os.makedirs(folder, exist_ok=True)
     save_file(served, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
     config.save_pretrained(str(folder))

@@ -101,7 +101,9 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
         for name, delta in deltas.items():
             merged = weight + delta.to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"merging adapter {name!r} would put NaN or Inf into the weight; the adapter seems broken")
+                raise ValueError(
+                    f"merging adapter {name!r} would put NaN or Inf into the weight; the adapter seems broken"
+                )
             weight.copy_(merged)
             self.merged_adapters.append(name)
 

@@ -1,0 +1,50 @@
+"""Fixtures of the kernel tests. A module that sets ``OP`` gets `backend` for every backend that has this op."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+from fvae_kernels import testing
+from fvae_kernels._backend import backends_for, why_missing
+
+settings.register_profile("kernels", max_examples=25, deadline=None)
+settings.load_profile("kernels")
+
+
+def device_of(backend: str) -> str:
+    """Triton's kernels are tested where they are meant to run, or interpreted where there is no GPU."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    op = getattr(metafunc.module, "OP", None)
+    if op is not None and "backend" in metafunc.fixturenames:
+        names = [name for name in ("triton", "cpp", "reference") if name in backends_for(op, device_of(name))]
+        metafunc.parametrize("backend", names, scope="module")
+
+
+def pytest_report_header() -> list[str]:
+    missing = {name: why_missing(name) for name in ("triton", "cpp")}
+    return [f"backend {name} is not tested: {reason}" for name, reason in missing.items() if reason is not None]
+
+
+@pytest.fixture(scope="module")
+def device(backend: str) -> str:
+    return device_of(backend)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def _poison(request: pytest.FixtureRequest):
+    """Kernel tests, those with a `backend`, run with NaN in all memory that nobody wrote."""
+    if "backend" not in request.fixturenames:
+        yield
+        return
+    with testing.poisoned():
+        yield
