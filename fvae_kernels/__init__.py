@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import diagnostics, interop, reference
 from ._backend import BackendUnavailable, available_backends, use_backend
-from .aux_loss import attach_aux_loss, external_loss
+from .aux_loss import attach_aux_loss
 from .config import FVAEConfig
 from .diagnostics import collect_terms
+from .hooks import external_loss
 from .linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
 

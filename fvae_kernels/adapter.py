@@ -26,6 +26,14 @@ class FVAEAdapter(nn.Module):
         inference_only: hold encoder 1's mean path and B alone; such an adapter serves and does not train.
     """
 
+    B: Tensor
+    encoder1_mean_weight: Tensor
+    encoder1_logvar_weight: Tensor
+    encoder1_logvar_bias: Tensor
+    decoder_out_weight: Tensor
+    decoder_out_bias: Tensor
+    decoder_scale: Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -75,8 +83,8 @@ class FVAEAdapter(nn.Module):
         """
         if self.inference_only:
             raise RuntimeError(
-                "this FVAE adapter was exported for inference: encoder 2 and the decoder, which training needs, are not "
-                "in it. Call model.eval() to serve it, or load the full adapter to train it."
+                "this FVAE adapter was exported for inference: encoder 2 and the decoder, which training needs, are "
+                "not in it. Call model.eval() to serve it, or load the full adapter to train it."
             )
         shape = (*x.shape[:-1], self.config.rank)
         if noise is None:
@@ -84,14 +92,14 @@ class FVAEAdapter(nn.Module):
         for given in noise:
             if given.shape != shape or given.dtype != x.dtype or given.device != x.device:
                 raise ValueError(
-                    f"noise has shape {tuple(given.shape)}, {given.dtype}, on {given.device}; expected two standard normal "
-                    f"tensors of shape {shape} (tokens of x, rank), {x.dtype}, on {x.device}"
+                    f"noise has shape {tuple(given.shape)}, {given.dtype}, on {given.device}; expected two standard "
+                    f"normal tensors of shape {shape} (tokens of x, rank), {x.dtype}, on {x.device}"
                 )
         dropout = self.config.dropout if self.training else 0.0
         return layer(x, self._encoder(1), self._encoder(2), self._decoder(), self.B, self.config, noise, dropout, mask)
 
     def draw_noise(self, x: Tensor) -> Tensor:
-        """Standard normal ``[..., R]`` from torch's global generator, so that recomputation and manual_seed repeat it."""
+        """Standard normal ``[..., R]`` from torch's global generator: manual_seed and recomputation repeat it."""
         return torch.randn((*x.shape[:-1], self.config.rank), dtype=x.dtype, device=x.device)
 
     def infer(self, x: Tensor) -> Tensor:
@@ -116,8 +124,8 @@ class FVAEAdapter(nn.Module):
                 else f"encoder_hidden={self.config.encoder_hidden} makes the update a non-linear function of the input"
             )
             raise ValueError(
-                f"cannot merge this FVAE adapter: {why}, so no weight matrix equals it. Train with encoder_hidden=() to "
-                "be able to merge, or keep the adapter beside the base layer."
+                f"cannot merge this FVAE adapter: {why}, so no weight matrix equals it. Train with encoder_hidden=() "
+                "to be able to merge, or keep the adapter beside the base layer."
             )
         wide = self.B.float() if self.B.dtype in (torch.float16, torch.bfloat16) else self.B
         return self.config.scaling * (wide @ self.encoder1_mean_weight.to(wide.dtype))

@@ -13,15 +13,12 @@ layers then record their terms and a hook adds them to the model's loss.
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .reference import Terms
-from .token_share import token_share
 
 
 class Seed:
@@ -49,7 +46,7 @@ class InjectAuxLoss(torch.autograd.Function):
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
         """The weight is the probe's, or 1 where no probe was on the way."""
         ctx.seed.closed = True
         if ctx.seed.weight is None:
@@ -68,7 +65,7 @@ class InjectAuxLossOnce(torch.autograd.Function):
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
         """Weight 1."""
         return grad_out, torch.ones_like(ctx.saved_tensors[0])
 
@@ -83,7 +80,7 @@ class ProbeLoss(torch.autograd.Function):
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         """Note d(root) / d(loss)."""
         ctx.seed.weight = grad_loss.detach() * ctx.share
         return grad_loss, None, None
@@ -111,7 +108,7 @@ class AuxLossLayer:
                 return InjectAuxLossOnce.apply(out, loss)
             self.aux_pending = loss if self.aux_pending is None else self.aux_pending + loss
             return out
-        if not _in_backward():  # a recomputation reports nothing twice
+        if not in_backward():  # a recomputation reports nothing twice
             if self.aux_seed.closed:
                 self.aux_seed = Seed()
             value = loss.detach()
@@ -126,10 +123,10 @@ def aux_loss_layers(model: nn.Module) -> list[Any]:
 
 
 def attach_aux_loss(model: nn.Module, loss: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-    """`loss` plus `weight` times the auxiliary loss of the model's last forward, for a loss that the model did not compute.
+    """`loss` plus `weight` times the auxiliary loss of the model's last forward.
 
-    A model called with labels needs none of this. Call it once per forward, in training, on the loss that the loop will
-    scale, divide and back-propagate:
+    For a loss that the model did not compute; a model called with labels needs none of this. Call it once per forward,
+    in training, on the loss that the loop will scale, divide and back-propagate:
 
         logits = model(inputs)
         loss = fk.attach_aux_loss(model, criterion(logits, labels))
@@ -155,9 +152,9 @@ def attach_aux_loss(model: nn.Module, loss: Tensor, weight: Tensor | float = 1.0
     ]
     if not pending and not seeds:
         raise ValueError(
-            f"{type(model).__name__} has {len(layers)} FVAE layer(s) and none ran in training mode since the last call: "
-            "call attach_aux_loss once after each forward in training, and not for a loss that the model computed itself. "
-            "Around a model under torch.compile, run the forward inside `with fvae_kernels.external_loss(model):`"
+            f"{type(model).__name__} has {len(layers)} FVAE layer(s) and none ran in training mode since the last "
+            "call: call attach_aux_loss once after each forward in training, and not for a loss that the model computed"
+            " itself. With torch.compile, run the forward inside `with fvae_kernels.external_loss(model):`"
         )
     if torch.is_grad_enabled():
         for seed in seeds:
@@ -171,116 +168,7 @@ def attach_aux_loss(model: nn.Module, loss: Tensor, weight: Tensor | float = 1.0
     return loss
 
 
-class AuxLossHooks:
-    """The hooks on a model: a fresh seed before each forward, and the probe on the loss that the forward returns.
-
-    They sit on the base model, since PeftModel.forward calls it directly where no task type is set, and so do models
-    into which adapters were injected in place.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.handles = (
-            model.register_forward_pre_hook(self.before, with_kwargs=True),
-            model.register_forward_hook(self.after, with_kwargs=True),
-        )
-        self.external = False  # somebody else attaches the loss
-        self.refresh(model)
-
-    def refresh(self, model: nn.Module) -> None:
-        """Look for the layers anew; they change when adapters are added."""
-        self.layers = aux_loss_layers(model)
-        for layer in self.layers:
-            layer.aux_root = True
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self.handles:
-            handle.remove()
-        for layer in self.layers:
-            layer.aux_root = False
-
-    def live(self) -> bool:
-        """Whether this forward trains an adapter; the model's own mode does not tell, it may be eval with PEFT."""
-        return torch.is_grad_enabled() and not _in_backward() and any(layer.training for layer in self.layers)
-
-    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """A new seed for the layers of this forward."""
-        if not self.live() or self.external:
-            return
-        for layer in self.layers:
-            layer.aux_pending = None
-        if not torch.compiler.is_compiling():
-            seed = Seed()
-            for layer in self.layers:
-                layer.aux_seed = seed
-
-    def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """The total loss in place of the task loss, where the forward returned one."""
-        if not self.live() or self.external:
-            return None
-        mapping = hasattr(output, "keys")
-        first = isinstance(output, tuple) and kwargs.get("labels") is not None
-        loss = output.get("loss") if mapping else output[0] if first else None
-        if not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad):
-            return self._without_loss(output) if torch.compiler.is_compiling() else None
-        if not any(layer.aux_pending is not None or layer.aux_seed.value is not None for layer in self.layers):
-            return None
-        loss = attach_aux_loss(module, loss, token_share(module, kwargs))
-        if mapping:
-            output["loss"] = loss
-            return output
-        return (loss, *output[1:])
-
-    def _without_loss(self, output: Any) -> Any:
-        """Traced without a loss: the recorded terms enter through the output, with weight 1 as in eager mode."""
-        terms = [layer.aux_pending for layer in self.layers if layer.aux_pending is not None]
-        carrier = _first_differentiable(output)
-        if not terms or carrier is None:
-            return None
-        for layer in self.layers:
-            layer.aux_pending = None
-        injected = InjectAuxLossOnce.apply(carrier, torch.stack(terms).sum())
-        return _replace(output, carrier, injected)
-
-
-def install_hooks(model: nn.Module) -> None:
-    """Put the hooks on `model`, or have those that are there look for new layers."""
-    hooks = getattr(model, "_fvae_hooks", None)
-    if hooks is None:
-        model._fvae_hooks = AuxLossHooks(model)  # type: ignore[assignment]
-    else:
-        hooks.refresh(model)
-
-
-def remove_hooks(model: nn.Module) -> None:
-    """Undo `install_hooks`."""
-    hooks = getattr(model, "_fvae_hooks", None)
-    if hooks is not None:
-        hooks.remove()
-        del model._fvae_hooks
-
-
-@contextmanager
-def external_loss(model: nn.Module) -> Iterator[None]:
-    """Inside, the hooks stand back, whatever the number of forwards; the caller then calls `attach_aux_loss` once."""
-    roots = [
-        module._fvae_hooks
-        for module in model.modules()
-        if isinstance(getattr(module, "_fvae_hooks", None), AuxLossHooks)
-    ]
-    seed = Seed()
-    for layer in aux_loss_layers(model):
-        layer.aux_pending, layer.aux_seed = None, seed
-    for hooks in roots:
-        hooks.external = True  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        for hooks in roots:
-            hooks.external = False  # type: ignore[union-attr]
-
-
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether the autograd engine runs on this thread, so that a forward now is a checkpoint's recomputation."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -293,27 +181,8 @@ def _warn_unprobed() -> None:
     if not _unprobed_warned:
         _unprobed_warned = True
         warnings.warn(
-            "FVAE: the auxiliary loss entered the gradient with weight 1 for each forward, since the model did not compute "
-            "the task loss. That is right for one forward and one unscaled backward per step; with gradient accumulation "
-            "or a GradScaler use `loss = fvae_kernels.attach_aux_loss(model, loss)`.",
+            "FVAE: the auxiliary loss entered the gradient with weight 1 for each forward, since the model did not "
+            "compute the task loss. That is right for one forward and one unscaled backward per step; with accumulation"
+            " or a GradScaler use `loss = fvae_kernels.attach_aux_loss(model, loss)`.",
             stacklevel=2,
         )
-
-
-def _first_differentiable(output: Any) -> Tensor | None:
-    values = (
-        output.values() if hasattr(output, "values") else output if isinstance(output, (tuple, list)) else (output,)
-    )
-    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
-
-
-def _replace(output: Any, old: Tensor, new: Tensor) -> Any:
-    if hasattr(output, "keys"):
-        for key in list(output.keys()):
-            if output[key] is old:
-                output[key] = new
-        return output
-    if isinstance(output, (tuple, list)):
-        values = [new if value is old else value for value in output]
-        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
-    return new

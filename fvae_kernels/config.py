@@ -140,7 +140,7 @@ class FVAEConfig:
             if matches(pattern, module_name):
                 return float(value)
         raise ValueError(
-            f"loss_weight has no pattern for the layer {module_name or '(unnamed)'!r}; it has {sorted(self.loss_weight)}. "
+            f"loss_weight has no pattern for layer {module_name or '(unnamed)'!r}; it has {list(self.loss_weight)}. "
             "Add '.*' as its last pattern to cover the rest, or pass a number."
         )
 
@@ -152,9 +152,7 @@ class FVAEConfig:
         table = self.loss_weight if isinstance(self.loss_weight, Mapping) else {}
         unused = [pattern for pattern in table if not any(matches(pattern, name) for name in names)]
         if unused:
-            raise ValueError(
-                f"loss_weight has patterns that match none of the adapted layers: {unused}; layers: {names}"
-            )
+            raise ValueError(f"loss_weight has patterns that match no adapted layer: {unused}; the layers are {names}")
 
 
 def matches(pattern: str, module_name: str) -> bool:

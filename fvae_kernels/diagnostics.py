@@ -9,8 +9,8 @@ from .reference import LOGVAR_LIMIT, gaussian_kl, token_mean, widen
 def collect_terms(model: nn.Module) -> dict[str, dict[str, float]]:
     """loss, nll, kl and gamma (nats, means over tokens) of each adapted layer in its last training forward.
 
-    Layers that have not run in training, or ran inside torch.compile, are left out. Copies to the host: call it when you
-    log, not at every step.
+    Layers that have not run in training, or ran inside torch.compile, are left out. It copies to the host: call it when
+    you log, not at every step.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AuxLossLayer)}
     return {

@@ -1,87 +1,25 @@
-"""The authors' layers and checkpoints: theirs in, ours out, and back.
-
-Their objective, in our terms (`minus_elbo == terms.loss`): ``l_rec NLL + l_kl KL_1 + l_z2 mean((z_2 - mu)^2) - l_z1 mean(z_1^2)``
-with means over latent entries is the sampled Gamma with the pair ``gamma_weight = (2 l_z2 / r, 2 l_z1 / r)``. It has no
-tau: ``z2_std`` is read nowhere in it, so `prior2_std` is 1. Their layer scale is ``alpha / (r + 1e-5)``, and their
-decoder's is ``scale_tril + 1e-5``; both are folded in. lora_E, lora_dropout and z1z2_orthogonal_reg do nothing.
-"""
+"""The authors' layers and checkpoints: theirs in, ours out, and a layer of ours back. `_official` has the mapping."""
 
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .adapter import parameter_shapes
-from .config import FVAEConfig
+from ._official import FIRST_BIAS, SCALE, SCALE_EPSILON, config_from_official, group, official_names, to_ours
+from .config import FIELDS
 from .linear import FusedFVAELinear
 
-EPSILON = 1e-5  # added by their code to the rank and to the decoder's scale
 
-_STEMS = {
-    "encoder1": "lora_A.views_conditionalGaussianEncoders_list.0",
-    "encoder2": "lora_A.views_conditionalGaussianEncoders_list.1",
-    "decoder": "lora_A.views_conditionalGaussianDecoders",
-}
-_PARTS = {"hidden": "layers", "logvar_hidden": "layers_logvar", "out": "output_layer", "scale": "scale_tril"}
-_OURS = re.compile(r"(encoder1|encoder2|decoder)_(logvar_hidden|hidden|mean|logvar|out|scale)(\d*)_?(weight|bias)?")
-_UNUSED = ("lora_E", "ranknum")
-_FIRST_BIAS = f"{_STEMS['encoder1']}.mean.bias"
-# with or without the adapter's name after lora_A, lora_B, ...
-_KEY = re.compile(r"(?:(.+)\.)?(?:(lora_A)(?:\.([^.]+))?\.(views_.+)|(lora_B|lora_E|ranknum)(?:\.([^.]+))?)")
+PREFIX = "base_model.model."  # PEFT's, before the name of a module of the base model
+
 _CARRIED = (
     *("task_type", "base_model_name_or_path", "revision", "inference_mode", "modules_to_save"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 )
-
-
-def config_from_official(settings: Mapping[str, Any]) -> FVAEConfig:
-    """The config under which our objective is theirs.
-
-    Args:
-        settings: by their adapter_config.json's names (latent_dim, enc_hidden_layer, ...) or the short ones (r,
-            enc_hidden, ...), as Python values or JSON strings. What is absent has their default, and dropout is 0.
-
-    Raises:
-        ValueError: for a setting without counterpart here; it says what came, what is allowed and why.
-    """
-    given = {name: _plain(value) for name, value in settings.items()}
-    for name, value in given.items():
-        if name.startswith("force_") and value:
-            raise ValueError(f"{name}={value!r} is not supported: expected false, their other models are not FVAE-LoRA (4)")
-    samples = _get(given, "num_of_z_sampled", "num_z_samples", default=1)
-    if samples != 1:
-        raise ValueError(f"num_of_z_sampled={samples!r} is not supported: expected 1, one noise per token and latent space")
-    dropout, decoder_dropout = _get(given, "enc_dropout", default=0.0), _get(given, "dec_dropout", default=0.0)
-    if dropout != decoder_dropout:
-        raise ValueError(
-            f"enc_dropout={dropout!r} and dec_dropout={decoder_dropout!r} differ: expected one probability, "
-            "since a layer here has a single dropout for encoders and decoder"
-        )
-    rank = _whole("latent_dim", _get(given, "latent_dim", "r"), low=1)
-    alpha = _get(given, "lora_alpha", default=8)
-    encoder_hidden, separate = _sizes(given, "enc"), not _get(given, "encoder_use_common_hidden_layer", "common_hidden", default=True)
-    weight = given["aux_weight"] if "aux_weight" in given else 1 / _get(given, "lambda_downstream", default=1)
-    return FVAEConfig(
-        rank=rank,
-        alpha=(alpha if alpha > 0 else rank) * rank / (rank + EPSILON),
-        encoder_hidden=encoder_hidden,
-        separate_hidden=separate and bool(encoder_hidden),
-        decoder_hidden=_sizes(given, "dec"),
-        dropout=dropout,
-        fusion=_get(given, "latent_fusion", "fusion", default="concat"),
-        recon_weight=_get(given, "lambda_reconstruction", default=1),
-        kl_weight=_get(given, "lambda_kl_z1", default=1),
-        gamma_weight=tuple(2 * _get(given, name, default=1) / rank for name in ("lambda_z2_l2", "lambda_z1_l2")),
-        gamma_estimator="monte_carlo",
-        prior2_mean=_get(given, "z2_latent_mean", "z2_mean", default=1.5),
-        loss_weight=weight,
-    )
 
 
 def from_official(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> FusedFVAELinear:
@@ -96,24 +34,26 @@ def from_official(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) ->
         ValueError: for an unsupported setting, a missing or unexpected tensor, or a wrong shape.
     """
     config = config_from_official(settings)
-    found, others = _group(tensors)
+    found, others = group(tensors)
     if "base_layer.weight" not in others:
-        raise ValueError(f"base_layer.weight is missing: expected the frozen layer's weight; there are {sorted(tensors)}")
+        raise ValueError(
+            f"base_layer.weight is missing: expected the frozen layer's weight; there are {sorted(tensors)}"
+        )
     weight, bias = others.pop("base_layer.weight"), others.pop("base_layer.bias", None)
     if others or set(found) - {""}:
         raise ValueError(f"unexpected tensors {sorted({*others, *found} - {''})}: expected those of a single layer")
     M, D = weight.shape
-    state = _to_ours(found.get("", {}), config, D, M, "the layer")
+    state = to_ours(found.get("", {}), config, D, M, "the layer")
     linear = nn.Linear(D, M, bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach().clone())
-    linear.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
     layer = FusedFVAELinear(linear, config, dtype=state["B"].dtype)
     layer.adapter.load_state_dict(state)
     return layer
 
 
 def to_official(layer: FusedFVAELinear, gradients: bool = False) -> dict[str, Tensor]:
-    """The tensors of a layer by the authors' names: the inverse of `from_official`. Detached copies.
+    """The tensors of a layer by the authors' names: the inverse of `from_official`. Copies.
 
     The settings are not in it. Their lora_alpha is ``config.alpha * (r + 1e-5) / r``.
 
@@ -127,7 +67,7 @@ def to_official(layer: FusedFVAELinear, gradients: bool = False) -> dict[str, Te
     """
     if layer.merged or layer.adapter.inference_only:
         raise ValueError("expected a whole adapter beside its base layer: call unmerge(), or load the full adapter")
-    names, config = _names(layer.in_features, layer.out_features, layer.config), layer.config
+    names, config = official_names(layer.in_features, layer.out_features, layer.config), layer.config
     parameters = {f"base_layer.{name}": p for name, p in layer.base_layer.named_parameters()}
     parameters |= {names[name]: p for name, p in layer.adapter.named_parameters()}
     if gradients:
@@ -137,10 +77,10 @@ def to_official(layer: FusedFVAELinear, gradients: bool = False) -> dict[str, Te
         found = {name: p.grad.detach().clone() for name, p in parameters.items() if p.grad is not None}
     else:
         found = {name: p.detach().clone() for name, p in parameters.items()}
-        found[names["decoder_scale"]] -= EPSILON
+        found[names["decoder_scale"]] -= SCALE_EPSILON
         B = found["lora_B"]
         found["lora_E"], found["ranknum"] = B.new_zeros(config.rank, 1), B.new_full((1,), float(config.rank))
-        found.setdefault(_FIRST_BIAS, B.new_zeros(config.rank))  # a linear encoder 1 has no bias here
+        found.setdefault(FIRST_BIAS, B.new_zeros(config.rank))  # a linear encoder 1 has no bias here
     if layer.transposed and "base_layer.weight" in found:
         found["base_layer.weight"] = found["base_layer.weight"].T
     return {re.sub(r"^(lora_A|lora_B|lora_E|ranknum)", r"\1.default", name): t for name, t in found.items()}
@@ -149,48 +89,118 @@ def to_official(layer: FusedFVAELinear, gradients: bool = False) -> dict[str, Te
 def convert_checkpoint(source_folder: str | Path, target_folder: str | Path, model: nn.Module | None = None) -> None:
     """Turn an adapter folder of the authors into one of ours, for ``PeftModel.from_pretrained(base, target_folder)``.
 
-    `loss_weight` becomes ``1 / (lambda_downstream * layers)``: their mean over layers, relative to the task loss. Tensors
-    of no adapter, such as a trained classifier, are carried over. Nothing is written before everything is converted.
+    `loss_weight` becomes ``1 / (lambda_downstream * layers)``: their mean over layers, relative to the task loss.
+    Tensors of no adapter, such as a trained classifier, are carried over. Nothing is written before all is converted.
 
     Args:
         source_folder: holds adapter_config.json and adapter_model.safetensors, by their names.
         target_folder: another folder; it is made if need be.
-        model: the base model. Give it where its layers were renamed since the checkpoint was made, as transformers 5 did
-            with ViT's: their new names are then looked up in transformers, and written.
+        model: the base model. Give it where its layers were renamed since the checkpoint was made, as transformers 5
+            did with ViT's: their new names are then looked up in transformers, and written.
 
     Raises:
         ValueError: for a pickle, an unsupported setting, tensors that are missing, unexpected or of a wrong shape, or a
             layer that `model` does not have.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     from .peft.config import FVAELoraConfig
-    from .peft.files import CONTAINER, WEIGHTS, find_weights
+    from .peft.files import CONTAINER, WEIGHTS
 
     source, target = Path(source_folder), Path(target_folder)
-    path = find_weights(str(source))
-    if path is None or not (source / "adapter_config.json").is_file():
-        raise ValueError(f"{source} is no adapter folder: expected adapter_config.json and {WEIGHTS} in it")
-    if target.exists() and source.samefile(target):
-        raise ValueError(f"target_folder={str(target)!r} is the source folder: expected another, so that theirs survives")
-    settings = json.loads((source / "adapter_config.json").read_text())
-    method = _checkpoint_config(settings)
-    layers, others = _group(load_file(path))
+    if target.exists() and source.exists() and source.samefile(target):
+        raise ValueError(
+            f"target_folder={str(target)!r} is the source folder: expected another, so that theirs survives"
+        )
+    settings, layers, others = _read_checkpoint(source)
+    method = config_from_official(settings)
+    names = {module: _current_name(module, model) for module in layers}
+    state = {key: tensor.contiguous() for key, tensor in others.items()}
+    for module, tensors in layers.items():
+        ours = to_ours(tensors, method, *_sides(tensors, module), module)
+        state |= {f"{names[module]}.{CONTAINER}.{name}": tensor.contiguous() for name, tensor in ours.items()}
+    options = {name: getattr(method, name) for name in FIELDS if name not in ("rank", "loss_weight")}
+    options |= _placement(settings, names)
+    weight: Any = method.loss_weight
+    config = FVAELoraConfig(r=method.rank, loss_weight=weight / len(layers), **options)
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(state, target / WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(str(target))
+
+
+def peft_model_from_official(model: nn.Module, folder: str | Path, **kwargs: Any) -> Any:
+    """``PeftModel.from_pretrained(model, ...)`` for a checkpoint of the authors; the options are the same."""
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as converted:
+        convert_checkpoint(folder, converted, model)
+        return PeftModel.from_pretrained(model, converted, **kwargs)
+
+
+def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Settings, adapter tensors by module, and the other tensors of a checkpoint of theirs."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from .peft.files import WEIGHTS, find_weights
+
+    path = find_weights(str(folder))
+    if path is None or not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} is no adapter folder: expected adapter_config.json and {WEIGHTS} in it")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    if settings.get("peft_type") != "FVAEPEFT":
+        raise ValueError(f"peft_type={settings.get('peft_type')!r} is not supported: expected 'FVAEPEFT', the authors'")
+    if settings.get("bias", "none") != "none":
+        raise ValueError(f"bias={settings['bias']!r} is not supported: expected 'none', base layers stay frozen here")
+    try:
+        layers, others = group(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. It is truncated or not a safetensors file") from error
     if not layers:
         raise ValueError(f"{path} holds no FVAE-LoRA weights of the authors: no key has 'lora_B' in it")
-    names = {module: _current_name(module, model) for module in layers}
-    state = {key: t.contiguous() for key, t in others.items()}
-    for module, tensors in layers.items():
-        D, M = _sides(tensors, module)
-        ours = _to_ours(tensors, method, D, M, module)
-        state |= {f"{names[module]}.{CONTAINER}.{name}": t.contiguous() for name, t in ours.items()}
+    return settings, layers, others
+
+
+def _placement(settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Where the adapters go: as in their config, or by full names where the model has others by now."""
     options = {name: settings[name] for name in _CARRIED if settings.get(name) is not None}
     if any(old != new for old, new in names.items()):
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             options.pop(name, None)
-        options["target_modules"] = sorted(name.removeprefix("base_model.model.") for name in names.values())
-    fields = {name: getattr(method, name) for name in FVAEConfig.__dataclass_fields__ if name not in ("rank", "loss_weight")}
-    config = FVAELoraConfig(r=method.rank, loss_weight=method.loss_weight / len(layers), **fields, **options)
-    target.mkdir(parents=True, exist_ok=True)
-    save_file(state, target / WEIGHTS, metadata={"format": "pt"})
-    config.save_pretrained(str(target))
+        options["target_modules"] = sorted(name.removeprefix(PREFIX) for name in names.values())
+    return options
+
+
+def _sides(tensors: Mapping[str, Tensor], module: str) -> tuple[int, int]:
+    """in_features and out_features of a layer, as its tensors tell."""
+    if absent := [name for name in ("lora_B", SCALE) if name not in tensors]:
+        raise ValueError(f"the tensors of {module} do not fit the settings: missing {absent}")
+    return tensors[SCALE].shape[0], tensors["lora_B"].shape[0]
+
+
+def _current_name(module: str, model: nn.Module | None) -> str:
+    """The module's name in `model`: itself, or what transformers says that it became."""
+    name = module.removeprefix(PREFIX)
+    known = dict(model.named_modules()) if model is not None else {name: None}
+    if name in known:
+        return module
+    renamed = f"{name}.weight"
+    for renaming in _renamings(model):
+        renamed = renaming.rename_source_key(renamed)[0]
+    renamed = renamed.removesuffix(".weight")
+    if renamed not in known:
+        raise ValueError(
+            f"{type(model).__name__} has no layer {name!r}: the checkpoint was made for another base model"
+        )
+    return PREFIX + renamed
+
+
+def _renamings(model: Any) -> Iterator[Any]:
+    try:
+        from transformers import PreTrainedModel
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:
+        return
+    if isinstance(model, PreTrainedModel):
+        yield from (entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming))

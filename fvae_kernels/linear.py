@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import FVAEAdapter
-from .aux_loss import AuxLossLayer, install_hooks
+from .aux_loss import AuxLossLayer
 from .config import FVAEConfig
+from .hooks import install_hooks
 from .reference import Terms
 
 
 class FusedFVAELinear(nn.Module, AuxLossLayer):
     """A frozen linear layer with an FVAE-LoRA adapter beside it: ``y = W x + b + s B z_1``.
 
-    Calling it gives y alone. In training the gradient of ``loss_weight * terms.loss`` arrives in the backward of y, with
-    the weight that the training loop gives to the task loss (see `aux_loss`).
+    Calling it gives y alone. In training the gradient of ``loss_weight * terms.loss`` arrives in the backward of y,
+    with the weight that the training loop gives to the task loss (see `aux_loss`).
 
     Args:
         base_layer: an ``nn.Linear`` or transformers' ``Conv1D``; it is kept, and frozen.
@@ -45,7 +46,7 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
 
     @classmethod
     def from_linear(cls, linear: nn.Module, config: FVAEConfig, **kwargs: Any) -> "FusedFVAELinear":
-        """An adapted layer around `linear`, in its mode (train or eval); in eval it first computes what `linear` did."""
+        """An adapted layer around `linear`, in its mode (train or eval); in eval it starts as `linear` itself."""
         return cls(linear, config, **kwargs).train(linear.training)
 
     @property

@@ -17,7 +17,7 @@ from . import reference
 Inputs = dict[str, Any]
 Results = dict[str, Tensor]
 
-OUTPUTS = {"encode": ("mean", "logvar", "z"), "divergence": ("kl", "gamma"), "reconstruct": ("nll",)}
+STRIDES = ("contiguous", "transposed", "sliced", "offset")
 
 
 class Random:
@@ -131,6 +131,26 @@ def convert(inputs: Mapping[str, Any], dtype: torch.dtype) -> Inputs:
     return {name: of(value) for name, value in inputs.items()}
 
 
+def restride(inputs: Mapping[str, Any], kind: str) -> Inputs:
+    """The same numbers laid out another way, as fresh leaves; `kind` is one of `STRIDES`. Masks stay as they are."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(of(entry) for entry in value)
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
+            return value
+        t = value.detach()
+        if kind == "transposed" and t.dim() > 1:
+            t = t.transpose(0, -1).contiguous().transpose(0, -1)
+        elif kind == "sliced":  # every second entry of each row
+            t = t.repeat_interleave(2, -1)[..., ::2]
+        elif kind == "offset":  # the end of longer rows
+            t = torch.cat((t, t), -1)[..., t.shape[-1] :]
+        return t.requires_grad_(value.requires_grad)
+
+    return {name: of(value) for name, value in inputs.items()}
+
+
 def run(function: Callable[..., Any], inputs: Mapping[str, Any], seed: int = 1, **options: Any) -> Results:
     """Outputs of `function` as ``out0`` ... and gradients of a fixed random weighting of them as ``grad_<name>``."""
     result = function(**inputs, **options)
@@ -139,7 +159,7 @@ def run(function: Callable[..., Any], inputs: Mapping[str, Any], seed: int = 1, 
     asked = leaves(inputs)
     if asked:
         weights = [Random(seed + i, out.dtype, out.device)(*out.shape, grad=False) for i, out in enumerate(outputs)]
-        grads = torch.autograd.grad(outputs, list(asked.values()), weights)
+        grads = torch.autograd.grad(outputs, list(asked.values()), weights, allow_unused=True, materialize_grads=True)
         results |= {f"grad_{name}": grad for name, grad in zip(asked, grads, strict=True)}
     return results
 

@@ -42,4 +42,5 @@ def _shifts_labels(model: nn.Module) -> bool:
     except ImportError:
         return False
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not encoder_decoder
+    loss_type: Any = getattr(model, "loss_type", None)
+    return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss and not encoder_decoder

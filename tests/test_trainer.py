@@ -136,7 +136,7 @@ def test_causal_model_with_num_items_in_batch(tmp_path: Path, checkpointing: boo
 
 
 def test_model_that_takes_the_mean(tmp_path: Path) -> None:
-    """BERT's head takes the mean and ignores num_items_in_batch: whatever factor Trainer gives the task, aux has it too."""
+    """BERT's head takes the mean and ignores num_items_in_batch: aux has the factor that Trainer gives the task."""
     model, rows = adapted("bert", "SEQ_CLS"), Rows("bert", torch.float64)
     pairs = [terms_of(model, b) for b in rows.batches]
     got = train_one_step(adapted("bert", "SEQ_CLS"), rows, tmp_path)

@@ -8,8 +8,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..adapter import is_served, parameter_shapes
-from ..aux_loss import install_hooks, remove_hooks
 from ..config import FVAEConfig
+from ..hooks import install_hooks, remove_hooks
 from ..linear import linear_shape
 from .config import FVAELoraConfig
 from .files import Shapes, check_fits
