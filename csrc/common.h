@@ -49,6 +49,11 @@ struct PlainTensors {
   c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
 };
 
+// Memory for a gradient [shape]; empty where it is not needed.
+inline Tensor gradient(bool needed, at::IntArrayRef shape, const at::TensorOptions& options) {
+  return needed ? at::empty(shape, options) : at::empty({0}, options);
+}
+
 struct Tile {
   int64_t index, start, length;  // tokens start ... start + length - 1
   int64_t worker;

@@ -101,9 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_bwd(
   const Tensor m1 = mean1.contiguous(), v1 = logvar1.contiguous(), m2 = mean2.contiguous(), v2 = logvar2.contiguous();
   const Kept kept(mask, N);
   std::array<Tensor, 4> grads;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    grads[i] = needs[i] ? at::empty({N, R}, mean1.options()) : at::empty({0}, mean1.options());
-  }
+  for (size_t i = 0; i < grads.size(); ++i) grads[i] = gradient(needs[i], {N, R}, mean1.options());
 
   FVAE_DISPATCH(mean1.scalar_type(), "divergence_bwd", [&] {
     using acc_t = at::opmath_type<scalar_t>;

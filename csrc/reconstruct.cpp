@@ -87,10 +87,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_bwd(
   const Kept kept(mask, N);
   const Tiles tiles(N, D);
   const OutputLayer layer(w_out, b_out, scale, tiles);
-  const auto none = at::IntArrayRef({0});
   const auto [need_x, need_g, need_w, need_b] = needs;
-  const Tensor grad_x = at::empty(need_x ? x.sizes() : none, x.options());
-  const Tensor grad_g = at::empty(need_g ? g.sizes() : none, g.options());
+  const Tensor grad_x = gradient(need_x, x.sizes(), x.options());
+  const Tensor grad_g = gradient(need_g, g.sizes(), g.options());
   // Each worker and each tile has sums of its own, added in order at the end.
   const Tensor sums_w = at::zeros({need_w ? tiles.workers : 0, D, H}, layer.w.options());
   const Tensor sums_b = at::zeros({need_b ? tiles.count : 0, D}, layer.w.options());

@@ -135,7 +135,7 @@ def _obstacle(backend: str, op: str, device_type: str) -> str | None:
         return reason
     for other in ("cpu", "cuda"):
         if f"{op}_fwd" in _library.implemented(backend, other):
-            return f"its kernel for {op} runs on {other} tensors, these are on {device_type}; move them with .to({other!r})"
+            return f"its {op} runs on {other} tensors, these are on {device_type}; move them with .to({other!r})"
     return f"it has no kernel for {op} yet; leave the backend unnamed to run what there is"
 
 

@@ -86,15 +86,8 @@ class FVAEAdapter(nn.Module):
                 "this FVAE adapter was exported for inference: encoder 2 and the decoder, which training needs, are "
                 "not in it. Call model.eval() to serve it, or load the full adapter to train it."
             )
-        shape = (*x.shape[:-1], self.config.rank)
         if noise is None:
             noise = self.draw_noise(x), self.draw_noise(x)
-        for given in noise:
-            if given.shape != shape or given.dtype != x.dtype or given.device != x.device:
-                raise ValueError(
-                    f"noise has shape {tuple(given.shape)}, {given.dtype}, on {given.device}; expected two standard "
-                    f"normal tensors of shape {shape} (tokens of x, rank), {x.dtype}, on {x.device}"
-                )
         dropout = self.config.dropout if self.training else 0.0
         return layer(x, self._encoder(1), self._encoder(2), self._decoder(), self.B, self.config, noise, dropout, mask)
 

@@ -13,7 +13,6 @@ from ._official import FIRST_BIAS, SCALE, SCALE_EPSILON, config_from_official, g
 from .config import FIELDS
 from .linear import FusedFVAELinear
 
-
 PREFIX = "base_model.model."  # PEFT's, before the name of a module of the base model
 
 _CARRIED = (

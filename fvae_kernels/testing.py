@@ -5,6 +5,7 @@ them for any size, dtype and device from a seed.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -87,7 +88,7 @@ def reconstruct_inputs(
     sizes = (latent, *hidden, D)
     weights = [
         (random(n_out, n_in, scale=max(n_in, 1) ** -0.5), random(n_out) if bias else None)
-        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True)
+        for n_in, n_out in itertools.pairwise(sizes)
     ]
     return {
         "x": random(*lead, D),
@@ -170,9 +171,8 @@ def assert_same(actual: Results, expected: Results, rtol: float = 1e-10) -> None
     for name, wanted in expected.items():
         finite = wanted[wanted.isfinite()].abs()
         atol = rtol * max(finite.max().item() if finite.numel() else 0.0, 1e-6)
-        torch.testing.assert_close(
-            actual[name], wanted, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        said = (name + ": {}").format
+        torch.testing.assert_close(actual[name], wanted, rtol=rtol, atol=atol, equal_nan=True, msg=said)
 
 
 def assert_no_worse(actual: Results, same_dtype: Results, exact: Results, factor: float = 2.0) -> None:
@@ -204,7 +204,7 @@ def exact_and_rounded(op: str, inputs: Mapping[str, Any], **options: Any) -> tup
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Memory that is allocated and not written holds NaN, in Python and in C++, so that reading it shows."""
-    settings = torch.utils.deterministic
+    settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     settings.fill_uninitialized_memory = True

@@ -91,7 +91,9 @@ def test_schemas_agree_between_namespaces(name):
 def test_a_forward_comes_with_its_backward(backend):
     for device in ("cpu", "cuda"):
         names = set(_library.implemented(backend, device))
-        assert {n.replace("_fwd", "_bwd") for n in names if n.endswith("_fwd")} == {n for n in names if n.endswith("_bwd")}
+        assert {n.replace("_fwd", "_bwd") for n in names if n.endswith("_fwd")} == {
+            n for n in names if n.endswith("_bwd")
+        }
 
 
 @pytest.mark.parametrize("op", testing.INPUTS)

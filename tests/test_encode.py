@@ -137,7 +137,9 @@ def test_double_backward_says_no(backend, device):
     if backend == "reference":
         pytest.skip("plain PyTorch differentiates twice")
     inputs = testing.encode_inputs(device=device)
-    (grad,) = torch.autograd.grad(fk.encode(**inputs, backend=backend)[2].square().sum(), inputs["x"], create_graph=True)
+    (grad,) = torch.autograd.grad(
+        fk.encode(**inputs, backend=backend)[2].square().sum(), inputs["x"], create_graph=True
+    )
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
 

@@ -50,7 +50,9 @@ def test_matches_reference(backend, device, lead, D, latent, hidden, bias, mask,
 @pytest.mark.parametrize(("N", "D"), [(4001, 40), (70, 3000)])
 def test_many_tiles_match_reference(backend, device, N, D, mask):
     inputs = testing.reconstruct_inputs((N,), D, mask=mask, device=device)
-    testing.assert_same(testing.run(fk.reconstruct, inputs, backend=backend), testing.run(reference.reconstruct, inputs))
+    testing.assert_same(
+        testing.run(fk.reconstruct, inputs, backend=backend), testing.run(reference.reconstruct, inputs)
+    )
 
 
 def test_same_inputs_give_the_same_bits(backend, device):
@@ -100,7 +102,9 @@ def test_mask_of_any_dtype_drops_tokens(backend, device, dtype):
 
 
 def test_tokens_that_the_mask_drops_do_not_count_even_if_nan(backend, device):
-    inputs = testing.reconstruct_inputs((3,), device=device) | {"mask": torch.tensor([True, False, True], device=device)}
+    inputs = testing.reconstruct_inputs((3,), device=device) | {
+        "mask": torch.tensor([True, False, True], device=device)
+    }
     inputs["x"].data[1] = math.nan
     assert fk.reconstruct(**inputs, backend=backend).isfinite()
 
@@ -132,7 +136,9 @@ def test_frozen_inputs_get_no_gradient_and_no_work(backend, device, trained):
     with testing.Calls() as calls:
         fk.reconstruct(**inputs, backend=backend).backward()
     assert [name for name in names if inputs[name].grad is not None] == [trained]
-    needs = [args[-1] for name, args in zip(calls.names, calls.arguments, strict=True) if name.endswith("reconstruct_bwd")]
+    needs = [
+        args[-1] for name, args in zip(calls.names, calls.arguments, strict=True) if name.endswith("reconstruct_bwd")
+    ]
     skipped = backend == "reference" or trained == "scale"  # the forward's sums are the gradient of the scale
     assert needs == ([] if skipped else [[name == trained for name in names[:4]]])
 
@@ -178,7 +184,9 @@ def test_autocast_does_not_reach_the_kernel(backend, device):
 
 def test_compiles_in_one_graph(backend, device):
     inputs = testing.reconstruct_inputs(mask=True, device=device)
-    compiled = torch.compile(lambda **args: fk.reconstruct(**args, backend=backend), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda **args: fk.reconstruct(**args, backend=backend), fullgraph=True, backend="aot_eager"
+    )
     testing.assert_same(testing.run(compiled, inputs), testing.run(reference.reconstruct, inputs))
 
 
@@ -192,9 +200,24 @@ def test_compiles_in_one_graph(backend, device):
         ("latent", torch.zeros(4, 4).double(), ValueError, r"latent has shape \(4, 4\); expected \(5, 4\)"),
         ("latent", torch.zeros((), dtype=torch.float64), ValueError, "latent is 0-dim"),
         ("latent", torch.zeros(5, 4), TypeError, "latent is torch.float32 but x is torch.float64"),
-        ("hidden", ((torch.zeros(6, 5).double(), None),), ValueError, r"hidden\[0\]\[0\] has shape \(6, 5\); expected \[out, 4\]"),
-        ("hidden", ((torch.zeros(6, 4).double(), torch.zeros(5).double()),), ValueError, r"hidden\[0\]\[1\] has shape \(5,\)"),
-        ("hidden", (), ValueError, r"w_out has shape \(7, 6\); expected \[out, 4\], where 4 is the last dimension of latent"),
+        (
+            "hidden",
+            ((torch.zeros(6, 5).double(), None),),
+            ValueError,
+            r"hidden\[0\]\[0\] has shape \(6, 5\); expected \[out, 4\]",
+        ),
+        (
+            "hidden",
+            ((torch.zeros(6, 4).double(), torch.zeros(5).double()),),
+            ValueError,
+            r"hidden\[0\]\[1\] has shape \(5,\)",
+        ),
+        (
+            "hidden",
+            (),
+            ValueError,
+            r"w_out has shape \(7, 6\); expected \[out, 4\], where 4 is the last dimension of latent",
+        ),
         ("w_out", torch.zeros(8, 6).double(), ValueError, r"w_out has shape \(8, 6\); expected \(7, 6\)"),
         ("b_out", torch.zeros(8).double(), ValueError, r"b_out has shape \(8,\); expected \(7,\)"),
         ("scale", torch.zeros(1).double(), ValueError, r"scale has shape \(1,\); expected \(7,\)"),

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._backend import resolve
 from .._library import RAW
 from ._checks import check_features, check_mask, check_shape, check_tensors, rows, token_flags
+from ._once import differentiable_once
 
 
 class DivergenceFunction(torch.autograd.Function):
@@ -46,7 +46,7 @@ class DivergenceFunction(torch.autograd.Function):
         return kl, gamma
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_kl: Tensor | None, grad_gamma: Tensor | None) -> tuple[Tensor | None, ...]:
         mean1, logvar1, mean2, logvar2, mask = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])

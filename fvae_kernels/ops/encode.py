@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._backend import resolve
 from .._library import RAW
 from ._checks import check_features, check_shape, check_tensors, check_weight, rows
+from ._once import differentiable_once
 
 
 class EncodeFunction(torch.autograd.Function):
@@ -44,7 +44,7 @@ class EncodeFunction(torch.autograd.Function):
         return mean, logvar, z
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(
         ctx: Any, grad_mean: Tensor | None, grad_logvar: Tensor | None, grad_z: Tensor | None
     ) -> tuple[Tensor | None, ...]:

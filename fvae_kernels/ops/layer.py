@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from .._backend import resolve
 from ..config import FVAEConfig
+from ._checks import check_mask, check_shape, check_tensors
 
 
 def layer(
@@ -45,7 +46,13 @@ def layer(
         ``delta [..., M]``, to be added to the base layer's output, and ``Terms`` (nats, means over tokens).
 
     Raises:
+        TypeError: noise of another dtype than x.
+        ValueError: noise or mask of the wrong shape, or on another device than x.
         BackendUnavailable: if `backend` was named and cannot run.
     """
+    check_tensors("layer", x=x, noise1=noise[0], noise2=noise[1])
+    for name, eps in zip(("noise1", "noise2"), noise, strict=True):
+        check_shape("layer", name, eps, (*x.shape[:-1], config.rank), "standard normal, one entry per token and rank")
+    check_mask("layer", mask, x.shape[:-1], x.device)
     resolve("layer", x.device, backend)
     return reference.layer(x, encoder1, encoder2, decoder, B, config, noise, dropout, mask)

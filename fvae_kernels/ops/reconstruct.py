@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._backend import resolve
 from .._library import RAW
 from ._checks import check_features, check_mask, check_shape, check_tensors, check_weight, rows, token_flags
+from ._once import differentiable_once
 
 
 class ReconstructFunction(torch.autograd.Function):
@@ -44,7 +44,7 @@ class ReconstructFunction(torch.autograd.Function):
         return nll
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, unit_grad_scale = ctx.saved_tensors
         *needs, need_scale, _, _ = ctx.needs_input_grad

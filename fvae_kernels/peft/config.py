@@ -8,7 +8,7 @@ from typing import Any
 from peft.config import PeftConfig
 
 from ..config import FIELDS, FVAEConfig
-from .files import find_weights, read_shapes
+from .files import read_adapter
 
 METHOD = "fvae"
 DEFAULT = FVAEConfig()
@@ -38,7 +38,8 @@ class FVAELoraConfig(PeftConfig):
         inference_only: the adapter holds encoder 1's mean path and B alone (`export_for_inference` writes it).
 
     Raises:
-        ValueError: for a value out of range or an unknown option.
+        ValueError: for a value out of range.
+        TypeError: for an unknown option.
     """
 
     r: int = field(default=DEFAULT.rank, metadata={"help": "size of each latent space, and rank of the update"})
@@ -74,7 +75,7 @@ class FVAELoraConfig(PeftConfig):
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(kwargs) - known)
         if unknown:
-            raise ValueError(
+            raise TypeError(  # worded unlike Python's own, on which PEFT drops the option and goes on
                 f"FVAELoraConfig has no option {unknown}: check the spelling, or update fvae_kernels and peft if the file "
                 f"comes from newer ones. It has: {sorted(known)}"
             )
@@ -128,11 +129,15 @@ class FVAELoraConfig(PeftConfig):
         """The saved config. Weights that lie beside it are checked here, before any model is touched.
 
         Raises:
-            ValueError: if the weights are a pickle, truncated, or not an FVAE-LoRA adapter's.
+            ValueError: if it is another method's, or the weights are a pickle, truncated, or not an FVAE-LoRA adapter's.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        weights = find_weights(folder)
-        if weights is not None:
-            config.__dict__["_saved_shapes"] = read_shapes(weights)  # checked against the model when it is adapted
+        if not isinstance(config, cls):
+            raise ValueError(
+                f"{folder} holds an adapter of the method {getattr(config.peft_type, 'value', None)}, not of "
+                f"{METHOD.upper()}: load it with peft.PeftModel.from_pretrained, which finds its config class"
+            )
+        if os.path.isdir(folder) and not kwargs.get("ignore_mismatched_sizes"):
+            config.__dict__["_saved"] = read_adapter(folder)  # checked against the model when it is adapted
         return config

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,21 @@ CONTAINER = "fvae_adapter"
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]  # module -> parameter -> shape
+PEFT_PREFIXES = ("base_model.model.", "base_model.")
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What an adapter folder holds, by the header of its weights file; nothing is loaded."""
+
+    folder: str
+    found: bool  # there is a weights file
+    layers: Shapes
+    others: dict[str, tuple[int, ...]]  # tensors of modules_to_save and resized embeddings
 
 
 def find_weights(folder: str) -> str | None:
-    """The safetensors file of a local adapter folder; None for a hub's name. A pickle can run code and is refused."""
+    """The safetensors file of a local adapter folder, if there is one. A pickle can run code and is refused."""
     path = os.path.join(folder, WEIGHTS)
     if os.path.isfile(path):
         return path
@@ -27,49 +39,101 @@ def find_weights(folder: str) -> str | None:
     return None
 
 
-def read_shapes(path: str) -> Shapes:
-    """Shapes of the adapter's parameters by layer, from the header alone."""
+def read_adapter(folder: str) -> SavedAdapter:
+    """Names and shapes of the tensors in a local adapter folder.
+
+    Raises:
+        ValueError: if the weights are a pickle, truncated, or not an FVAE-LoRA adapter's.
+    """
     from safetensors import SafetensorError, safe_open
 
-    shapes: Shapes = {}
+    path = find_weights(folder)
+    if path is None:
+        return SavedAdapter(folder, False, {}, {})
+    layers: Shapes = {}
+    others: dict[str, tuple[int, ...]] = {}
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a mapping
+                shape = tuple(file.get_slice(key).get_shape())
                 module, found, parameter = key.rpartition(f".{CONTAINER}.")
                 if found:
-                    shapes.setdefault(module, {})[parameter] = tuple(file.get_slice(key).get_shape())
+                    layers.setdefault(_plain(module), {})[parameter] = shape
+                else:
+                    others[_plain(key)] = shape
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read: {error}. It is truncated or not a safetensors file: copy it again"
-        ) from error
-    if not shapes:
+        raise ValueError(f"{path} cannot be read: {error}. It is truncated or not a safetensors file: copy it again") from error
+    if not layers:
         raise ValueError(f"{path} holds no FVAE-LoRA weights: no key has {CONTAINER!r} in it")
-    return shapes
+    return SavedAdapter(folder, True, layers, others)
 
 
-def check_fits(saved: Shapes, expected: Shapes, model: nn.Module) -> None:
+def check_fits(saved: SavedAdapter, expected: Shapes, modules_to_save: Iterable[str], model: nn.Module) -> None:
     """Raise unless a saved adapter has just the layers and shapes that `model` would give it.
 
     Raises:
-        ValueError: with the first layer or parameter that does not fit.
+        ValueError: with the first layer or tensor that does not fit.
     """
-    advice = "it was saved from another base model or with another config"
-    remaining = dict(saved)
+    if getattr(model, "_checkpoint_conversion_mapping", None):  # PEFT renames the keys of such a model
+        return
+    advice = (
+        f"{saved.folder} was saved from another base model or with another config. (To start a fresh adapter with its "
+        "config, pass dataclasses.replace(config, inference_mode=False).)"
+    )
+    where = type(model).__name__
     for name, parameters in expected.items():
-        key = next((k for k in remaining if k == name or k.endswith(f".{name}")), None)
-        if key is None:
-            raise ValueError(f"the saved adapter has no weights for {name!r} of {type(model).__name__}: {advice}")
-        found = remaining.pop(key)
-        if found != parameters:
-            at = next(p for p in sorted({*found, *parameters}) if found.get(p) != parameters.get(p))
+        found = saved.layers.get(name)
+        if found is None:
+            raise ValueError(f"the saved adapter has no weights for the layer {name!r} of {where}: {advice}")
+        _compare(found, parameters, f"layer {name!r} of {where}", advice)
+    extra = sorted(set(saved.layers) - set(expected))
+    if extra:
+        raise ValueError(f"the saved adapter has weights for {extra[0]!r}, which is not adapted in {where}: {advice}")
+    _check_others(saved, tuple(modules_to_save), model, advice)
+
+
+def _check_others(saved: SavedAdapter, targets: tuple[str, ...], model: nn.Module, advice: str) -> None:
+    """The modules_to_save must be there in full; other tensors, as embeddings, must be the model's."""
+    state = {_unwrapped(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    modules = [name for name, _ in model.named_modules() if targets and name.endswith(targets)]
+    for module in modules:
+        needed = {name: shape for name, shape in state.items() if name.startswith(f"{module}.")}
+        held = {name: shape for name, shape in saved.others.items() if name.startswith(f"{module}.")}
+        _compare(held, needed, f"{module!r} of modules_to_save", advice)
+    for name, shape in saved.others.items():
+        if not any(f".{name}".find(f".{target}.") >= 0 for target in targets):
+            _compare({name: shape}, {name: state[name]} if name in state else {}, type(model).__name__, advice)
+
+
+def _compare(found: dict[str, Any], expected: dict[str, Any], where: str, advice: str) -> None:
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
             raise ValueError(
-                f"the saved adapter does not fit {name!r} of {type(model).__name__}: {at} is {found.get(at, 'missing')} in "
-                f"the file and {parameters.get(at, 'unknown')} in the model; {advice}"
+                f"the saved adapter does not fit the {where}: {name} is {found.get(name, 'missing')} in the file and "
+                f"{expected.get(name, 'unknown')} in the model; {advice}"
             )
-    if remaining:
-        raise ValueError(
-            f"the saved adapter has weights for {sorted(remaining)[0]!r}, which is not adapted here: {advice}"
-        )
+
+
+def check_complete(loaded: dict[str, Any], state: dict[str, Any], adapter_name: str) -> None:
+    """Raise unless `loaded` has every tensor of the adapter in the model's `state`, in its shape, and none beyond.
+
+    Raises:
+        ValueError: before anything is copied.
+    """
+    advice = "nothing was loaded"
+    expected = {key: tuple(t.shape) for key, t in state.items() if f".{CONTAINER}.{adapter_name}." in key}
+    found = {key: tuple(t.shape) for key, t in loaded.items() if f".{CONTAINER}." in key}
+    _compare(found, expected, f"adapter {adapter_name!r}", advice)
+
+
+def _plain(key: str) -> str:
+    """A key without what PeftModel.save_pretrained puts before the model's own names."""
+    return next((key[len(prefix) :] for prefix in PEFT_PREFIXES if key.startswith(prefix)), key)
+
+
+def _unwrapped(key: str) -> str:
+    """A key as it was before PEFT wrapped the module for another adapter."""
+    return key.replace(".original_module.", ".").replace(".base_layer.", ".")
 
 
 @dataclass(frozen=True)
