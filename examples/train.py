@@ -17,6 +17,7 @@ from transformers.utils import logging
 import fvae_kernels as fk
 from examples import data
 from examples.data import Snippet
+from fvae_kernels.peft import FVAELoraLinear
 
 METHODS = {"lora": "LoRA", "fvae": "FVAE-LoRA"}
 TARGETS = ["query", "value"]
@@ -171,11 +172,11 @@ def predict(model: Any, tokenize: Tokenizer, snippets: Sequence[Snippet], batch_
 @torch.no_grad()
 def latent_means(model: Any, tokenize: Tokenizer, snippets: Sequence[Snippet]) -> tuple[str, Tensor, Tensor]:
     """Name of the last adapted layer, and its posterior means of z1 and z2, averaged over each snippet's tokens."""
-    name, layer = [(n, m) for n, m in model.named_modules() if hasattr(m, "posterior_means")][-1]
+    name, layer = [(n, m) for n, m in model.named_modules() if isinstance(m, FVAELoraLinear)][-1]
     seen: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model.eval()
-    pooled: tuple[list[Tensor], list[Tensor]] = ([], [])
+    pooled: tuple[list[Tensor], list[Tensor]] = ([], [])  # z1, z2
     try:
         for start in range(0, len(snippets), 64):
             inputs, _ = tokenize(snippets[start : start + 64])

@@ -1,4 +1,4 @@
-"""Registration with stock PEFT, which knows no plug-ins: one member is added to its enum, the rest is its public API."""
+"""Registration with stock PEFT, which knows no plug-ins: its enum gets one more member, the rest is its public API."""
 
 import enum
 from typing import Any
@@ -22,18 +22,19 @@ def extend_str_enum(enum_class: type[enum.Enum], name: str) -> Any:
     hashable = getattr(enum_class, "_hashable_values_", None)  # newer Pythons look here
     if hashable is not None and name not in hashable:
         hashable.append(name)
-    if not (enum_class(name) is enum_class[name] is getattr(enum_class, name) and name in list(enum_class)):
+    members: list[Any] = list(enum_class)
+    if not (enum_class(name) is enum_class[name] is getattr(enum_class, name) and name in members):
         raise RuntimeError(f"could not add {name!r} to {enum_class.__qualname__} on this version of Python")
     return member
 
 
 def register(name: str, config_class: type, model_class: type) -> Any:
-    """Make `name` a method of PEFT, and return its PeftType. Importing twice is fine, a foreign method of that name is not.
+    """Make `name` a method of PEFT, and return its PeftType. Twice is fine; another method of that name is not.
 
     transformers derives the prefix of the state dict's keys from the type's value, so it must be ``name + "_"``.
     """
     key = name.upper()
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(key)
+    known = dict(PEFT_TYPE_TO_CONFIG_MAPPING).get(key)  # type: ignore[call-overload]
     if known is not None:
         if (known.__module__, known.__qualname__) == (config_class.__module__, config_class.__qualname__):
             return PeftType(key)

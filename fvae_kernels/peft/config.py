@@ -26,8 +26,9 @@ class FVAELoraConfig(PeftConfig):
 
     Args:
         r: size of each latent space, and rank of the update.
-        target_modules: names or name ends of the linear layers to adapt, a regular expression, or "all-linear". Names of
-            several generations of a model may stand together: those that do not match are ignored if one does.
+        target_modules: names or name ends of the linear layers to adapt, a regular expression, or "all-linear".
+            Names of several generations of a model may stand together: those that match nothing are ignored if one
+            does.
         exclude_modules: names, or a regular expression, of layers to leave out.
         layers_to_transform: indices of the blocks to adapt; needs a list in target_modules.
         layers_pattern: name of the list of blocks, where it is not found by itself.
@@ -76,8 +77,8 @@ class FVAELoraConfig(PeftConfig):
         unknown = sorted(set(kwargs) - known)
         if unknown:
             raise TypeError(  # worded unlike Python's own, on which PEFT drops the option and goes on
-                f"FVAELoraConfig has no option {unknown}: check the spelling, or update fvae_kernels and peft if the file "
-                f"comes from newer ones. It has: {sorted(known)}"
+                f"FVAELoraConfig has no option {unknown}: check the spelling, or update fvae_kernels and peft if the "
+                f"file comes from newer ones. It has: {sorted(known)}"
             )
         return super().__new__(cls)
 
@@ -129,7 +130,7 @@ class FVAELoraConfig(PeftConfig):
         """The saved config. Weights that lie beside it are checked here, before any model is touched.
 
         Raises:
-            ValueError: if it is another method's, or the weights are a pickle, truncated, or not an FVAE-LoRA adapter's.
+            ValueError: if it is another method's, or the weights are a pickle, truncated, or not FVAE-LoRA's.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")

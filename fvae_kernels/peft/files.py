@@ -33,8 +33,8 @@ def find_weights(folder: str) -> str | None:
         return path
     if os.path.isfile(os.path.join(folder, PICKLE)):
         raise ValueError(
-            f"{folder} holds {PICKLE}, a pickle, which can run code when it is loaded. FVAE-LoRA adapters are read from "
-            f"{WEIGHTS} only: save them again with save_pretrained(..., safe_serialization=True), the default"
+            f"{folder} holds {PICKLE}, a pickle, which can run code when it is loaded. FVAE-LoRA adapters are read "
+            f"from {WEIGHTS} only: save them again with save_pretrained(..., safe_serialization=True), the default"
         )
     return None
 
@@ -62,7 +62,7 @@ def read_adapter(folder: str) -> SavedAdapter:
                 else:
                     others[_plain(key)] = shape
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}. It is truncated or not a safetensors file: copy it again") from error
+        raise ValueError(f"{path} cannot be read: {error}. It is truncated, or no safetensors file") from error
     if not layers:
         raise ValueError(f"{path} holds no FVAE-LoRA weights: no key has {CONTAINER!r} in it")
     return SavedAdapter(folder, True, layers, others)
@@ -94,7 +94,8 @@ def check_fits(saved: SavedAdapter, expected: Shapes, modules_to_save: Iterable[
 
 def _check_others(saved: SavedAdapter, targets: tuple[str, ...], model: nn.Module, advice: str) -> None:
     """The modules_to_save must be there in full; other tensors, as embeddings, must be the model's."""
-    state = {_unwrapped(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = {name: t for name, t in model.state_dict().items() if ".modules_to_save." not in name}
+    state = {_unwrapped(name): tuple(tensor.shape) for name, tensor in tensors.items()}
     modules = [name for name, _ in model.named_modules() if targets and name.endswith(targets)]
     for module in modules:
         needed = {name: shape for name, shape in state.items() if name.startswith(f"{module}.")}

@@ -18,6 +18,8 @@ class FVAELoraLayer(BaseTunerLayer, AuxLossLayer):
 
     adapter_layer_names = ("fvae_adapter",)
     other_param_names = ("fvae_loss_weight",)
+    in_features: int
+    out_features: int
     fvae_adapter: nn.ModuleDict
     fvae_loss_weight: dict[str, float]
 
@@ -82,7 +84,7 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
         if not x.is_floating_point():
             raise TypeError(f"x is {x.dtype}; expected a floating-point tensor of shape [..., {self.in_features}]")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected [..., {self.in_features}], the layer's in_features last")
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected [..., {self.in_features}], in_features last")
 
     def posterior_means(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mean_1 and mean_2 ``[..., R]`` of the latents of x, of the active adapter."""

@@ -1,6 +1,8 @@
 """FVAELoraModel: puts the layers into a model, and the hooks that weigh their auxiliary loss."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -12,14 +14,15 @@ from ..config import FVAEConfig
 from ..hooks import install_hooks, remove_hooks
 from ..linear import linear_shape
 from .config import FVAELoraConfig
-from .files import Shapes, check_fits
+from .files import Shapes, check_complete, check_fits
 from .layer import FVAELoraLayer, FVAELoraLinear
 
 QUERY_VALUE, Q_V = ["query", "value"], ["q_proj", "v_proj"]
+BOTH = [*QUERY_VALUE, *Q_V]
 # Both generations of names: transformers 5 renamed the layers of several models.
 TARGETS = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), QUERY_VALUE),
-    **dict.fromkeys(("vit", "dinov2", "deit", "beit"), [*QUERY_VALUE, *Q_V]),
+    **dict.fromkeys(("vit", "dinov2", "deit", "beit"), BOTH),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"), Q_V),
     **dict.fromkeys(("opt", "bart", "whisper", "wav2vec2", "hubert", "clip"), Q_V),
     "deberta-v2": ["query_proj", "value_proj"],
@@ -46,8 +49,8 @@ class FVAELoraModel(BaseTuner):
         super()._prepare_model(peft_config, model)
         if peft_config.inference_only and not peft_config.inference_mode:
             raise ValueError(
-                "this adapter was exported for inference and cannot be trained: encoder 2 and the decoder are not in it. "
-                "Load it with is_trainable=False, or load the full adapter"
+                "this adapter was exported for inference and cannot be trained: encoder 2 and the decoder are not in "
+                "it. Load it with is_trainable=False, or load the full adapter"
             )
         resolved = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
         names = self._target_names(resolved, model)
@@ -59,18 +62,22 @@ class FVAELoraModel(BaseTuner):
             shapes[name] = {n: s for n, s in kept if not peft_config.inference_only or is_served(n, method)}
         if names:
             peft_config.to_fvae_config().check_loss_weight_patterns(names)
-        saved = peft_config.__dict__.pop("_saved_shapes", None)
-        if saved is not None:
-            check_fits(saved, shapes, model)
+        saved = peft_config.__dict__.pop("_saved", None)
+        if saved is None:
+            return
+        if saved.found:
+            check_fits(saved, shapes, peft_config.modules_to_save or (), model)
+        elif peft_config.inference_mode:  # to be trained, a config without weights is a start; to be served, a loss
+            raise ValueError(f"{saved.folder} has a config and no adapter_model.safetensors: no adapter to load")
 
-    def _target_names(self, peft_config: FVAELoraConfig, model: nn.Module) -> list[str]:
+    def _target_names(self, peft_config: Any, model: nn.Module) -> list[str]:
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
         return [name for name in names if self._check_target_module_exists(peft_config, name)]
 
     def _create_and_replace(
         self,
-        peft_config: FVAELoraConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -79,7 +86,7 @@ class FVAELoraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         method = _layer_config(peft_config, current_key)
-        options = {
+        options: dict[str, Any] = {
             "config": method,
             "loss_weight": method.loss_weight_for(current_key),
             "init_weights": peft_config.init_weights,
@@ -91,8 +98,8 @@ class FVAELoraModel(BaseTuner):
         linear_shape(_base(target))  # raises for a layer that cannot be adapted
         first = all(names <= {adapter_name} for names in map(_adapters, self._layers()))
         new_module = FVAELoraLinear(target, adapter_name, **options)
-        # A new module starts in train mode, PEFT's convention for the first adapter. One that joins a model in eval mode
-        # must not begin to sample.
+        # A new module starts in train mode, PEFT's convention for the first adapter. One that joins a model in eval
+        # mode must not begin to sample.
         new_module.train(self.training if first else self.training and target.training)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
@@ -102,21 +109,83 @@ class FVAELoraModel(BaseTuner):
         return [module for module in self.model.modules() if isinstance(module, FVAELoraLayer)]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Inject as PEFT does, then hook the model."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        """Inject as PEFT does, then hook the model. If anything fails on the way, the model is as it was."""
+        undo = _Undo(model)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            undo(adapter_name)
+            if not any(adapter_name in layer.fvae_adapter for layer in self._layers()):
+                self.peft_config.pop(adapter_name, None)
+            raise
         install_hooks(self.model)
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for layer in self._layers():
-            for name in layer.active_adapters:
-                if name in layer.fvae_adapter:
-                    layer.get_delta_weight(name)  # raises, before any layer is touched
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:  # PEFT would drop it, and use the active adapter for every sample
+            raise ValueError(
+                "adapter_names is not supported: FVAE-LoRA cannot mix adapters in one batch, use set_adapter"
+            )
+        yield
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        """PEFT would load what fits and report the rest; a part of an adapter is none."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_complete(remapped, model.state_dict(), adapter_name)
+        return remapped
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge as PEFT does; refused, with no layer touched, where an adapter is not a matrix.
+
+        Raises:
+            ValueError: for hidden layers in the encoder, or a sampled output.
+        """
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_mergeable(adapter_names)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         remove_hooks(model)
         return model
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        for layer in self._layers():
+            for name in adapter_names or layer.active_adapters:
+                if name in layer.fvae_adapter and not layer.fvae_adapter[name].config.mergeable:
+                    layer.get_delta_weight(name)  # raises
+
+
+class _Undo:
+    """The structure of a model, and which of its parameters are trained, to return to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.children = [(module, dict(module._modules)) for module in model.modules()]
+        self.trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def __call__(self, adapter_name: str) -> None:
+        for module, children in self.children:
+            module._modules.clear()
+            module._modules.update(children)
+            if isinstance(module, FVAELoraLayer) and adapter_name not in module.fvae_adapter:
+                module.fvae_loss_weight.pop(adapter_name, None)
+        for parameter, trained in self.trained:
+            parameter.requires_grad_(trained)
+        if not any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+            self.model.__dict__.pop("peft_config", None)
+            if getattr(self.model, "_hf_peft_config_loaded", False):  # transformers sets it before it tries
+                self.model._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
 def _base(module: nn.Module) -> nn.Module:
