@@ -5,6 +5,7 @@ and added to the task loss by hand, with the weights that the loop is meant to g
 """
 
 import contextlib
+import shutil
 import warnings
 from collections.abc import Iterator
 
@@ -267,12 +268,21 @@ def test_compiled_model(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None
     torch._dynamo.reset()
 
 
-def test_compiled_with_checkpointing_and_inductor_layer() -> None:
+def test_compiled_with_checkpointing() -> None:
     model, inputs = adapted("bert"), batch("bert")
     expected = direct(model, [(inputs, 1.0, 1.0)])
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.base_model.model.enable_input_require_grads()
     torch.compile(model, backend="aot_eager")(**inputs).loss.backward()
+    assert_same(model, expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
+def test_compiled_by_inductor_as_one_graph() -> None:
+    model, inputs = adapted("bert"), batch("bert")
+    expected = direct(model, [(inputs, 0.5, 0.5)])
+    (0.5 * torch.compile(model, fullgraph=True)(**inputs).loss).backward()
     assert_same(model, expected)
     torch._dynamo.reset()
 
