@@ -23,13 +23,13 @@ using Needs = std::array<bool, 4>;  // which gradients a backward has to compute
 #define FVAE_DISPATCH(type, name, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, name, __VA_ARGS__)
 
-// log-variances are clamped to [-20, 20] wherever a Gaussian is made of them; NaN stays NaN, as in torch.clamp.
+// log-variances are clamped to [-20, 20] wherever a Gaussian is made of them.
 constexpr double kLogvarLimit = 20.0;
 
-template <typename T>
-T clamp_logvar(T logvar) {
-  constexpr T limit = kLogvarLimit;
-  return logvar < -limit ? -limit : (logvar > limit ? limit : logvar);
+// exp of clamped log-variances, in fresh memory. ATen's clamp and exp use the vector instructions of the machine that
+// runs them, which the loops of this library, compiled for any machine, cannot. NaN stays NaN.
+inline Tensor clamped_exp(const Tensor& logvar, double factor = 1) {
+  return logvar.clamp(-kLogvarLimit, kLogvarLimit).mul_(factor).exp_();
 }
 
 template <typename T>

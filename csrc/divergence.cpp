@@ -17,24 +17,34 @@ struct Prior2 {
   Prior2(double mean, double std) : mean(mean), precision(1 / (std * std)) {}
 };
 
-template <typename scalar_t, typename acc_t>
-Sums token_sums(
-    const scalar_t* mean1, const scalar_t* logvar1, const scalar_t* mean2, const scalar_t* logvar2, int64_t R,
-    Prior2<acc_t> p2) {
-  acc_t kl = 0, gamma = 0;
-  for (int64_t r = 0; r < R; ++r) {
-    const acc_t m1 = mean1[r], v1 = clamp_logvar<acc_t>(logvar1[r]);
-    const acc_t m2 = mean2[r] - p2.mean, v2 = clamp_logvar<acc_t>(logvar2[r]);
-    const acc_t squares1 = m1 * m1 + std::exp(v1);
-    kl += squares1 - 1 - v1;
-    gamma += squares1 - (m2 * m2 + std::exp(v2)) * p2.precision;
-  }
-  return {0.5 * kl, 0.5 * gamma};
-}
+// One posterior's rows of a tile, in the accumulation type.
+struct Posterior {
+  Tensor mean, logvar, variance;
+  Posterior(const Tile& tile, const Tensor& mean, const Tensor& logvar)
+      : mean(tile.rows(mean, wide(mean))),
+        logvar(tile.rows(logvar, wide(logvar)).clamp(-kLogvarLimit, kLogvarLimit)),
+        variance(this->logvar.exp()) {}
+};
 
-template <typename scalar_t>
-const scalar_t* data(const Tensor& t) {
-  return t.const_data_ptr<scalar_t>();
+template <typename acc_t>
+Sums tile_sums(const Tile& tile, const Posterior& q1, const Posterior& q2, Prior2<acc_t> p2, const Kept& kept) {
+  const int64_t R = q1.mean.size(1);
+  const acc_t *mean1 = q1.mean.const_data_ptr<acc_t>(), *mean2 = q2.mean.const_data_ptr<acc_t>();
+  const acc_t *var1 = q1.variance.const_data_ptr<acc_t>(), *var2 = q2.variance.const_data_ptr<acc_t>();
+  const acc_t* logvar1 = q1.logvar.const_data_ptr<acc_t>();
+  Sums sums;
+  for (int64_t n = 0; n < tile.length; ++n) {
+    if (!kept[tile.start + n]) continue;
+    acc_t kl = 0, gamma = 0;
+    for (int64_t i = n * R; i < (n + 1) * R; ++i) {
+      const acc_t squares1 = mean1[i] * mean1[i] + var1[i], from_prior2 = mean2[i] - p2.mean;
+      kl += squares1 - 1 - logvar1[i];
+      gamma += squares1 - (from_prior2 * from_prior2 + var2[i]) * p2.precision;
+    }
+    sums.kl += 0.5 * kl;
+    sums.gamma += 0.5 * gamma;
+  }
+  return sums;
 }
 
 }  // namespace
@@ -49,7 +59,6 @@ std::tuple<Tensor, Tensor> divergence_fwd(
     const OptionalTensor& mask) {
   const PlainTensors guard;
   const int64_t N = mean1.size(0), R = mean1.size(1);
-  const Tensor m1 = mean1.contiguous(), v1 = logvar1.contiguous(), m2 = mean2.contiguous(), v2 = logvar2.contiguous();
   const Kept kept(mask, N);
   const Tiles tiles(N, 4 * R);
   std::vector<Sums> partial(tiles.count);
@@ -58,16 +67,7 @@ std::tuple<Tensor, Tensor> divergence_fwd(
     using acc_t = at::opmath_type<scalar_t>;
     const Prior2<acc_t> p2(prior2_mean, prior2_std);
     tiles.for_each([&](const Tile& tile) {
-      Sums tile_sums;
-      for (int64_t n = tile.start; n < tile.start + tile.length; ++n) {
-        if (!kept[n]) continue;
-        const int64_t i = n * R;
-        const Sums token = token_sums<scalar_t, acc_t>(
-            data<scalar_t>(m1) + i, data<scalar_t>(v1) + i, data<scalar_t>(m2) + i, data<scalar_t>(v2) + i, R, p2);
-        tile_sums.kl += token.kl;
-        tile_sums.gamma += token.gamma;
-      }
-      partial[tile.index] = tile_sums;
+      partial[tile.index] = tile_sums(tile, {tile, mean1, logvar1}, {tile, mean2, logvar2}, p2, kept);
     });
   });
 
@@ -98,7 +98,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_bwd(
     Needs needs) {
   const PlainTensors guard;
   const int64_t N = mean1.size(0), R = mean1.size(1);
-  const Tensor m1 = mean1.contiguous(), v1 = logvar1.contiguous(), m2 = mean2.contiguous(), v2 = logvar2.contiguous();
   const Kept kept(mask, N);
   std::array<Tensor, 4> grads;
   for (size_t i = 0; i < grads.size(); ++i) grads[i] = gradient(needs[i], {N, R}, mean1.options());
@@ -109,22 +108,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_bwd(
     const double share = 1.0 / std::max<int64_t>(kept.count, 1);  // of one token in the mean
     const acc_t kl = grad_kl.has_value() ? grad_kl->item<double>() * share : 0;
     const acc_t gamma = grad_gamma.has_value() ? grad_gamma->item<double>() * share : 0;
-    const auto fill = [&](int which, const Tensor& input, const auto& derivative) {
+    const auto fill = [&](int which, const Tensor& input, bool is_logvar, const auto& derivative) {
       if (!needs[which]) return;
-      const scalar_t* from = data<scalar_t>(input);
       scalar_t* to = grads[which].template mutable_data_ptr<scalar_t>();
-      Tiles(N, R).for_each([&](const Tile& tile) {
-        for (int64_t n = tile.start; n < tile.start + tile.length; ++n) {
-          for (int64_t i = n * R; i < (n + 1) * R; ++i) {
-            to[i] = kept[n] ? derivative(static_cast<acc_t>(from[i])) : acc_t(0);
+      Tiles(N, 2 * R).for_each([&](const Tile& tile) {
+        const Tensor rows = tile.rows(input, wide(input)), variances = is_logvar ? clamped_exp(rows) : rows;
+        const acc_t *from = rows.template const_data_ptr<acc_t>(), *var = variances.template const_data_ptr<acc_t>();
+        for (int64_t n = 0, i = 0, out = tile.start * R; n < tile.length; ++n) {
+          for (int64_t r = 0; r < R; ++r, ++i, ++out) {
+            const bool counts = kept[tile.start + n] && (!is_logvar || clamp_passes(from[i]));
+            to[out] = counts ? derivative(is_logvar ? var[i] : from[i]) : acc_t(0);
           }
         }
       });
     };
-    fill(0, m1, [=](acc_t m) { return (kl + gamma) * m; });
-    fill(1, v1, [=](acc_t v) { return clamp_passes(v) ? ((kl + gamma) * std::exp(v) - kl) / 2 : acc_t(0); });
-    fill(2, m2, [=](acc_t m) { return -gamma * (m - p2.mean) * p2.precision; });
-    fill(3, v2, [=](acc_t v) { return clamp_passes(v) ? -gamma * std::exp(v) * p2.precision / 2 : acc_t(0); });
+    fill(0, mean1, false, [=](acc_t mean) { return (kl + gamma) * mean; });
+    fill(1, logvar1, true, [=](acc_t var) { return ((kl + gamma) * var - kl) / 2; });
+    fill(2, mean2, false, [=](acc_t mean) { return -gamma * (mean - p2.mean) * p2.precision; });
+    fill(3, logvar2, true, [=](acc_t var) { return -gamma * var * p2.precision / 2; });
   });
   return {grads[0], grads[1], grads[2], grads[3]};
 }

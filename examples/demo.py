@@ -2,8 +2,9 @@
 
     python -m examples.demo --help
 
-Real model, real data (examples/assets.py); in training the source of a review snippet predicts its sentiment, in the test
-it does not (examples/data.py). Both methods see the same batches in the same order and start from the same classifier.
+Real model, real data (examples/assets.py); in training the source of a review snippet predicts its sentiment, in the
+test it does not (examples/data.py). Both methods see the same batches in the same order and start from the same
+classifier.
 """
 
 import argparse
@@ -89,7 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; 0 if it worked, saved adapters included."""
     options = parser()
     args = options.parse_args(argv)
+    if args.out.exists() and not args.out.is_dir():
+        options.error(f"argument --out: {args.out} is not a folder")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # model and data are local files
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # before torch loads: waiting threads leave a busy core to others
     from rich.console import Console
 
     from examples import assets, data, report

@@ -48,8 +48,8 @@ def draw(runs: Sequence[Run], results: Sequence[Result], latents: Latents | None
             scatter(figure.add_subplot(grid[1, 4 * index : 4 * index + 4]), index, latents)
     settings = runs[0].settings
     figure.suptitle(
-        f"LoRA and FVAE-LoRA, rank {settings.rank}, on review sentiment; in training the source agrees with the label in "
-        f"{settings.rho:.0%} of the snippets"
+        f"LoRA and FVAE-LoRA, rank {settings.rank}, on review sentiment; "
+        f"in training the source agrees with the label in {settings.rho:.0%} of the snippets"
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -117,8 +117,8 @@ def scatter(axes: Axes, index: int, latents: Latents) -> None:
             chosen = points[[i for i, s in enumerate(latents.snippets) if s.group == (label, source)]]
             axes.scatter(chosen[:, 0], chosen[:, 1], s=14, c=colour, marker=marker, alpha=0.55, linewidths=0)
     by_label, by_source = latents.readable[index]
-    title = f"$z_{index + 1}$ of {latents.layer}\na linear readout finds the label {by_label:.0%}, the source {by_source:.0%}"
-    axes.set_title(title, fontsize=10)
+    readout = f"a linear readout finds the label {by_label:.0%}, the source {by_source:.0%}"
+    axes.set_title(f"$z_{index + 1}$ of {latents.layer}\n{readout}", fontsize=10)
     axes.set(xlabel=f"PC 1 ({shares[0]:.0%} of the variance)", ylabel=f"PC 2 ({shares[1]:.0%})")
     if index == 0:
         handles = [

@@ -2,6 +2,7 @@
 
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +24,9 @@ METHODS = {"lora": "LoRA", "fvae": "FVAE-LoRA"}
 TARGETS = ["query", "value"]
 MAX_TOKENS = 32
 
-logging.set_verbosity_error()  # the report that the classifier's weights are new: they are meant to be
+logging.set_verbosity_error()  # that the classifier's weights are new is meant to be
 logging.disable_progress_bar()
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # a call of PEFT's
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def latent_means(model: Any, tokenize: Tokenizer, snippets: Sequence[Snippet]) -
 
 
 def reload(folder: Path, model_folder: Path, seed: int) -> Any:
-    """The saved adapter on a fresh base model, whose classifier is another random one until the saved one replaces it."""
+    """The saved adapter on a fresh base model, whose classifier is random until the saved one replaces it."""
     return peft.PeftModel.from_pretrained(base_model(model_folder, seed + 1), folder)
 
 

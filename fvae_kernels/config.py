@@ -28,7 +28,7 @@ class FVAEConfig:
         fusion: the decoder reads ``[z_1, z_2]`` ("concat") or ``(z_1 + z_2) / 2`` ("average").
         objective: "fvae" is (4); "vae2lat" (2), "beta_vae2lat" (8) and "symmetric" (9) are the paper's ablations.
         recon_weight: alpha of (4), weight of the reconstruction's negative log-likelihood.
-        kl_weight: beta of (4), weight of KL(q_1 || p_1); in (8) of both KLs.
+        kl_weight: beta of (4), weight of KL(q_1 || p_1); in (8) and (9) of KL(q_2 || p_2) too.
         gamma_weight: delta of (4). A pair weights E log p_2(z_2) and -E log p_1(z_1) one by one.
         gamma_estimator: "closed_form", or "monte_carlo" from the samples that the layer draws anyway.
         prior2_mean: mean of every entry of p_2.

@@ -1,4 +1,4 @@
-"""reference.py, which every kernel is checked against, checked itself: torch.distributions, Monte Carlo, the equations."""
+"""reference.py, which every kernel is checked against, against torch.distributions, Monte Carlo, the equations."""
 
 import itertools
 import math

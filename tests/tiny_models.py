@@ -11,7 +11,7 @@ DIM, VOCAB = 24, 40
 
 def _config(cls: type, **extra: Any) -> Any:
     sizes = {"hidden_size": DIM, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return cls(**sizes, **extra)
+    return cls(**{**sizes, **extra})
 
 
 def bert(**extra: Any) -> nn.Module:
@@ -48,7 +48,8 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(DIM, 32), nn.ReLU(), nn.Linear(32, DIM), nn.ReLU(), nn.Linear(DIM, 3))
 
 
-TARGETS = {"bert": ["query", "value"], "vit": ["q_proj", "v_proj"], "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
+VIT = ["query", "value", "q_proj", "v_proj"]  # the names of transformers 4 and 5
+TARGETS = {"bert": ["query", "value"], "vit": VIT, "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
 BUILD: dict[str, Callable[..., nn.Module]] = {"bert": bert, "vit": vit, "llama": llama, "gpt2": gpt2}
 
 
@@ -71,3 +72,28 @@ def batch(kind: str, size: int = 2, seed: int = 0, dtype: torch.dtype = torch.fl
     labels = ids.clone()
     labels[0, : 1 + seed % 4] = -100
     return {"input_ids": ids, "labels": labels}
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """All that a failed call must leave as it was: values, module types, hooks, trained parameters, and modes."""
+    modules = list(model.named_modules())
+    return {
+        "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "types": {name: type(module) for name, module in modules},
+        "modes": {name: module.training for name, module in modules},
+        "hooks": {name: (list(m._forward_hooks), list(m._forward_pre_hooks)) for name, m in modules},
+        "trained": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "attributes": sorted(vars(model)),
+        "adapters": sorted(vars(model).get("peft_config", {})),
+    }
+
+
+def assert_state(model: nn.Module, before: dict[str, Any]) -> None:
+    """The model is as `state_of` found it, bit for bit."""
+    after = state_of(model)
+    values, old = after.pop("values"), before["values"]
+    for key, value in after.items():
+        assert value == before[key], f"{key} changed"
+    assert values.keys() == old.keys()
+    for name, tensor in values.items():
+        assert torch.equal(tensor, old[name]), f"{name} has changed"

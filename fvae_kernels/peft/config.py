@@ -12,6 +12,7 @@ from .files import read_adapter
 
 METHOD = "fvae"
 DEFAULT = FVAEConfig()
+TABLES = ("loss_weight", "rank_pattern", "alpha_pattern")
 
 
 def _option(name: str) -> Any:
@@ -90,6 +91,9 @@ class FVAELoraConfig(PeftConfig):
         from peft import PeftType
 
         self.peft_type = PeftType(METHOD.upper())
+        for name in TABLES:
+            value = getattr(self, name)  # a file has pairs, see to_dict
+            setattr(self, name, dict(value) if isinstance(value, list) else value)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
@@ -98,11 +102,10 @@ class FVAELoraConfig(PeftConfig):
             setattr(self, name, getattr(validated, name))
         for name in ("rank_pattern", "alpha_pattern"):
             setattr(self, name, getattr(self, name) or {})
-        for pattern, rank in self.rank_pattern.items():  # type: ignore[union-attr]
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(
-                    f"rank_pattern[{pattern!r}]={rank!r} is not allowed: expected a whole number of at least 1"
-                )
+        for rank in self.rank_pattern.values():  # type: ignore[union-attr]
+            self.to_fvae_config(rank=rank)
+        for alpha in self.alpha_pattern.values():  # type: ignore[union-attr]
+            self.to_fvae_config(alpha=alpha)
         if self.inference_only and self.sample_at_inference:
             raise ValueError(
                 "inference_only=True keeps the mean path alone; it does not go with sample_at_inference=True"
@@ -124,6 +127,14 @@ class FVAELoraConfig(PeftConfig):
         if alpha is not None:
             options["alpha"] = alpha
         return FVAEConfig(rank=self.r if rank is None else rank, **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, with the tables of patterns as pairs: it sorts the keys of a file, and the first match counts."""
+        tables = {name: getattr(self, name) for name in TABLES}
+        pairs = {
+            name: [list(pair) for pair in table.items()] for name, table in tables.items() if isinstance(table, Mapping)
+        }
+        return {**super().to_dict(), **pairs}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

@@ -167,15 +167,15 @@ class FVAELoraModel(BaseTuner):
 
 
 class _Undo:
-    """The structure of a model, and which of its parameters are trained, to return to."""
+    """The structure of a model, its modes, and which of its parameters are trained, to return to."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.children = [(module, dict(module._modules)) for module in model.modules()]
+        self.modules = [(module, dict(module._modules), module.training) for module in model.modules()]
         self.trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def __call__(self, adapter_name: str) -> None:
-        for module, children in self.children:
+        for module, children, module.training in self.modules:
             module._modules.clear()
             module._modules.update(children)
             if isinstance(module, FVAELoraLayer) and adapter_name not in module.fvae_adapter:
@@ -183,9 +183,8 @@ class _Undo:
         for parameter, trained in self.trained:
             parameter.requires_grad_(trained)
         if not any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
-            self.model.__dict__.pop("peft_config", None)
-            if getattr(self.model, "_hf_peft_config_loaded", False):  # transformers sets it before it tries
-                self.model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            for mark in ("peft_config", "_hf_peft_config_loaded"):  # transformers sets the latter before it tries
+                self.model.__dict__.pop(mark, None)
 
 
 def _base(module: nn.Module) -> nn.Module:
