@@ -68,8 +68,9 @@ struct Tile {
 };
 
 // N tokens cut into tiles whose rows of `width` float32 fill 256 KB, a part of a core's L2, or less where that gives
-// every thread its share; never so few that starting a thread costs more. Each worker walks a contiguous run of tiles. Both depend on sizes and on the number of threads alone, and partial results of
-// tiles and workers are added in order, so the same inputs give the same bits.
+// every thread its share, but never so little that starting a thread costs more. Each worker walks a contiguous run of
+// tiles. Both depend on sizes and on the number of threads alone, and partial results of tiles and workers are added in
+// order, so the same inputs give the same bits.
 struct Tiles {
   int64_t tokens, length, count, workers;
 

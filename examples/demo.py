@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from examples.train import Settings
 
-QUICK = {"train_size": 64, "steps": 4, "test_per_group": 8}
+QUICK = {"train_size": 32, "batch_size": 8, "steps": 3, "test_per_group": 8}
 
 
 def number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Any:

@@ -104,8 +104,8 @@ def groups(axes: Axes, results: Sequence[Result]) -> None:
     names = [name.replace(", ", "\n") for name in results[0].groups]
     axes.set_xticks(range(len(names)), names, fontsize=9)
     axes.axhline(0.5, color="black", linewidth=0.6, linestyle=":")
-    axes.set(title="Test accuracy by group (95 % intervals)", ylim=(0, 1))
-    axes.legend(frameon=False, ncols=len(results), loc="lower center")
+    axes.set(title="Test accuracy by group (95 % intervals)", ylim=(0, 1.12))
+    axes.legend(frameon=False, ncols=len(results), loc="upper center")
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -191,6 +191,11 @@ def export_for_inference(model: Any, folder: str | Path, adapter_name: str = "de
     }
     os.makedirs(folder, exist_ok=True)
     save_file(served, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
+    base = type(model.get_base_model()) if hasattr(model, "get_base_model") else type(model)
+    auto_mapping = {
+        "base_model_class": base.__name__,
+        "parent_library": base.__module__,
+    }  # as PeftModel.save_pretrained
+    config.save_pretrained(str(folder), auto_mapping_dict=auto_mapping if config.task_type is None else None)
     sizes = {key: state[key].numel() * state[key].element_size() for key in own}
     return ExportReport(str(folder), sum(sizes.values()), sum(size for key, size in sizes.items() if key in served))

@@ -57,7 +57,7 @@ class FVAELoraModel(BaseTuner):
         shapes: Shapes = {}
         for name in names:
             method = _layer_config(peft_config, name)
-            D, M, _ = linear_shape(_base(model.get_submodule(name)))
+            D, M = _shape(name, model)
             kept = parameter_shapes(D, M, method)
             shapes[name] = {n: s for n, s in kept if not peft_config.inference_only or is_served(n, method)}
         if names:
@@ -175,7 +175,8 @@ class _Undo:
         self.trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def __call__(self, adapter_name: str) -> None:
-        for module, children, module.training in self.modules:
+        for module, children, training in self.modules:
+            module.training = training
             module._modules.clear()
             module._modules.update(children)
             if isinstance(module, FVAELoraLayer) and adapter_name not in module.fvae_adapter:
@@ -189,6 +190,16 @@ class _Undo:
 
 def _base(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _shape(name: str, model: nn.Module) -> tuple[int, int]:
+    module = _base(model.get_submodule(name))
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"cannot adapt {name!r}: nn.MultiheadAttention reads its weight and never calls it, so an adapter would "
+            f"have no effect. Leave it out, with exclude_modules=[{name.rpartition('.')[2]!r}]"
+        )
+    return linear_shape(module)[:2]
 
 
 def _adapters(layer: Any) -> set[str]:
