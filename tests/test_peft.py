@@ -374,6 +374,8 @@ def test_switching_adapters_and_what_is_trained() -> None:
     model.delete_adapter("other")
     assert trained() == names
     assert not any("other" in key for key in model.state_dict())
+    for layer in layers(model).values():
+        assert set(layer.fvae_adapter) == set(layer.fvae_loss_weight) == {"default"}
     with pytest.raises(ValueError, match="does not exist"):
         model.delete_adapter("other")
 
@@ -419,6 +421,7 @@ def test_adapters_join_a_model_in_eval_mode_without_sampling(tmp_path: Path) -> 
     for name in ("same", "elsewhere", "loaded"):
         model.set_adapter(name)
         assert torch.equal(logits(model, "bert"), logits(model, "bert")), name
+    assert not any(module.training for module in model.modules())
     model.train()
     model.set_adapter("elsewhere")
     assert not torch.equal(logits(model, "bert"), logits(model, "bert"))
@@ -584,7 +587,7 @@ def test_safe_merge_refuses_a_broken_adapter() -> None:
     layer = next(iter(layers(model).values()))
     nn.init.constant_(layer.fvae_adapter["default"].B, float("nan"))
     weight = layer.base_layer.weight.clone()
-    with pytest.raises(ValueError, match="NaN or Inf"):
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, weight)
 

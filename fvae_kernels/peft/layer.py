@@ -110,9 +110,7 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
         for name, delta in deltas.items():
             merged = weight + delta.to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"merging adapter {name!r} would put NaN or Inf into the weight; the adapter seems broken"
-                )
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             weight.copy_(merged)
             self.merged_adapters.append(name)
 
