@@ -61,7 +61,7 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., M]``, in the dtype that the base layer returns."""
-        self._check(x)
+        check_input(x, self.in_features)
         y = self.base_layer(x)
         if self.merged:
             return y
@@ -87,7 +87,7 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
             y ``[..., M]``, and ``Terms(loss, nll, kl, gamma)``: 0-dim, nats, means over tokens, with
             ``loss = recon_weight nll + kl_weight kl - gamma_weight gamma`` for the objective (4).
         """
-        self._check(x)
+        check_input(x, self.in_features)
         if self.merged:
             raise RuntimeError("the adapter is merged into the base layer: call unmerge() before asking for its terms")
         y, h = self.base_layer(x), x.to(self.adapter.B.dtype)
@@ -131,21 +131,31 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
         """mean_1 and mean_2 ``[..., R]`` of the latents of x."""
         return self.adapter.posterior_means(x.to(self.adapter.B.dtype))
 
-    def _check(self, x: Tensor) -> None:
-        if not x.is_floating_point():
-            raise TypeError(f"x is {x.dtype}; expected a floating-point tensor of shape [..., {self.in_features}]")
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; expected [..., {self.in_features}], the layer's in_features last"
-            )
-
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, loss_weight={self.loss_weight:g}"
+
+
+def check_input(x: Tensor, in_features: int) -> None:
+    """Raise unless x can go through a layer of this size.
+
+    Raises:
+        TypeError: not floating point.
+        ValueError: another last dimension.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}; expected a floating-point tensor of shape [..., {in_features}]")
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [..., {in_features}], the layer's in_features last")
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' Conv1D (GPT-2), a linear layer that keeps its weight as ``[D, M]``."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether this is the out_proj of nn.MultiheadAttention, whose weight is read and which is never called."""
+    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int, bool]:
@@ -203,7 +213,7 @@ def replace_linears(
 
 def find_linears(model: nn.Module, named: dict[str, nn.Module], targets: str | list[str]) -> list[str]:
     """Names of the linear layers that `targets` means, or a ValueError that lists what there is."""
-    linears = [n for n, m in named.items() if n and (isinstance(m, nn.Linear) or is_conv1d(m))]
+    linears = [n for n, m in named.items() if n and (isinstance(m, nn.Linear) or is_conv1d(m)) and not is_attention(m)]
     linears = [n for n in linears if not any(isinstance(named[p], FusedFVAELinear) for p in _parents(n))]
     if targets == "all-linear":
         embeddings = getattr(model, "get_output_embeddings", lambda: None)()

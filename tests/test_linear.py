@@ -259,6 +259,13 @@ def test_targets_by_regex_suffix_and_all_linear() -> None:
     assert "transformer.h.0.attn.c_attn" in names
 
 
+def test_a_layer_that_is_never_called_is_left_out() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    assert fk.replace_linears(model, config()) == ["linear1", "linear2"]
+    with pytest.raises(ValueError, match="match no linear layer"):
+        fk.replace_linears(nn.TransformerEncoderLayer(8, 2, 16), config(), ["out_proj"])
+
+
 def test_freeze_can_be_left_to_the_caller() -> None:
     model = mlp()
     fk.replace_linears(model, config(), ["0"], freeze=False)

@@ -70,6 +70,8 @@ def test_export_serves_the_same_outputs(kind: str, options: dict[str, Any], tmp_
     before = state_of(model)
     report = fk.export_for_inference(model, tmp_path / "served")
     assert_state(model, before)
+    written = json.loads((tmp_path / "served" / CONFIG).read_text())
+    assert (written["inference_only"], written["inference_mode"]) == (True, True)
     loaded = peft.PeftModel.from_pretrained(build(kind), tmp_path / "served")
     assert torch.equal(logits(loaded, kind), expected)
     names = {key.partition("fvae_adapter.")[2] for key in load_file(tmp_path / "served" / WEIGHTS)} - {""}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..adapter import FVAEAdapter
 from ..aux_loss import AuxLossLayer
 from ..config import FVAEConfig
-from ..linear import linear_shape
+from ..linear import check_input, linear_shape
 
 
 class FVAELoraLayer(BaseTunerLayer, AuxLossLayer):
@@ -61,7 +61,7 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., D] -> [..., M]``, in the dtype that the base layer returns."""
-        self._check(x)
+        check_input(x, self.in_features)
         if self.disable_adapters and self.merged:
             self.unmerge()
         y = self.base_layer(x, *args, **kwargs)
@@ -79,12 +79,6 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
                 delta = adapter.infer(h)
             y = y + delta.to(y.dtype)
         return y
-
-    def _check(self, x: Tensor) -> None:
-        if not x.is_floating_point():
-            raise TypeError(f"x is {x.dtype}; expected a floating-point tensor of shape [..., {self.in_features}]")
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected [..., {self.in_features}], in_features last")
 
     def posterior_means(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mean_1 and mean_2 ``[..., R]`` of the latents of x, of the active adapter."""

@@ -12,7 +12,7 @@ from torch import nn
 from ..adapter import is_served, parameter_shapes
 from ..config import FVAEConfig
 from ..hooks import install_hooks, remove_hooks
-from ..linear import linear_shape
+from ..linear import is_attention, linear_shape
 from .config import FVAELoraConfig
 from .files import Shapes, check_complete, check_fits
 from .layer import FVAELoraLayer, FVAELoraLinear
@@ -194,7 +194,7 @@ def _base(module: nn.Module) -> nn.Module:
 
 def _shape(name: str, model: nn.Module) -> tuple[int, int]:
     module = _base(model.get_submodule(name))
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    if is_attention(module):
         raise TypeError(
             f"cannot adapt {name!r}: nn.MultiheadAttention reads its weight and never calls it, so an adapter would "
             f"have no effect. Leave it out, with exclude_modules=[{name.rpartition('.')[2]!r}]"
