@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=number(int, 0), metavar="S", help="of everything random: sample, order, start, noise (0)"
     )
     out.add_argument("--seeds", type=count, default=1, metavar="N", help="repeat with N seeds, S, S + 1, ... (1)")
-    out.add_argument("--lr", type=number(float, 0, above=True), help="learning rate (1e-3)")
+    out.add_argument("--lr", type=number(float, 0, above=True), help="learning rate (5e-3)")
     out.add_argument("--lr-fvae", type=number(float, 0, above=True), metavar="LR", help="another one for FVAE-LoRA")
     out.add_argument(
         "--loss-weight",
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         help="lambda, of each layer's auxiliary loss (1 / (1000 * adapted layers))",
     )
     out.add_argument("--recon-weight", type=weight, metavar="W", help="alpha, of the reconstruction (1)")
-    out.add_argument("--kl-weight", type=weight, metavar="W", help="beta, of KL(q_1 || p_1) (1)")
+    out.add_argument("--kl-weight", type=weight, metavar="W", help="beta, of KL(q_1 || p_1) (10)")
     out.add_argument("--gamma-weight", type=weight, metavar="W", help="delta, of Gamma (1)")
     out.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="where results go (runs/demo)")
     out.add_argument("--quick", action="store_true", help="a few steps on little data, to see that everything works")
@@ -83,7 +83,10 @@ def settings_of(args: argparse.Namespace) -> "Settings":
         name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__ and value is not None
     }
     methods = ("lora", "fvae") if args.method == "both" else (args.method,)
-    return Settings(**{**(QUICK if args.quick else {}), **given, "methods": methods})
+    settings = {**(QUICK if args.quick else {}), **given, "methods": methods}
+    if args.epochs:
+        settings.pop("steps", None)
+    return Settings(**settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

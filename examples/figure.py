@@ -21,7 +21,7 @@ from examples.train import METHODS, Run
 METHOD_COLOURS = {"lora": "#7f7f7f", "fvae": "#1f77b4"}
 LABEL_COLOURS = ("#d95f02", "#1b9e77")
 SOURCE_MARKERS = ("o", "^")
-TERMS = {"nll": "reconstruction: $-\\log p(x|z_1,z_2)$", "kl": "KL$(q_1\\,\\|\\,p_1)$", "gamma": "$\\Gamma$: repulsion"}
+TERMS = {"nll": "$-\\log p(x|z_1,z_2)$", "kl": "KL$(q_1\\,\\|\\,p_1)$", "gamma": "$\\Gamma$ (repulsion)"}
 
 
 class Latents(NamedTuple):
@@ -83,7 +83,7 @@ def task_loss(axes: Axes, runs: Sequence[Run]) -> None:
 def term(axes: Axes, name: str, values: Sequence[float]) -> None:
     axes.plot(range(1, len(values) + 1), values, color=METHOD_COLOURS["fvae"], linewidth=1.5)
     axes.set_title(TERMS[name], fontsize=10)
-    axes.set(xlabel="step", ylabel="nats per token" if name == "nll" else "")
+    axes.set(xlabel="step", ylabel="FVAE-LoRA: nats per token" if name == "nll" else "")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -117,9 +117,9 @@ def scatter(axes: Axes, index: int, latents: Latents) -> None:
             chosen = points[[i for i, s in enumerate(latents.snippets) if s.group == (label, source)]]
             axes.scatter(chosen[:, 0], chosen[:, 1], s=14, c=colour, marker=marker, alpha=0.55, linewidths=0)
     by_label, by_source = latents.readable[index]
-    readout = f"a linear readout finds the label {by_label:.0%}, the source {by_source:.0%}"
+    readout = f"read off linearly: the label {by_label:.0%} right, the source {by_source:.0%}"
     axes.set_title(f"$z_{index + 1}$ of {latents.layer}\n{readout}", fontsize=10)
-    axes.set(xlabel=f"PC 1 ({shares[0]:.0%} of the variance)", ylabel=f"PC 2 ({shares[1]:.0%})")
+    axes.set(xlabel=f"PC 1 ({shares[0]:.1%} of the variance)", ylabel=f"PC 2 ({shares[1]:.1%})")
     if index == 0:
         handles = [
             Line2D([], [], color=c, marker="s", linestyle="", label=n)

@@ -42,10 +42,10 @@ class Settings:
     batch_size: int = 32
     rank: int = 16
     alpha: float = 16.0
-    lr: float = 1e-3
+    lr: float = 5e-3
     lr_fvae: float | None = None  # as lr
     loss_weight: float | None = None  # lambda; 1 / (1000 * adapted layers)
-    kl_weight: float = 1.0
+    kl_weight: float = 10.0
     gamma_weight: float = 1.0
     recon_weight: float = 1.0
     test_per_group: int = data.TEST_PER_GROUP
