@@ -44,6 +44,8 @@ class FVAEAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not inference_only:
+            config.warn_if_unheld()
         self.in_features, self.out_features = in_features, out_features
         self.config, self.inference_only = config, inference_only
         for name, shape in parameter_shapes(in_features, out_features, config):

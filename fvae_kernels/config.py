@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -28,7 +29,8 @@ class FVAEConfig:
         fusion: the decoder reads ``[z_1, z_2]`` ("concat") or ``(z_1 + z_2) / 2`` ("average").
         objective: "fvae" is (4); "vae2lat" (2), "beta_vae2lat" (8) and "symmetric" (9) are the paper's ablations.
         recon_weight: alpha of (4), weight of the reconstruction's negative log-likelihood.
-        kl_weight: beta of (4), weight of KL(q_1 || p_1); in (8) and (9) of KL(q_2 || p_2) too.
+        kl_weight: beta of (4), weight of KL(q_1 || p_1); in (8) and (9) of KL(q_2 || p_2) too. Choose it above
+            gamma_weight (10 is a good start), or nothing holds the variance of z_1; a layer warns of that.
         gamma_weight: delta of (4). A pair weights E log p_2(z_2) and -E log p_1(z_1) one by one.
         gamma_estimator: "closed_form", or "monte_carlo" from the samples that the layer draws anyway.
         prior2_mean: mean of every entry of p_2.
@@ -131,6 +133,22 @@ class FVAEConfig:
     def mergeable(self) -> bool:
         """Whether mean_1 is linear in x, so that a weight matrix holds the whole adapter."""
         return not self.encoder_hidden and not self.sample_at_inference
+
+    def warn_if_unheld(self) -> None:
+        """Warn where the objective (4) puts no bound on the variance of z_1.
+
+        The terms of one latent entry are ``beta/2 (mean^2 + var - 1 - logvar) - delta/2 (mean^2 + var)``: the pull
+        towards zero that KL has, Gamma takes back. Their minimum is at ``var = beta / (beta - delta)``, and there is
+        none unless beta is above delta.
+        """
+        delta = self.gamma_weights[1]
+        if self.objective == "fvae" and self.kl_weight <= delta and delta > 0:
+            warnings.warn(
+                f"kl_weight={self.kl_weight:g} is not above gamma_weight={delta:g}: Gamma then cancels what KL does to "
+                "the scale of z_1, and its variance can grow without end. The paper advises kl_weight in 1..10 with "
+                "gamma_weight=1; its code trains with kl_weight=1, gamma_weight=2/rank",
+                stacklevel=2,
+            )
 
     def loss_weight_for(self, module_name: str) -> float:
         """lambda of (6) for the layer called `module_name`."""

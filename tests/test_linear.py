@@ -1,6 +1,8 @@
 """FusedFVAELinear and replace_linears: a drop-in for nn.Linear, without PEFT."""
 
 import copy
+import math
+import warnings
 from typing import Any
 
 import pytest
@@ -314,6 +316,30 @@ def test_bad_targets_leave_the_model_alone(options: dict[str, Any], targets: Any
     assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
     assert all(p.requires_grad for p in model.parameters())
     assert not hasattr(model, "_fvae_hooks")
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 1.0), (0.0, 0.1)])
+def test_weights_that_leave_the_variance_without_bound_warn(weights: tuple[float, float]) -> None:
+    kl_weight, gamma_weight = weights
+    with pytest.warns(UserWarning, match=f"kl_weight={kl_weight:g} is not above gamma_weight={gamma_weight:g}"):
+        make(kl_weight=kl_weight, gamma_weight=gamma_weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(kl_weight=10.0)
+        make(kl_weight=0.0, gamma_weight=0.0)
+        make(objective="vae2lat")
+
+
+def test_the_latent_terms_are_least_where_the_warning_says() -> None:
+    logvar = torch.zeros(1, 1, requires_grad=True)
+    mean, beta, delta = torch.zeros(1, 1), 4.0, 1.0
+    (beta * reference.gaussian_kl(mean, logvar) + delta * reference.expected_log_prior(mean, logvar)).backward()
+    assert logvar.grad is not None
+    assert float(logvar.grad) < 0  # at var = 1 it still wants to grow
+    at = torch.full((1, 1), math.log(beta / (beta - delta)), requires_grad=True)
+    (beta * reference.gaussian_kl(mean, at) + delta * reference.expected_log_prior(mean, at)).backward()
+    assert at.grad is not None
+    assert float(at.grad) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_bad_input_says_what_came_and_what_was_expected() -> None:
