@@ -1,14 +1,18 @@
 """Fixtures of the kernel tests. A module that sets ``OP`` gets `backend` for every backend that has this op."""
 
+import contextlib
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import settings
 
 from fvae_kernels import testing
-from fvae_kernels._backend import backends_for, why_missing
+from fvae_kernels._backend import backends_for, interpreting, why_missing
 
 settings.register_profile("kernels", max_examples=25, deadline=None)
-settings.load_profile("kernels")
+settings.register_profile("interpreted", max_examples=6, deadline=None)
+settings.load_profile("interpreted" if interpreting() else "kernels")
 
 
 def device_of(backend: str) -> str:
@@ -33,6 +37,12 @@ def device(backend: str) -> str:
     return device_of(backend)
 
 
+@pytest.fixture
+def many(backend: str) -> Callable[[int], int]:
+    """A size that makes many blocks: what is asked for, less where Triton interprets its smaller blocks."""
+    return lambda size: min(size, max(size // 16, 70)) if backend == "triton" and interpreting() else size
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Every test starts from the same random state."""
@@ -46,5 +56,13 @@ def _poison(request: pytest.FixtureRequest):
     if "backend" not in request.fixturenames:
         yield
         return
-    with testing.poisoned():
+    interpreted = request.getfixturevalue("backend") == "triton" and interpreting()
+    with testing.poisoned(), _strict() if interpreted else contextlib.nullcontext():
         yield
+
+
+def _strict() -> contextlib.AbstractContextManager[None]:
+    """Interpreted kernels compute as on a GPU, and their programs run from the last to the first."""
+    from triton_tools.strict import strict
+
+    return strict(order="reverse")

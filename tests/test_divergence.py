@@ -43,13 +43,13 @@ def test_matches_reference(backend, device, lead, R, mask, prior, stride, seed):
 
 
 @pytest.mark.parametrize("mask", [False, True])
-def test_many_tiles_match_reference(backend, device, mask):
-    inputs = testing.divergence_inputs((20_001,), 3, mask, device=device)
+def test_many_tiles_match_reference(backend, device, many, mask):
+    inputs = testing.divergence_inputs((many(20_001),), 3, mask, device=device)
     testing.assert_same(testing.run(fk.divergence, inputs, backend=backend), testing.run(reference.divergence, inputs))
 
 
-def test_same_inputs_give_the_same_bits(backend, device):
-    inputs = testing.divergence_inputs((20_001,), 3, dtype=torch.float32, device=device)
+def test_same_inputs_give_the_same_bits(backend, device, many):
+    inputs = testing.divergence_inputs((many(20_001),), 3, dtype=torch.float32, device=device)
     first, second = (testing.run(fk.divergence, inputs, backend=backend) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -44,13 +44,13 @@ def test_matches_reference(backend, device, lead, D, R, bias, stride, seed):
 
 
 @pytest.mark.parametrize(("N", "D"), [(1500, 40), (70, 3000)])
-def test_many_tiles_match_reference(backend, device, N, D):
-    inputs = testing.encode_inputs((N,), D, 4, device=device)
+def test_many_tiles_match_reference(backend, device, many, N, D):
+    inputs = testing.encode_inputs((many(N),), many(D), 4, device=device)
     testing.assert_same(testing.run(fk.encode, inputs, backend=backend), testing.run(reference.encode, inputs))
 
 
-def test_same_inputs_give_the_same_bits(backend, device):
-    inputs = testing.encode_inputs((1500,), 40, 4, dtype=torch.float32, device=device)
+def test_same_inputs_give_the_same_bits(backend, device, many):
+    inputs = testing.encode_inputs((many(1500),), 40, 4, dtype=torch.float32, device=device)
     first, second = (testing.run(fk.encode, inputs, backend=backend) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

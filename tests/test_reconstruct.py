@@ -48,15 +48,15 @@ def test_matches_reference(backend, device, lead, D, latent, hidden, bias, mask,
 
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize(("N", "D"), [(4001, 40), (70, 3000)])
-def test_many_tiles_match_reference(backend, device, N, D, mask):
-    inputs = testing.reconstruct_inputs((N,), D, mask=mask, device=device)
+def test_many_tiles_match_reference(backend, device, many, N, D, mask):
+    inputs = testing.reconstruct_inputs((many(N),), many(D), mask=mask, device=device)
     testing.assert_same(
         testing.run(fk.reconstruct, inputs, backend=backend), testing.run(reference.reconstruct, inputs)
     )
 
 
-def test_same_inputs_give_the_same_bits(backend, device):
-    inputs = testing.reconstruct_inputs((4001,), 40, dtype=torch.float32, device=device)
+def test_same_inputs_give_the_same_bits(backend, device, many):
+    inputs = testing.reconstruct_inputs((many(4001),), 40, dtype=torch.float32, device=device)
     first, second = (testing.run(fk.reconstruct, inputs, backend=backend) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -1,0 +1,136 @@
+"""What the kernels share: block shapes, addresses, the tokens that count, products, and sums in a fixed order."""
+
+# mypy: allow-untyped-defs
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from .._backend import interpreting
+
+INTERPRET = tl.constexpr(interpreting())
+LOGVAR_LIMIT = tl.constexpr(reference.LOGVAR_LIMIT)
+
+FEW_TOKENS = 8192  # below it blocks are small, so that every multiprocessor has one
+
+Table = dict[tuple[int, bool], dict[str, int]]  # (bytes of an entry, few tokens): blocks, num_warps, num_stages
+OVERRIDES: dict[str, dict[str, int]] = {}  # by the name of a kernel: what replaces the entries of its table
+
+
+def blocks(kernel: Any, table: Table, t: Tensor, **limits: int) -> dict[str, Any]:
+    """Launch options of `kernel` for rows of t [N, ...]: no block wider than what it covers, as in BLOCK_D=D."""
+    options = table[t.element_size(), t.shape[0] < FEW_TOKENS] | OVERRIDES.get(kernel.__name__, {})
+    return options | {name: min(options[name], padded(size)) for name, size in limits.items()}
+
+
+def padded(size: int) -> int:
+    """A power of two, at least the 16 entries of a matrix instruction."""
+    return max(triton.next_power_of_2(size), 16)
+
+
+def accumulator(t: Tensor) -> tl.dtype:
+    """What sums are taken in: float32 at least."""
+    return tl.float64 if t.dtype == torch.float64 else tl.float32
+
+
+def precision(t: Tensor) -> str:
+    """Of products of float32: as PyTorch's own are set."""
+    return "tf32" if t.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def kept_tokens(mask: Tensor | None) -> Tensor | None:
+    """How many tokens the mask keeps, 0-dim, on its device; None is all of them."""
+    return None if mask is None else mask.sum()
+
+
+def strides(t: Tensor | None) -> tuple[int, ...] | None:
+    return None if t is None else t.stride()
+
+
+@triton.jit
+def tile(ptr, rows, cols, strides):
+    """Addresses of the entries [rows, cols]; there may be more than 2^31 of them."""
+    return ptr + rows.to(tl.int64)[:, None] * strides[0] + cols.to(tl.int64)[None, :] * strides[1]
+
+
+@triton.jit
+def counting(mask_ptr, mask_strides, rows, N):
+    """Which of the rows are tokens that the mask keeps."""
+    keep = rows < N
+    if mask_ptr is not None:
+        keep = keep & (tl.load(mask_ptr + rows.to(tl.int64) * mask_strides[0], mask=keep, other=0) != 0)
+    return keep
+
+
+@triton.jit
+def tokens(kept_ptr, N, ACC: tl.constexpr):
+    """How many tokens a mean is taken over."""
+    if kept_ptr is None:  # noqa: SIM108  (only one branch is compiled)
+        count = tl.full((), N, ACC)
+    else:
+        count = tl.load(kept_ptr).to(ACC)
+    return count
+
+
+@triton.jit
+def share(grad_ptr, kept_ptr, N, ACC: tl.constexpr):
+    """What one token gets of the gradient of a mean."""
+    if grad_ptr is None:
+        of_one = tl.full((), 0.0, ACC)
+    else:
+        of_one = tl.load(grad_ptr).to(ACC) / tl.maximum(tokens(kept_ptr, N, ACC), 1.0)
+    return of_one
+
+
+@triton.jit
+def clamped(logvar):
+    """NaN stays NaN."""
+    low = tl.where(logvar < -LOGVAR_LIMIT, -LOGVAR_LIMIT, logvar)
+    return tl.where(low > LOGVAR_LIMIT, LOGVAR_LIMIT, low)
+
+
+@triton.jit
+def clamp_passes(logvar):
+    return (logvar >= -LOGVAR_LIMIT) & (logvar <= LOGVAR_LIMIT)
+
+
+@triton.jit
+def product(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a b. The interpreter would multiply the bits of bfloat16."""
+    if INTERPRET:
+        a, b = a.to(sums.dtype), b.to(sums.dtype)
+    return tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=sums.dtype)
+
+
+@triton.jit
+def reduce_kernel(
+    parts_ptr,  # [P, L]
+    total_ptr,  # [L]
+    P,
+    L,
+    ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    cols = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    sums = tl.zeros((BLOCK_P, BLOCK_L), ACC)
+    for first in range(0, P, BLOCK_P):
+        rows = first + tl.arange(0, BLOCK_P)
+        inside = (rows < P)[:, None] & (cols < L)[None, :]
+        sums += tl.load(tile(parts_ptr, rows, cols, (L, 1)), mask=inside, other=0).to(ACC)
+    tl.store(total_ptr + cols, tl.sum(sums, 0).to(total_ptr.dtype.element_ty), mask=cols < L)
+
+
+def reduced(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over the first dimension, always in the same order."""
+    total = parts.new_empty(parts.shape[1:], dtype=dtype)
+    P, L = parts.shape[0], total.numel()
+    if L > 0:
+        reduce_kernel[(triton.cdiv(L, 64),)](
+            parts, total, P, L, accumulator(parts), BLOCK_P=min(padded(P), 32), BLOCK_L=64, num_warps=4
+        )
+    return total

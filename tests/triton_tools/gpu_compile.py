@@ -1,0 +1,144 @@
+"""Compiles the Triton kernels for GPUs that are not there, and reads what came out: no driver, nothing runs.
+
+A block under `compiling` turns every launch into a compilation for the target, with the arguments of the launch, as
+Triton's own specialisation sees them: strides of 1, pointers and sizes divisible by 16, None.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default that Triton 3.9 announces to change
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+NVIDIA_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+
+
+class FakeDriver:
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target.arch)
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def compiling(target: str) -> Iterator[list[Any]]:
+    """Launches in the block compile for `target` and do not run; yields the list of what they compiled to."""
+    compiled: list[Any] = []
+    before, run = driver._active, JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    driver.set_active(FakeDriver(TARGETS[target]))
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        driver._active, JITFunction.run = before, run
+
+
+def metrics(kernel: Any) -> dict[str, Any]:
+    """Registers, memory and instructions of a compiled kernel; the same names for both vendors."""
+    about = kernel.metadata
+    found = _nvidia(kernel) if about.target.backend == "cuda" else _amd(kernel)
+    return {"kernel": about.name, "warps": about.num_warps, "shared": about.shared} | found
+
+
+def _nvidia(kernel: Any) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _output(f"{NVIDIA_TOOLS}/cuobjdump", "--dump-resource-usage", file.name)
+        sass = _output(f"{NVIDIA_TOOLS}/nvdisasm", "-c", file.name)
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    return {
+        "registers": registers,
+        "spills": _spilled_bytes(kernel.asm["ptx"], kernel.metadata.target.arch),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "tensor_core": _count(r"\b(HMMA|DMMA|HGMMA|UT[CQ]\w*MMA)", sass),
+        "loads": _count(r"\bLDG\.|\bLDGSTS", sass),
+        "loads_128": _count(r"\bLDG\.E(\.\w+)*\.128|\bLDGSTS(\.\w+)*\.128", sass),
+        "stores": _count(r"\bSTG\.", sass),
+        "stores_128": _count(r"\bSTG\.E(\.\w+)*\.128", sass),
+        "atomics": _count(r"\bREDG?\.|\bATOMG?\.", sass),
+        "occupancy": _nvidia_occupancy(registers, kernel.metadata.shared, kernel.metadata.num_warps),
+    }
+
+
+def _spilled_bytes(ptx: str, arch: int) -> int:
+    """ptxas tells spills from local arrays; the resource usage of a cubin does not."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"\.target (\w+)", ptx)[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        said = _output(get_ptxas(arch).path, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull)
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said).groups()
+    return int(stores) + int(loads)
+
+
+def _nvidia_occupancy(registers: int, shared: int, warps: int) -> float:
+    """Of 64 warps: registers are handed out to warps by 256, and each block reserves 1 KiB of shared memory."""
+    of_a_warp = -(-registers * 32 // 256) * 256
+    blocks = min((65536 // of_a_warp) // warps, (228 * 1024) // (shared + 1024), 64 // warps, 32)
+    return blocks * warps / 64
+
+
+def _amd(kernel: Any) -> dict[str, Any]:
+    code = kernel.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
+
+    registers, warps, shared = number("vgpr_count"), kernel.metadata.num_warps, kernel.metadata.shared
+    waves = min(8, 512 // (-(-max(registers, 1) // 8) * 8)) * 4  # of 4 SIMD
+    blocks = min(waves // warps, 65536 // max(shared, 1))
+    return {
+        "registers": registers,
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "stack": number("private_segment_fixed_size"),
+        "tensor_core": _count(r"\bv_mfma", code),
+        "loads": _count(r"\b(global|buffer|flat)_load", code),
+        "loads_128": _count(r"\b(global|buffer)_load_dwordx4", code),
+        "stores": _count(r"\b(global|buffer|flat)_store", code),
+        "stores_128": _count(r"\b(global|buffer)_store_dwordx4", code),
+        "atomics": _count(r"_atomic_", code),
+        "occupancy": blocks * warps / 32,
+    }
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
