@@ -92,11 +92,11 @@ class AuxLossLayer:
     training: bool
     aux_seed: Seed
     aux_pending: Tensor | None  # with its graph; while compiling only
-    aux_root: bool  # a hook on the model collects what is pending
+    aux_collected: bool  # a model's hooks are around this forward and collect what is pending
     last_terms: Terms | None  # detached
 
     def _init_aux_loss(self) -> None:
-        self.aux_seed, self.aux_pending, self.aux_root, self.last_terms = Seed(), None, False, None
+        self.aux_seed, self.aux_pending, self.aux_collected, self.last_terms = Seed(), None, False, None
 
     def inject(self, out: Tensor, terms: Terms, loss_weight: float) -> Tensor:
         """`out`, on whose backward the gradient of ``loss_weight * terms.loss`` arrives too."""
@@ -104,7 +104,7 @@ class AuxLossLayer:
         if torch.compiler.is_compiling():
             if not torch.is_grad_enabled():
                 return out
-            if not self.aux_root:
+            if not self.aux_collected:
                 return InjectAuxLossOnce.apply(out, loss)
             self.aux_pending = loss if self.aux_pending is None else self.aux_pending + loss
             return out

@@ -29,15 +29,11 @@ class AuxLossHooks:
     def refresh(self, model: nn.Module) -> None:
         """Look for the layers anew; they change when adapters are added."""
         self.layers = aux_loss_layers(model)
-        for layer in self.layers:
-            layer.aux_root = True
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
-        for layer in self.layers:
-            layer.aux_root = False
 
     def live(self) -> bool:
         """Whether this forward trains an adapter; the model's own mode does not tell, it may be eval with PEFT."""
@@ -48,7 +44,7 @@ class AuxLossHooks:
         if not self.live() or self.external:
             return
         for layer in self.layers:
-            layer.aux_pending = None
+            layer.aux_pending, layer.aux_collected = None, True
         if not torch.compiler.is_compiling():
             seed = Seed()
             for layer in self.layers:
@@ -58,11 +54,13 @@ class AuxLossHooks:
         """The total loss in place of the task loss, where the forward returned one."""
         if not self.live() or self.external:
             return None
+        for layer in self.layers:
+            layer.aux_collected = False
         mapping = hasattr(output, "keys")
         first = isinstance(output, tuple) and kwargs.get("labels") is not None
         loss = output.get("loss") if mapping else output[0] if first else None
         if not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad):
-            return self._without_loss(output) if torch.compiler.is_compiling() else None
+            return self._without_loss(output)
         if not any(layer.aux_pending is not None or layer.aux_seed.value is not None for layer in self.layers):
             return None
         loss = attach_aux_loss(module, loss, token_share(module, kwargs))
@@ -72,7 +70,7 @@ class AuxLossHooks:
         return (loss, *output[1:])
 
     def _without_loss(self, output: Any) -> Any:
-        """Traced without a loss: the recorded terms enter through the output, with weight 1 as in eager mode."""
+        """What compiled code recorded enters through the output, with weight 1, as in eager mode without a loss."""
         terms = [layer.aux_pending for layer in self.layers if layer.aux_pending is not None]
         carrier = _first_differentiable(output)
         if not terms or carrier is None:
@@ -106,13 +104,16 @@ def external_loss(model: nn.Module) -> Iterator[None]:
     found: list[Any] = [getattr(module, "_fvae_hooks", None) for module in model.modules()]
     roots = [hooks for hooks in found if hooks is not None]
     seed = Seed()
-    for layer in aux_loss_layers(model):
-        layer.aux_pending, layer.aux_seed = None, seed
+    layers = aux_loss_layers(model)
+    for layer in layers:
+        layer.aux_pending, layer.aux_seed, layer.aux_collected = None, seed, True
     for hooks in roots:
         hooks.external = True
     try:
         yield
     finally:
+        for layer in layers:
+            layer.aux_collected = False
         for hooks in roots:
             hooks.external = False
 

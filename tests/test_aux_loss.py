@@ -287,6 +287,41 @@ def test_compiled_by_inductor_as_one_graph() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("criterion", ["inside", "outside", "attached"])
+def test_compiled_layers_in_an_eager_model(criterion: str) -> None:
+    model, inputs = adapted("bert"), batch("bert")
+    expected = direct(model, [(inputs, 0.5, 0.5 if criterion != "outside" else 1.0)])
+    for layer in aux_loss_layers(model):
+        layer.compile(backend="aot_eager")
+    for _ in range(2):  # a second step is like the first
+        model.zero_grad()
+        if criterion == "inside":
+            loss = model(**inputs).loss
+        elif criterion == "outside":
+            loss = own_criterion(model, inputs)
+        else:
+            with fk.external_loss(model):
+                task = own_criterion(model, inputs)
+            loss = fk.attach_aux_loss(model, task)
+        (0.5 * loss).backward()
+        assert_same(model, expected)
+    torch._dynamo.reset()
+
+
+def test_a_compiled_layer_called_without_its_model() -> None:
+    model = adapted("bert")
+    layer, x = aux_loss_layers(model)[0], torch.randn(2, 5, 24).double()
+    layer(x).square().sum().backward()
+    expected = [p.grad.clone() for p in layer.fvae_adapter.parameters()]
+    compiled = torch.compile(layer, backend="aot_eager")
+    for _ in range(2):
+        model.zero_grad()
+        compiled(x).square().sum().backward()
+        for p, e in zip(layer.fvae_adapter.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, e, rtol=1e-9, atol=1e-12)
+    torch._dynamo.reset()
+
+
 # Without PEFT: layers in any module, with and without a model that computes a loss.
 
 
