@@ -6,9 +6,9 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 ARGS ?=
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench gpu-compile clean
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 demo: $(READY)  ## fine-tune a real model with LoRA and FVAE-LoRA side by side; ARGS="--help" for options
 	$(BIN)/python -m examples.demo $(ARGS)
@@ -21,8 +21,11 @@ check: $(READY)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## timings, as ratios
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+bench: $(READY)  ## time all sides in turns, write benchmarks/results/REPORT.md; ARGS="--full" for more
+	$(BIN)/python -m benchmarks.report $(ARGS)
+
+gpu-compile: $(READY)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942; registers, spills, tensor cores
+	$(BIN)/python -m tests.triton_tools.compile_all $(ARGS)
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build *.egg-info fvae_kernels/*.so

@@ -11,8 +11,8 @@ OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for is 
 kernels = CppExtension(
     "fvae_kernels._C",
     sources=sorted(glob("csrc/*.cpp")),
-    depends=["csrc/common.h"],
-    extra_compile_args=["-O3", "-fvisibility=hidden", "-fno-math-errno", "-g0", *OPENMP],
+    depends=sorted(glob("csrc/*.h")),
+    extra_compile_args=["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0", *OPENMP],
     extra_link_args=OPENMP,
     optional=True,  # without a compiler the package installs and says that "cpp" is missing
 )

@@ -14,6 +14,13 @@
 #include <tuple>
 #include <vector>
 
+// A loop worth compiling for newer vector units too; the best version is picked when the library is loaded.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define FVAE_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FVAE_VECTORISED
+#endif
+
 namespace fvae {
 
 using at::Tensor;
@@ -30,6 +37,12 @@ constexpr double kLogvarLimit = 20.0;
 // runs them, which the loops of this library, compiled for any machine, cannot. NaN stays NaN.
 inline Tensor clamped_exp(const Tensor& logvar, double factor = 1) {
   return logvar.clamp(-kLogvarLimit, kLogvarLimit).mul_(factor).exp_();
+}
+
+// NaN stays NaN.
+template <typename T>
+T clamp_logvar(T logvar) {
+  return logvar < -kLogvarLimit ? T(-kLogvarLimit) : logvar > kLogvarLimit ? T(kLogvarLimit) : logvar;
 }
 
 template <typename T>
@@ -67,17 +80,19 @@ struct Tile {
   }
 };
 
-// N tokens cut into tiles whose rows of `width` float32 fill 256 KB, a part of a core's L2, or less where that gives
-// every thread its share, but never so little that starting a thread costs more. Each worker walks a contiguous run of
-// tiles. Both depend on sizes and on the number of threads alone, and partial results of tiles and workers are added in
-// order, so the same inputs give the same bits.
+// N tokens cut into tiles whose rows of `width` fill at most `floats`, 256 KB unless told, a part of a core's L2, the
+// same number for every thread, but never so short that starting a thread costs more: `work` is what a token costs in
+// elements of a simple loop. Each worker walks a contiguous run of tiles. Both depend on sizes and on the number of
+// threads alone, and partial results of tiles and workers are added in order, so the same inputs give the same bits.
 struct Tiles {
   int64_t tokens, length, count, workers;
 
-  Tiles(int64_t tokens, int64_t width) : tokens(tokens) {
-    const int64_t threads = at::get_num_threads(), row = std::max<int64_t>(width, 1);
-    const int64_t fits = std::max<int64_t>((1 << 16) / row, 16), worthwhile = at::divup(at::internal::GRAIN_SIZE, row);
-    length = std::max(std::min(fits, at::divup(tokens, threads)), worthwhile);
+  Tiles(int64_t tokens, int64_t width) : Tiles(tokens, width, 1 << 16, width) {}
+  Tiles(int64_t tokens, int64_t width, int64_t floats, int64_t work) : tokens(tokens) {
+    const int64_t threads = at::get_num_threads(), fits = std::max<int64_t>(floats / std::max<int64_t>(width, 1), 16);
+    const int64_t worthwhile = at::divup(at::internal::GRAIN_SIZE, std::max<int64_t>(work, 1));
+    const int64_t wanted = threads * std::max<int64_t>(at::divup(tokens, threads * fits), 1);
+    length = std::max(at::divup(tokens, wanted), worthwhile);
     count = at::divup(tokens, length);
     workers = std::min(count, threads);
   }

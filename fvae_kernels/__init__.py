@@ -8,6 +8,7 @@ from ._backend import BackendUnavailable, available_backends, use_backend
 from .aux_loss import attach_aux_loss
 from .config import FVAEConfig
 from .diagnostics import collect_terms
+from .explain import explain
 from .hooks import external_loss
 from .linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
@@ -38,6 +39,7 @@ __all__ = [
     "diagnostics",
     "divergence",
     "encode",
+    "explain",
     "export_for_inference",
     "external_loss",
     "interop",

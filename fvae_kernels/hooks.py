@@ -72,8 +72,8 @@ class AuxLossHooks:
     def _without_loss(self, output: Any) -> Any:
         """What compiled code recorded enters through the output, with weight 1, as in eager mode without a loss."""
         terms = [layer.aux_pending for layer in self.layers if layer.aux_pending is not None]
-        carrier = _first_differentiable(output)
-        if not terms or carrier is None:
+        carrier = _first_differentiable(output) if terms else None
+        if carrier is None:
             return None
         for layer in self.layers:
             layer.aux_pending = None
@@ -119,9 +119,9 @@ def external_loss(model: nn.Module) -> Iterator[None]:
 
 
 def _first_differentiable(output: Any) -> Tensor | None:
-    values = (
-        output.values() if hasattr(output, "values") else output if isinstance(output, (tuple, list)) else (output,)
-    )
+    if isinstance(output, Tensor):
+        output = (output,)
+    values = output.values() if hasattr(output, "values") else output if isinstance(output, (tuple, list)) else ()
     return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
 
 

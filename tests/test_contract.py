@@ -4,11 +4,13 @@ import inspect
 
 import pytest
 import torch
+from layer_inputs import layer_inputs
 
 import fvae_kernels as fk
 from fvae_kernels import _library, reference, testing
 from fvae_kernels._backend import why_missing
 from fvae_kernels.ops._checks import token_flags
+from fvae_kernels.ops._layer_support import objective_table
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -58,6 +60,32 @@ def _reconstruct_bwd(tokens, everything, dtype):
     return [torch.tensor(0.5, dtype=_library.wide_dtype(inputs[0])), *inputs, [everything, True, True, everything]]
 
 
+def _layer(tokens, everything, dtype):
+    options = {"fusion": "average", "encoder_hidden": (5, 4)} if everything else {"encoder_hidden": ()}
+    inputs = layer_inputs((tokens,), bias=everything, mask=everything, dtype=dtype, **options)
+
+    def flat(hidden, *rest):
+        return [t for layer in hidden for t in layer] + list(rest)
+
+    encoders = [flat(encoder[0], *encoder[2:]) for encoder in (inputs["encoder1"], inputs["encoder2"])]
+    hidden, *output, scale = inputs["decoder"]
+    seed = torch.tensor(5) if everything else None
+    mask = token_flags(inputs["mask"])
+    given = [inputs["x"], *encoders, flat(hidden, *output), scale, inputs["B"], *inputs["noise"], mask, seed]
+    return [*given, 0.25, everything, 2.0, 1.5, list(objective_table(inputs["config"]))]
+
+
+def _layer_bwd(tokens, everything, dtype):
+    inputs = _layer(tokens, everything, dtype)
+    x, B = inputs[0], inputs[5]
+    wide = _library.wide_dtype(x)
+    grad_delta, grad_loss = torch.randn(tokens, B.shape[0], dtype=dtype), torch.tensor(0.5, dtype=wide)
+    grads = [grad_delta, grad_loss, grad_loss, None, grad_loss] if everything else [None, None, None, grad_loss, None]
+    state, unit_grad_scale = _library.FAKES["layer_fwd"](*inputs)[5:]
+    saved = [torch.randn_like(state), torch.randn_like(unit_grad_scale)]
+    return [*grads, *inputs, *saved, not everything, [True, everything, True, everything, everything]]
+
+
 ARGUMENTS = {
     "encode_fwd": _encode,
     "encode_bwd": _encode_bwd,
@@ -65,7 +93,15 @@ ARGUMENTS = {
     "divergence_bwd": _divergence_bwd,
     "reconstruct_fwd": _reconstruct,
     "reconstruct_bwd": _reconstruct_bwd,
+    "layer_fwd": _layer,
+    "layer_bwd": _layer_bwd,
 }
+
+
+def plain(argument):
+    if isinstance(argument, list):
+        return [plain(entry) for entry in argument]
+    return argument.detach() if isinstance(argument, torch.Tensor) else argument
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,8 +109,7 @@ ARGUMENTS = {
 def test_opcheck(backend, name, dtype):
     operator = getattr(_library.RAW[backend], name).default
     for arguments in samples(name, dtype):
-        plain = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
-        torch.library.opcheck(operator, plain)
+        torch.library.opcheck(operator, tuple(plain(a) for a in arguments))
 
 
 def test_every_raw_op_is_sampled_and_faked():

@@ -358,10 +358,12 @@ def test_bad_input_says_what_came_and_what_was_expected() -> None:
         layer.forward_with_terms(torch.randn(4, 12), mask=torch.ones(5))
 
 
-def test_a_named_backend_without_a_kernel_raises() -> None:
+def test_a_named_backend_that_does_not_cover_the_options_raises() -> None:
     layer = make()
     with fk.use_backend("reference"):
         layer(torch.randn(4, 12))
     if "cpp" in fk.available_backends():
-        with fk.use_backend("cpp"), pytest.raises(fk.BackendUnavailable, match="no kernel for layer yet"):
-            layer(torch.randn(4, 12))
+        separate = make(separate_hidden=True)
+        separate(torch.randn(4, 12))  # unnamed, what there is
+        with fk.use_backend("cpp"), pytest.raises(fk.BackendUnavailable, match="does not cover separate_hidden=True"):
+            separate(torch.randn(4, 12))

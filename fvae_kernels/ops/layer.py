@@ -2,15 +2,82 @@
 
     delta, terms = layer(x, ...);  y = W x + b + delta          with delta = s B z_1
 
-There is no fused kernel yet: every backend that is not named explicitly resolves to the reference.
+Every objective is linear in a dozen means over tokens: one, nll, and for both posteriors the sums of mean^2, (mean -
+mu)^2, var, logvar and of the squared sample. A table of weights defines it, and gives backward one small vector of
+coefficients for whatever arrives at delta, loss, nll, kl and gamma.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from .. import reference
-from .._backend import resolve
+from .. import _backend, reference
+from .._backend import BackendUnavailable, resolve
+from .._library import RAW
 from ..config import FVAEConfig
-from ._checks import check_mask, check_shape, check_tensors
+from ._checks import rows, token_flags
+from ._layer_support import check_layer, objective_table, uncovered
+from ._once import differentiable_once
+
+FIXED = 13  # arguments of LayerFunction.forward before the parameters
+
+
+class LayerFunction(torch.autograd.Function):
+    """(x [N, D], noise1, noise2 [N, R], mask bool [N], seed, options, parameters) -> delta [N, M], loss, nll, kl, gamma
+
+    The parameters are those of encoder1, encoder2 (`encoder_size` each), decoder, then scale and B.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        noise1: Tensor,
+        noise2: Tensor,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        dropout: float,
+        average: bool,
+        scaling: float,
+        prior2_mean: float,
+        table: tuple[float, ...],
+        detach_target: bool,
+        encoder_size: int,
+        backend: str,
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        tensors = _grouped(encoder_size, parameters)
+        options = (dropout, average, scaling, prior2_mean, table)
+        *outputs, state, unit_grad_scale = RAW[backend].layer_fwd(x, *tensors, noise1, noise2, mask, seed, *options)
+        ctx.save_for_backward(x, noise1, noise2, mask, seed, state, unit_grad_scale, *parameters)
+        ctx.options, ctx.detach_target, ctx.encoder_size, ctx.backend = options, detach_target, encoder_size, backend
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, noise1, noise2, mask, seed, state, unit_grad_scale, *parameters = ctx.saved_tensors
+        grad_delta, grad_loss, grad_nll, *_ = grads
+        through_decoder = grad_loss is not None or grad_nll is not None
+        need_x, asked, encoders = ctx.needs_input_grad[0], ctx.needs_input_grad[FIXED:], 2 * ctx.encoder_size
+        asked = [
+            *asked[:encoders],
+            *(need and through_decoder for need in asked[encoders:-1]),  # the decoder's and its scale
+            asked[-1] and grad_delta is not None,  # B
+        ]
+        needs = [need_x, any(asked[:encoders]), any(asked[encoders:-2]), *asked[-2:]]
+        inputs = x, *_grouped(ctx.encoder_size, parameters), noise1, noise2, mask, seed, *ctx.options
+        grad_x, computed = RAW[ctx.backend].layer_bwd(*grads, *inputs, state, unit_grad_scale, ctx.detach_target, needs)
+        grad_parameters = (grad if need else None for need, grad in zip(asked, computed, strict=True))
+        return grad_x if need_x else None, *(None,) * (FIXED - 1), *grad_parameters
+
+
+def _grouped(encoder_size: int, parameters: Any) -> tuple[Any, ...]:
+    """encoder1, encoder2, decoder, scale, B, as the raw ops take them."""
+    first, second = encoder_size, 2 * encoder_size
+    return list(parameters[:first]), list(parameters[first:second]), list(parameters[second:-2]), *parameters[-2:]
 
 
 def layer(
@@ -28,7 +95,9 @@ def layer(
 ) -> tuple[Tensor, reference.Terms]:
     """Low-rank update and objective of one adapted layer, equations (4) and (6) of the paper.
 
-    Equivalent to ``reference.layer``, which is the definition.
+    Equivalent to ``reference.layer``, which is the definition. With dropout a kernel draws one seed from torch's
+    generator and drops by position, so it drops other activations than the reference, with the same probability up to
+    2^-17.
 
     Args:
         x: input ``[..., D]``.
@@ -47,12 +116,50 @@ def layer(
 
     Raises:
         TypeError: noise of another dtype than x.
-        ValueError: noise or mask of the wrong shape, or on another device than x.
-        BackendUnavailable: if `backend` was named and cannot run.
+        ValueError: shapes do not fit, more than one device, or dropout outside of [0, 1).
+        BackendUnavailable: `backend` was named and cannot run, or does not cover these options.
     """
-    check_tensors("layer", x=x, noise1=noise[0], noise2=noise[1])
-    for name, eps in zip(("noise1", "noise2"), noise, strict=True):
-        check_shape("layer", name, eps, (*x.shape[:-1], config.rank), "standard normal, one entry per token and rank")
-    check_mask("layer", mask, x.shape[:-1], x.device)
-    resolve("layer", x.device, backend)
-    return reference.layer(x, encoder1, encoder2, decoder, B, config, noise, dropout, mask)
+    tensors = check_layer(x, (encoder1, encoder2), decoder, B, config, noise, dropout, mask)
+    named = _backend._selected if backend is None else backend
+    backend = resolve("layer", x.device, backend)
+    missing = None if backend == "reference" else uncovered(config, tensors, noise)
+    if missing is not None:
+        if named is not None:
+            raise BackendUnavailable(
+                f"backend {named!r} was asked for to run layer, but cannot: its kernel does not cover {missing}; leave "
+                "the backend unnamed, or name 'reference', to run plain PyTorch."
+            )
+        backend = "reference"
+    if backend == "reference":
+        return reference.layer(x, encoder1, encoder2, decoder, B, config, noise, dropout, mask)
+    parameters = [*_flat(encoder1.hidden), *encoder1[2:], *_flat(encoder2.hidden), *encoder2[2:]]
+    size = len(parameters) // 2
+    delta, *terms = LayerFunction.apply(
+        rows(x),
+        rows(noise[0]),
+        rows(noise[1]),
+        token_flags(mask),
+        _draw_seed(x.device) if dropout > 0 else None,
+        float(dropout),
+        config.fusion == "average",
+        float(config.scaling),
+        float(config.prior2_mean),
+        objective_table(config),
+        config.detach_target,
+        size,
+        backend,
+        *parameters,
+        *_flat(decoder.hidden),
+        *decoder[1:],
+        B,
+    )
+    return delta.view(*x.shape[:-1], B.shape[0]), reference.Terms(*terms)
+
+
+def _flat(layers: reference.Linears) -> list[Tensor | None]:
+    return [t for weight_and_bias in layers for t in weight_and_bias]
+
+
+def _draw_seed(device: torch.device) -> Tensor:
+    """One int64 from torch's generator; it stays on the device, where the kernels read it."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)

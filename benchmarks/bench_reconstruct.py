@@ -1,0 +1,22 @@
+"""reconstruct: the decoder and its likelihood, forward and backward. PEFT has no part that does this."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from .conftest import Measure
+from .experiments import checked_op, op_names
+
+OP = "reconstruct"
+DECODER = {"latent": 32, "hidden": (128, 128, 128)}
+SIZES = [{"D": 768, **DECODER}, pytest.param({"D": 4096, **DECODER}, marks=pytest.mark.full)]
+
+
+@pytest.mark.parametrize("side", op_names(OP))
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=str)
+@pytest.mark.parametrize("N", [1576, pytest.param(65536, marks=pytest.mark.full)])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def bench_reconstruct(measure: Measure, size: dict[str, Any], N: int, dtype: torch.dtype, side: str) -> None:
+    run, cost = checked_op(OP, side, N, size, dtype)
+    measure(f"{OP} N={N} {size} {dtype}", run, cost)

@@ -1,0 +1,99 @@
+"""What does not depend on the machine: operators, bytes and FLOPs of a call, and what autograd saves for backward."""
+
+import platform
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+FREE = ("aten::detach", "aten::_unsafe_view", "aten::lift_fresh")  # no kernel runs, though they are not marked as views
+PACKAGES = ("torch", "peft", "transformers", "triton")
+
+
+class Cost(TorchDispatchMode):
+    """Counts, over the block, the operators that run a kernel: how many, their bytes in and out, their FLOPs.
+
+    Views are free. FLOPs are of the operators that `torch.utils.flop_counter` knows; `unknown` lists raw kernels, which
+    it does not know.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches, self.bytes, self.flops = 0, 0, 0
+        self.unknown: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        name = packet._qualified_op_name
+        if func.is_view or name in FREE:
+            return out
+        self.launches += 1
+        self.bytes += sum(nbytes(t) for t in tree_iter((args, kwargs, out)) if isinstance(t, Tensor))
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        elif not name.startswith("aten::"):
+            self.unknown.append(name)
+        return out
+
+
+def nbytes(t: Tensor) -> int:
+    """Bytes of the entries of t."""
+    return t.numel() * t.element_size()
+
+
+class Saved:
+    """Bytes that autograd keeps for backward in the block, each storage once, those of `known` tensors left out.
+
+    What was saved stays alive until the end of the block, so that no address is counted twice or missed.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        self._skip = {t.untyped_storage().data_ptr() for t in known}
+        self._storages: dict[int, int] = {}
+        self._alive: list[Tensor] = []
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+
+    def __enter__(self) -> "Saved":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+        self._alive.clear()
+
+    def _pack(self, t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        self._alive.append(t.detach())
+        if storage.data_ptr() not in self._skip:
+            self._storages[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    @property
+    def bytes(self) -> int:
+        """The sum over storages."""
+        return sum(self._storages.values())
+
+
+def count(run: Callable[[], object], known: Iterable[Tensor] = ()) -> dict[str, Any]:
+    """Operators, bytes, FLOPs and saved bytes of one call, by these names; `known` as for `Saved`."""
+    with Cost() as cost, Saved(known) as saved:
+        run()
+    found = {"launches": cost.launches, "bytes": cost.bytes, "flops": cost.flops, "saved_bytes": saved.bytes}
+    return found | ({"raw_kernels": sorted(set(cost.unknown))} if cost.unknown else {})
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages whose code is timed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

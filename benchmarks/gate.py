@@ -1,0 +1,97 @@
+"""The red gate: nothing is timed before it is shown to compute what the reference computes."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fvae_kernels as fk
+from fvae_kernels import testing
+from fvae_kernels.testing import Results
+
+from .sides import FVAE, Side, adapters, environment, without_dropout
+
+FACTOR = 4.0  # error against float64, relative to that of plain PyTorch in the same dtype
+ORDER = 32.0  # roundings of float32, relative to the largest entry, that another order of a long sum may cost
+
+
+class WrongKernel(AssertionError):  # noqa: N818  (the name says what happened)
+    """A side does not compute what it says; its time would mean nothing."""
+
+
+def check_op(op: str, function: Callable[..., Any], inputs: Mapping[str, Any], **options: Any) -> None:
+    """Outputs and gradients of `function` against ``reference.<op>``.
+
+    Raises:
+        WrongKernel: if they are farther from float64 than plain PyTorch in the same dtype explains.
+    """
+    rounded, exact = testing.exact_and_rounded(op, inputs)
+    _no_worse(op, testing.run(function, inputs, **options), rounded, exact)
+
+
+def check_adapter(adapter: Any, backend: str, tokens: int = 96) -> None:
+    """Update, terms and every gradient of an adapter on `backend` against the reference; random parameters, no dropout.
+
+    Raises:
+        WrongKernel: as `check_op`.
+    """
+    twin = without_dropout(adapter)
+    exact = run_adapter(copy.deepcopy(twin).double(), "reference", tokens)
+    _no_worse("layer", run_adapter(twin, backend, tokens), run_adapter(twin, "reference", tokens), exact)
+
+
+def run_adapter(adapter: Any, backend: str, tokens: int) -> Results:
+    """Results of one forward and backward on fixed numbers, the same for every dtype."""
+    random = testing.Random(1, adapter.B.dtype, "cpu")
+    R = adapter.config.rank
+    x, noise = random(tokens, adapter.in_features), tuple(random(tokens, R, grad=False) for _ in range(2))
+    weight = random(tokens, adapter.out_features, grad=False)
+    adapter.train().requires_grad_()
+    with torch.enable_grad(), fk.use_backend(backend):
+        delta, terms = adapter(x, noise)
+        leaves = {"x": x, **dict(adapter.named_parameters())}
+        loss = (delta * weight).sum() + 0.5 * terms.loss
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    named = {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {"delta": delta.detach(), **{f: getattr(terms, f).detach() for f in terms._fields}, **named}
+
+
+def check_sides(sides: Mapping[str, Side], evaluate: Callable[[nn.Module], Tensor], base: Tensor) -> None:
+    """Every side starts as the base model in eval mode, and every FVAE adapter computes the reference in training.
+
+    Args:
+        sides: by name, as they were built.
+        evaluate: a module's output on a small batch.
+        base: that of the base model.
+
+    Raises:
+        WrongKernel: naming the side.
+    """
+    for name, side in sides.items():
+        with torch.no_grad(), environment(name):
+            training = side.module.training
+            found = evaluate(side.module.eval())
+            side.module.train(training)
+        try:
+            torch.testing.assert_close(found, base, rtol=1e-3, atol=1e-4)
+        except AssertionError as error:
+            raise WrongKernel(f"{name} does not start as the base model: {error}") from None
+        if name in FVAE and name not in ("plain", "compiled"):
+            shapes = {(a.in_features, a.out_features): a for a in adapters(side.module)}
+            for adapter in shapes.values():
+                check_adapter(adapter, name)
+
+
+def _no_worse(what: str, actual: Results, rounded: Results, exact: Results) -> None:
+    """Root mean square errors against float64, those of sums in another order forgiven."""
+    for name, truth in exact.items():
+        if not truth.numel():
+            continue
+        ours, baseline = (float((found[name].double() - truth).square().mean().sqrt()) for found in (actual, rounded))
+        floor = ORDER * torch.finfo(torch.float32).eps * float(truth.abs().max())
+        if not ours <= FACTOR * baseline + floor:
+            raise WrongKernel(
+                f"{what} differs from the reference: {name}: error {ours:.1e}, plain PyTorch {baseline:.1e}"
+            )

@@ -1,0 +1,225 @@
+"""The sides of every comparison, built in one place: same base weights, same rank, same targets, same seed.
+
+    base        the model without adapters, frozen
+    plain       FVAE-LoRA in plain PyTorch (backend "reference")
+    compiled    torch.compile of it
+    cpp, triton ours, one per backend that can run the fused layer here
+    lora, dora, hira    PEFT's own methods
+
+All of them go through `peft.get_peft_model`, so that PEFT's bookkeeping costs every side the same.
+"""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import fvae_kernels as fk
+from fvae_kernels._backend import backends_for, interpreting
+
+from .cost import count
+
+RANK, ALPHA, SEED = 16, 16, 0
+METHOD: dict[str, Any] = {"alpha": ALPHA, "kl_weight": 2.0}  # weights cost nothing; else the package's defaults
+TITLES = {
+    "base": "base layer",
+    "plain": "plain PyTorch FVAE",
+    "compiled": "torch.compile of it",
+    "cpp": "ours, C++",
+    "triton": "ours, Triton",
+    "lora": "PEFT LoRA",
+    "dora": "PEFT DoRA",
+    "hira": "PEFT HiRA",
+}
+FVAE = ("plain", "compiled", "cpp", "triton")
+PEFT = ("lora", "dora", "hira")
+
+
+@dataclass
+class Side:
+    """One side of a comparison: what is timed, and the module behind it."""
+
+    name: str
+    module: nn.Module
+    run: Callable[[], Any]
+    forward: Callable[[], Any]
+    inputs: tuple[Tensor, ...] = ()
+
+    def cost(self) -> dict[str, Any]:
+        """Operators, bytes, FLOPs and saved bytes of one run; weights, buffers and inputs do not count as saved.
+
+        Empty for a compiled side: the dispatcher does not see inside it.
+        """
+        if self.name == "compiled":
+            return {}
+        return count(self.run, [*self.module.parameters(), *self.module.buffers(), *self.inputs])
+
+
+def with_flops(costs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Where a raw kernel hides its FLOPs from the counter: those of plain PyTorch, whose mathematics it does."""
+    for cost in costs.values():
+        if cost.get("raw_kernels") and "plain" in costs:
+            cost |= {"flops": costs["plain"]["flops"], "flops_from": "plain PyTorch"}
+    return costs
+
+
+def kernels(op: str, device: str = "cpu") -> tuple[str, ...]:
+    """Our backends that have a kernel of `op` on this device. An interpreted kernel says nothing about time."""
+    found = [name for name in backends_for(op, device) if name != "reference"]
+    return tuple(name for name in found if not (name == "triton" and interpreting()))
+
+
+def ours(device: str = "cpu") -> str:
+    """The side that an unnamed backend takes: the fused layer, or plain PyTorch where there is none yet."""
+    return next(iter(kernels("layer", device)), "plain")
+
+
+def names(compiled: bool = True) -> tuple[str, ...]:
+    """Every adapted side that can run here."""
+    return ("plain", *(["compiled"] if compiled else []), *kernels("layer"), *PEFT)
+
+
+def backend_of(name: str) -> str | None:
+    """The backend of the package that a side runs on."""
+    return {"plain": "reference", "compiled": "reference", "cpp": "cpp", "triton": "triton"}.get(name)
+
+
+@contextlib.contextmanager
+def environment(name: str) -> Iterator[None]:
+    """What holds while a side runs: its backend."""
+    with fk.use_backend(backend_of(name)):
+        yield
+
+
+def within(name: str, function: Callable[[], Any]) -> Callable[[], Any]:
+    """`function` in its side's environment."""
+    if backend_of(name) is None:
+        return function
+
+    def run() -> Any:
+        with environment(name):
+            return function()
+
+    return run
+
+
+def peft_config(name: str, targets: list[str], linear: bool = False) -> Any:
+    """The config of a side; `linear` takes encoders without a hidden layer, whose mean path is LoRA's."""
+    common: dict[str, Any] = {"r": RANK, "target_modules": targets}
+    if name in FVAE:
+        hidden: dict[str, Any] = {"encoder_hidden": ()} if linear else {}
+        return fk.FVAELoraConfig(**common, **METHOD, **hidden)
+    if name in ("lora", "dora"):
+        return peft.LoraConfig(lora_alpha=ALPHA, use_dora=name == "dora", **common)
+    return peft.HiraConfig(**common)
+
+
+def share(model: nn.Module) -> nn.Module:
+    """A copy of the structure of `model` around its very weights."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(t): t for t in tensors})
+
+
+def adapt(name: str, model: nn.Module, targets: list[str], linear: bool = False) -> nn.Module:
+    """`model` as the side `name` has it, in training mode; the model itself stays as it is, but frozen."""
+    model = share(model.requires_grad_(False))
+    if name == "base":
+        return model.train()
+    torch.manual_seed(SEED)
+    return peft.get_peft_model(model, peft_config(name, targets, linear)).train()
+
+
+class OneLinear(nn.Module):
+    """A model that is one linear layer, as PEFT wants to see it."""
+
+    def __init__(self, D: int, M: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.linear = nn.Linear(D, M, dtype=dtype)
+
+
+def layer_module(name: str, model: OneLinear, linear: bool = False) -> nn.Module:
+    """The adapted layer of a side, its random start seeded."""
+    module = adapt(name, model, ["linear"], linear)
+    return module.linear if name == "base" else module.base_model.model.linear  # type: ignore[union-attr,return-value]
+
+
+def layer_side(name: str, model: OneLinear, x: Tensor, grad_y: Tensor) -> Side:
+    """Forward and backward of one adapted layer: gradients of its parameters and of x."""
+    module: Any = layer_module(name, model)
+    call = module
+    if name == "compiled":
+        call = torch.compile(module, dynamic=False)
+    trained = [p for p in module.parameters() if p.requires_grad]
+
+    def forward() -> Tensor:
+        return call(x)
+
+    def step() -> None:
+        x.grad = None
+        for p in trained:
+            p.grad = None
+        call(x).backward(grad_y)
+
+    return Side(name, module, within(name, step), within(name, forward), (x,))
+
+
+def layer_sides(
+    which: tuple[str, ...], tokens: int, D: int, M: int | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, Side]:
+    """Sides of a layer of D inputs and M outputs on one batch of tokens."""
+    model = OneLinear(D, M or D, dtype)
+    generator = torch.Generator().manual_seed(SEED)
+    x = torch.randn(tokens, D, generator=generator).to(dtype).requires_grad_()
+    grad_y = torch.randn(tokens, M or D, generator=generator).to(dtype)
+    return {name: layer_side(name, model, x, grad_y) for name in which}
+
+
+def inference_sides(tokens: int, D: int) -> dict[str, Side]:
+    """The mean path without autograd: the recipe's encoder, a linear one, that one merged; PEFT's; the base."""
+    model = OneLinear(D, D)
+    x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(SEED))
+    modules = {name: layer_module(name, model).eval() for name in ("base", "lora", "dora")}
+    modules["fvae"] = layer_module("plain", model).eval()
+    modules["fvae_linear"] = layer_module("plain", model, linear=True).eval()
+    config = fk.FVAEConfig(rank=RANK, encoder_hidden=(), **METHOD)
+    wrapper = fk.FusedFVAELinear.from_linear(copy.deepcopy(model.linear), config).eval()
+    wrapper.merge()
+    modules["merged"] = wrapper
+    unloaded = peft.get_peft_model(
+        copy.deepcopy(model), peft_config("plain", ["linear"], linear=True)
+    ).merge_and_unload()
+    modules["unloaded"] = unloaded.linear
+    return {name: _inference(name, module, x) for name, module in modules.items()}
+
+
+def _inference(name: str, module: nn.Module, x: Tensor) -> Side:
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return module(x)
+
+    return Side(name, module, forward, forward)
+
+
+def adapters(module: nn.Module) -> list[Any]:
+    """The FVAE adapters inside a side."""
+    return [m for m in module.modules() if type(m).__name__ == "FVAEAdapter"]
+
+
+def without_dropout(adapter: Any) -> Any:
+    """A copy of an adapter that drops nothing and whose parameters are all random, to be compared with others."""
+    twin = copy.deepcopy(adapter)
+    twin.config = dataclasses.replace(adapter.config, dropout=0.0)
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for name, p in twin.named_parameters():
+            scale = 0.3 * p.shape[-1] ** -0.5 if p.dim() > 1 else 0.1
+            values = torch.randn(p.shape, generator=generator) * scale
+            p.copy_(values.to(p) + (1.0 if name == "decoder_scale" else 0.0))
+    return twin

@@ -1,0 +1,141 @@
+// layer, forward: s B z1 and the terms of the objective, x read once.   Mathematics: reference.layer
+//
+//   mean_i, logvar_i = encoder_i(x),   z_i = mean_i + exp(logvar_i / 2) noise_i,   delta = s z1 B^T
+//   x_hat = decoder(z1, z2),   nll = sum over features of  q_d / 2 + log |t_d| + log(2 pi) / 2
+//   term  = table[term] . statistics                  every objective is linear in a few means over tokens
+//
+// Decoder and x_hat exist for one tile of tokens at a time; backward makes them once more.
+#include "layer.h"
+
+namespace fvae {
+namespace {
+
+constexpr double kHalfLog2Pi = 0.91893853320467274178;
+constexpr int64_t kRun = 16;  // tokens whose squares are added in the accumulation type, before doubles take over
+
+template <typename acc_t>
+FVAE_VECTORISED static void add_squares_row(
+    acc_t* sums, const acc_t* x, const acc_t* residual, const acc_t* b, const acc_t* inverse, int64_t D) {
+  for (int64_t d = 0; d < D; ++d) {
+    const acc_t deviation = (residual[d] + b[d] - x[d]) * inverse[d];
+    sums[d] += deviation * deviation;
+  }
+}
+
+// sums[d] += squares of (x_hat - x) / t over the tokens kept; the residual still lacks x and the bias.
+template <typename acc_t>
+void add_squares(
+    const Tensor& x, const Tensor& residual, const Decoder& decoder, const Kept& kept, const Tile& tile, double* sums) {
+  const int64_t D = x.size(1);
+  const acc_t *target = x.const_data_ptr<acc_t>(), *minus = residual.const_data_ptr<acc_t>();
+  const acc_t *b = decoder.layers.back().b.const_data_ptr<acc_t>();
+  const acc_t *inverse = decoder.inverse_scale.const_data_ptr<acc_t>();
+  std::vector<acc_t> run(D);
+  for (int64_t start = 0; start < tile.length; start += kRun) {
+    std::fill(run.begin(), run.end(), acc_t(0));
+    for (int64_t n = start; n < std::min(start + kRun, tile.length); ++n) {
+      if (kept[tile.start + n]) add_squares_row<acc_t>(run.data(), target + n * D, minus + n * D, b, inverse, D);
+    }
+    for (int64_t d = 0; d < D; ++d) sums[d] += run[d];
+  }
+}
+
+using Statistics = std::array<double, kStatistics>;
+
+// Sums over the tokens kept, in doubles: the terms are small differences of them.
+template <typename acc_t>
+Statistics latent_statistics(const Tensor& heads, const Sample& sample, double mu, const Kept& kept, const Tile& tile) {
+  const int64_t R = sample.z.size(1) / 2;
+  Statistics sums{};
+  for (int64_t side = 0; side < 2; ++side) {
+    double squares = 0, from_mu = 0, var = 0, logvar = 0, sampled = 0;
+    for (int64_t n = 0; n < tile.length; ++n) {
+      if (!kept[tile.start + n]) continue;
+      const acc_t* q = heads.const_data_ptr<acc_t>() + n * heads.stride(0) + 2 * R * side;
+      const acc_t* z = sample.z.const_data_ptr<acc_t>() + (2 * n + side) * R;
+      const acc_t* std = sample.std.const_data_ptr<acc_t>() + (2 * n + side) * R;
+      for (int64_t r = 0; r < R; ++r) {
+        const double mean = q[r], sd = std[r], off_center = z[r] - side * mu;
+        squares += mean * mean;
+        from_mu += (mean - mu) * (mean - mu);
+        var += sd * sd;
+        logvar += clamp_logvar(q[R + r]);
+        sampled += off_center * off_center;
+      }
+    }
+    double* to = sums.data() + (side == 0 ? kSquares1 : kSquares2);
+    to[0] = squares, to[1] = from_mu, to[2] = var, to[3] = logvar;
+    sums[kSampled1 + side] = sampled;
+  }
+  return sums;
+}
+
+double total(at::ArrayRef<double> table, Term term, const Statistics& means) {
+  double value = 0;
+  for (int i = 0; i < kStatistics; ++i) {  // NaN counts only where it has a weight
+    const double weight = table[int{term} * kStatistics + i];
+    if (weight != 0) value += weight * means[i];
+  }
+  return value;
+}
+
+template <typename acc_t>
+Statistics forward_tile(
+    const Layer& layer, const Tile& tile, Tensor delta_rows, const Tensor& state_rows, double* squares) {
+  const auto& [sample, outputs, residual] = layer.scratch[tile.worker].first(tile.length);
+  const Tensor x_rows = tile.rows(layer.x, layer.type), up = layer.up.t();
+  const Tensor heads = layer.encoders.output(state_rows, layer.encoders.hidden());
+  layer.encoders.forward<acc_t>(x_rows, state_rows, layer.dropout, tile);
+  sample.template draw<acc_t>(heads, layer.noise_rows(tile));
+  const Tensor z1 = block(sample.z, 1, 0, 2);
+  delta_rows.scalar_type() == layer.type ? at::mm_out(delta_rows, z1, up) : delta_rows.copy_(at::mm(z1, up));
+  layer.decoder.forward<acc_t>(sample, outputs, residual, layer.dropout, tile);
+  add_squares<acc_t>(x_rows, residual, layer.decoder, layer.kept, tile, squares);
+  return latent_statistics<acc_t>(heads, sample, layer.mu, layer.kept, tile);
+}
+
+}  // namespace
+
+// delta, loss, nll, kl, gamma, the encoders' state, and d nll / d scale [D], which falls out of the same sums.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_fwd(
+    const Tensor& x, const Parameters& encoder1, const Parameters& encoder2, const Parameters& decoder,
+    const Tensor& scale, const Tensor& B, const Tensor& noise1, const Tensor& noise2, const OptionalTensor& mask,
+    const OptionalTensor& seed, double dropout, bool average, double scaling, double prior2_mean,
+    at::ArrayRef<double> table) {
+  const PlainTensors guard;
+  const Layer layer(
+      x, encoder1, encoder2, decoder, scale, B, noise1, noise2, mask, seed, dropout, average, scaling, prior2_mean);
+  const int64_t N = x.size(0), D = x.size(1);
+  const auto options = x.options().dtype(layer.type);
+  const Tensor delta = at::empty({N, B.size(0)}, x.options()), state = at::empty({N, layer.encoders.width}, options);
+  const Tensor squares = at::zeros({layer.tiles.count, D}, options.dtype(at::kDouble));
+  std::vector<Statistics> partial(layer.tiles.count);
+
+  AT_DISPATCH_FLOATING_TYPES(layer.type, "layer_fwd", [&] {
+    layer.tiles.for_each([&](const Tile& tile) {
+      const Tensor delta_rows = delta.narrow(0, tile.start, tile.length);
+      const Tensor state_rows = state.narrow(0, tile.start, tile.length);
+      double* sums = squares.mutable_data_ptr<double>() + tile.index * D;
+      partial[tile.index] = forward_tile<scalar_t>(layer, tile, delta_rows, state_rows, sums);
+    });
+  });
+
+  const Kept& kept = layer.kept;
+  const auto number = [&](double value) { return at::full({}, value, options); };
+  if (kept.count == 0) return {delta, number(0), number(0), number(0), number(0), state, at::zeros({D}, options)};
+  Statistics means{};
+  for (const Statistics& sums : partial) {
+    for (int i = 0; i < kStatistics; ++i) means[i] += sums[i] / kept.count;
+  }
+  const Tensor q = squares.sum(0) / static_cast<double>(kept.count), t = scale.to(at::kDouble);
+  means[kOne] = 1;
+  means[kNll] = (q / 2 + t.abs().log() + kHalfLog2Pi).sum().item<double>();
+  const auto term = [&](Term which) { return number(total(table, which, means)); };
+  return {delta, term(kLoss), number(means[kNll]), term(kKl), term(kGamma), state, ((1 - q) / t).to(layer.type)};
+}
+
+TORCH_LIBRARY_IMPL(fvae_cpp, CPU, m) {
+  m.impl("layer_fwd", &layer_fwd);
+}
+
+}  // namespace fvae

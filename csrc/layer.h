@@ -1,0 +1,220 @@
+// The parts of an adapted layer that its forward and its backward share, all of them on a tile of tokens and in the
+// accumulation type.   Mathematics: reference.layer
+#pragma once
+
+#include "common.h"
+#include "philox.h"
+
+namespace fvae {
+
+using Parameters = c10::List<std::optional<Tensor>>;  // weight, bias or none, weight, ...: the input's layer first
+
+// The means over tokens that every objective is a linear function of; mu is the mean of prior 2.
+enum Statistic {
+  kOne, kNll,
+  kSquares1, kFromMu1, kVar1, kLogvar1,  // sums of mean1^2, (mean1 - mu)^2, var1, logvar1
+  kSquares2, kFromMu2, kVar2, kLogvar2,
+  kSampled1, kSampled2,  // sums of z1^2, (z2 - mu)^2
+  kStatistics
+};
+enum Term { kLoss, kKl, kGamma, kTerms };  // rows of the table [kTerms, kStatistics] that defines an objective
+
+// Floats in a tile's rows of x. Measured: with half of it products are slower, with twice of it memory is.
+constexpr int64_t kLayerTile = 1 << 18;
+constexpr int64_t kWork = 64;  // of a token for each entry of x, against a simple loop
+
+inline Tensor block(const Tensor& t, int64_t dim, int64_t i, int64_t blocks) {
+  const int64_t size = t.size(dim) / blocks;
+  return t.narrow(dim, i * size, size);
+}
+
+// out = in w^T (+ b, which the next loop over `out` adds). With two blocks, the first half of the outputs reads the
+// first half of the inputs alone, and the second the second: two encoders side by side.
+struct Linear {
+  Tensor w, b;  // [out, in / blocks], [out]
+  int64_t blocks = 1;
+
+  void product(const Tensor& out, const Tensor& in) const {
+    for (int64_t i = 0; i < blocks; ++i) {
+      Tensor to = block(out, 1, i, blocks);
+      at::mm_out(to, block(in, 1, i, blocks), block(w, 0, i, blocks).t());
+    }
+  }
+  // grad_in = beta * grad_in + grad_out w
+  void grad_input(const Tensor& grad_in, const Tensor& grad_out, double beta = 0) const {
+    for (int64_t i = 0; i < blocks; ++i) {
+      Tensor to = block(grad_in, 1, i, blocks);
+      const Tensor from = block(grad_out, 1, i, blocks), weight = block(w, 0, i, blocks);
+      beta != 0 ? to.addmm_(from, weight, beta) : at::mm_out(to, from, weight);
+    }
+  }
+  void add_grads(const Tensor& sum_w, const Tensor& sum_b, const Tensor& grad_out, const Tensor& in) const {
+    for (int64_t i = 0; i < blocks; ++i) {
+      block(sum_w, 0, i, blocks).addmm_(block(grad_out, 1, i, blocks).t(), block(in, 1, i, blocks));
+    }
+    sum_b.add_(grad_out.sum(0));
+  }
+};
+
+// The i-th layers of some networks stacked: rows of the first network, then of the next one.
+inline Linear stacked(const std::vector<std::pair<Parameters, int64_t>>& parts, at::ScalarType type, int64_t blocks) {
+  std::vector<Tensor> w, b;
+  for (const auto& [parameters, i] : parts) {
+    const Tensor weight = *parameters.get(2 * i);
+    const std::optional<Tensor> bias = parameters.get(2 * i + 1);
+    w.push_back(weight);
+    b.push_back(bias.has_value() ? *bias : at::zeros({weight.size(0)}, weight.options()));
+  }
+  const auto one = [&](const std::vector<Tensor>& all) {
+    return (all.size() == 1 ? all[0] : at::cat(all)).to(type).contiguous();
+  };
+  return {one(w), one(b), blocks};
+}
+
+// Both encoders. Their state [N, width], which forward saves for backward, is the output of every hidden layer, encoder
+// 1 | encoder 2, then mean1 | logvar1 | mean2 | logvar2.
+struct Encoders {
+  std::vector<Linear> layers;         // hidden layers, heads last
+  std::vector<int64_t> first_column;  // of each layer in the state
+  int64_t width = 0, R;
+
+  Encoders(const Parameters& encoder1, const Parameters& encoder2, at::ScalarType type) {
+    const int64_t hidden = static_cast<int64_t>(encoder1.size()) / 2 - 2;
+    for (int64_t i = 0; i < hidden; ++i) {
+      add(stacked({{encoder1, i}, {encoder2, i}}, type, i == 0 ? 1 : 2));  // the first one reads x, shared by both
+    }
+    const int64_t mean = hidden, logvar = hidden + 1;
+    add(stacked({{encoder1, mean}, {encoder1, logvar}, {encoder2, mean}, {encoder2, logvar}}, type, hidden ? 2 : 1));
+    R = layers.back().w.size(0) / 4;
+  }
+  void add(Linear layer) {
+    first_column.push_back(width);
+    width += layer.w.size(0);
+    layers.push_back(std::move(layer));
+  }
+  int64_t hidden() const {
+    return static_cast<int64_t>(layers.size()) - 1;
+  }
+  Tensor output(const Tensor& state, int64_t i) const {
+    return state.narrow(1, first_column[i], layers[i].w.size(0));
+  }
+
+  template <typename acc_t>
+  void forward(const Tensor& x, const Tensor& state, const Dropout& dropout, const Tile& tile) const {
+    for (int64_t i = 0; i <= hidden(); ++i) {
+      const Tensor out = output(state, i);
+      layers[i].product(out, i == 0 ? x : output(state, i - 1));
+      i < hidden() ? activate<acc_t>(out, layers[i].b, dropout, i, tile) : void(Tensor(out).add_(layers[i].b));
+    }
+  }
+};
+
+// z = [z1 | z2] from the heads of a tile, and the standard deviations that made it.
+struct Sample {
+  Tensor z, std;  // [T, 2R]
+
+  template <typename acc_t>
+  void draw(const Tensor& heads, const std::array<Tensor, 2>& noise) const {
+    const int64_t R = z.size(1) / 2;
+    acc_t *to = z.mutable_data_ptr<acc_t>(), *sd = std.mutable_data_ptr<acc_t>();
+    const auto each = [&](const auto& body) {
+      for (int64_t side = 0; side < 2; ++side) {
+        const acc_t* q = heads.const_data_ptr<acc_t>() + 2 * R * side;
+        const acc_t* eps = noise[side].template const_data_ptr<acc_t>();
+        for (int64_t n = 0; n < z.size(0); ++n, q += heads.stride(0), eps += R) {
+          for (int64_t r = 0; r < R; ++r) body((2 * n + side) * R + r, q[r], q[R + r], eps[r]);
+        }
+      }
+    };
+    each([&](int64_t i, acc_t, acc_t logvar, acc_t) { sd[i] = clamp_logvar(logvar) / 2; });
+    Tensor(std).exp_();  // ATen's exp uses the vector instructions of the machine that runs it
+    each([&](int64_t i, acc_t mean, acc_t, acc_t eps) { to[i] = mean + sd[i] * eps; });
+  }
+};
+
+struct Decoder {
+  std::vector<Linear> layers;  // hidden layers, output layer last
+  Tensor inverse_scale;        // [D]
+  bool average;
+  int64_t first_dropout;  // the layers of the encoders come before
+
+  Decoder(const Parameters& decoder, const Tensor& scale, bool average, const Encoders& encoders)
+      : average(average), first_dropout(encoders.hidden()) {
+    const auto type = wide(scale);
+    for (int64_t i = 0; i < static_cast<int64_t>(decoder.size()) / 2; ++i) {
+      layers.push_back(stacked({{decoder, i}}, type, 1));
+    }
+    inverse_scale = scale.to(type).reciprocal().contiguous();
+  }
+  int64_t hidden() const {
+    return static_cast<int64_t>(layers.size()) - 1;
+  }
+
+  // x_hat less the bias, into `residual`; `outputs` takes the latent and every hidden layer's output.
+  template <typename acc_t>
+  void forward(
+      const Sample& sample, const std::vector<Tensor>& outputs, const Tensor& residual, const Dropout& dropout,
+      const Tile& tile) const {
+    if (average) {
+      Tensor latent = outputs[0];
+      at::add_out(latent, block(sample.z, 1, 0, 2), block(sample.z, 1, 1, 2)).mul_(0.5);
+    }
+    for (int64_t i = 0; i < hidden(); ++i) {
+      layers[i].product(outputs[i + 1], outputs[i]);
+      activate<acc_t>(outputs[i + 1], layers[i].b, dropout, first_dropout + i, tile);
+    }
+    layers.back().product(residual, outputs.back());
+  }
+};
+
+// A worker's memory for what a tile needs in either direction.
+struct Scratch {
+  Sample sample;
+  std::vector<Tensor> outputs;  // the decoder's input and what its hidden layers give
+  Tensor residual;              // [T, D]
+
+  Scratch(const Encoders& encoders, const Decoder& decoder, int64_t length) {
+    const auto make = [&](int64_t width) { return at::empty({length, width}, decoder.inverse_scale.options()); };
+    sample = {make(2 * encoders.R), make(2 * encoders.R)};
+    outputs.push_back(decoder.average ? make(encoders.R) : sample.z);
+    for (int64_t i = 0; i < decoder.hidden(); ++i) outputs.push_back(make(decoder.layers[i].w.size(0)));
+    residual = make(decoder.inverse_scale.size(0));
+  }
+  // The rows for a tile of so many tokens.
+  Scratch first(int64_t length) const {
+    Scratch tile(*this);
+    for (Tensor* t : {&tile.sample.z, &tile.sample.std, &tile.residual}) *t = t->narrow(0, 0, length);
+    for (Tensor& t : tile.outputs) t = t.narrow(0, 0, length);
+    return tile;
+  }
+};
+
+// One adapted layer and its tokens, as forward and backward see them.
+struct Layer {
+  Tensor x;
+  std::array<Tensor, 2> noise;
+  at::ScalarType type;  // of sums and of everything inside
+  Kept kept;
+  Dropout dropout;
+  Encoders encoders;
+  Decoder decoder;
+  Tensor up;  // s B [M, R]
+  double mu;
+  Tiles tiles;
+  std::vector<Scratch> scratch;
+
+  Layer(
+      const Tensor& x, const Parameters& encoder1, const Parameters& encoder2, const Parameters& decoder,
+      const Tensor& scale, const Tensor& B, const Tensor& noise1, const Tensor& noise2, const OptionalTensor& mask,
+      const OptionalTensor& seed, double dropout, bool average, double scaling, double prior2_mean)
+      : x(x), noise{noise1, noise2}, type(wide(x)), kept(mask, x.size(0)), dropout(seed, dropout),
+        encoders(encoder1, encoder2, type), decoder(decoder, scale, average, encoders), up(B.to(type).mul(scaling)),
+        mu(prior2_mean), tiles(x.size(0), x.size(1), kLayerTile, kWork * x.size(1)) {
+    for (int64_t i = 0; i < tiles.workers; ++i) scratch.emplace_back(encoders, this->decoder, tiles.length);
+  }
+  std::array<Tensor, 2> noise_rows(const Tile& tile) const {
+    return {tile.rows(noise[0], type), tile.rows(noise[1], type)};
+  }
+};
+
+}  // namespace fvae

@@ -1,0 +1,235 @@
+// layer, backward: one walk over tiles of tokens makes every gradient.   Mathematics: reference.layer
+//
+//   c = grad_loss table[loss] + grad_nll [nll] + grad_kl table[kl] + grad_gamma table[gamma]     one small vector
+//   grad_z1     = s grad_delta B + decoder + 2 c z1 ...       grad_mean   = grad_z + 2 c mean ...
+//   grad_logvar = grad_z noise std / 2 + c var + c            inside of the clamp, 0 outside
+//   grad_x      = (x - x_hat) c / t^2 + what the encoders give        written once
+#include "layer_sums.h"
+
+namespace fvae {
+namespace {
+
+enum Need { kX, kEncoders, kDecoder, kScale, kB, kNeeds };
+
+using Coefficients = std::array<double, kStatistics>;
+
+template <typename acc_t>
+FVAE_VECTORISED static void finish_row(acc_t* r, const acc_t* x, const acc_t* b, const acc_t* factor, int64_t D) {
+  for (int64_t d = 0; d < D; ++d) r[d] = (r[d] + b[d] - x[d]) * factor[d];
+}
+
+// residual = (x_hat - x) factor for the tokens kept: the gradient of x_hat, and less that of x as the target. It still
+// lacks x and the bias.
+template <typename acc_t>
+void finish_residual(
+    const Tensor& residual, const Tensor& x, const Tensor& b, const Tensor& factor, const Kept& kept,
+    const Tile& tile) {
+  const int64_t D = x.size(1);
+  acc_t* r = residual.mutable_data_ptr<acc_t>();
+  const acc_t *target = x.const_data_ptr<acc_t>(), *bias = b.const_data_ptr<acc_t>();
+  const acc_t* f = factor.const_data_ptr<acc_t>();
+  for (int64_t n = 0; n < tile.length; ++n, r += D, target += D) {
+    if (kept[tile.start + n]) {
+      finish_row<acc_t>(r, target, bias, f, D);
+    } else {
+      std::fill_n(r, D, acc_t(0));
+    }
+  }
+}
+
+// What the terms that are linear in a latent's statistics contribute: slope * value + offset.
+template <typename acc_t>
+struct Slopes {
+  acc_t mean, mean_offset, var, logvar, z, z_offset;
+  Slopes(const Coefficients& c, int side, double mu) {
+    const double* own = c.data() + (side == 0 ? kSquares1 : kSquares2);
+    const double sampled = 2 * c[kSampled1 + side];
+    mean = 2 * (own[0] + own[1]), mean_offset = -2 * own[1] * mu;
+    var = own[2], logvar = own[3];
+    z = sampled, z_offset = side == 0 ? 0 : -sampled * mu;
+  }
+};
+
+// grad_heads [T, 4R] from the gradient of z1 through delta [T, R] and that of the decoder's input [T, 2R] or [T, R].
+template <typename acc_t>
+void grad_latents(
+    const Tensor& grad_heads, const Tensor& heads, const Sample& sample, const std::array<Tensor, 2>& noise,
+    const Tensor& grad_z1, const Tensor& grad_latent, bool average, const Coefficients& c, double mu, const Kept& kept,
+    const Tile& tile) {
+  const int64_t R = sample.z.size(1) / 2, L = grad_latent.size(1);
+  for (int64_t side = 0; side < 2; ++side) {
+    const Slopes<acc_t> slopes(c, side, mu);
+    const acc_t *eps = noise[side].const_data_ptr<acc_t>(), *through_delta = grad_z1.const_data_ptr<acc_t>();
+    const acc_t *through_decoder = grad_latent.const_data_ptr<acc_t>() + (average ? 0 : R * side);
+    const acc_t share = average ? 0.5 : 1;
+    for (int64_t n = 0; n < tile.length; ++n) {
+      const acc_t *mean = heads.const_data_ptr<acc_t>() + n * heads.stride(0) + 2 * R * side, *logvar = mean + R;
+      const acc_t *z = sample.z.const_data_ptr<acc_t>() + (2 * n + side) * R;
+      const acc_t *std = sample.std.const_data_ptr<acc_t>() + (2 * n + side) * R;
+      acc_t *to_mean = grad_heads.mutable_data_ptr<acc_t>() + (4 * n + 2 * side) * R, *to_logvar = to_mean + R;
+      const bool keep = kept[tile.start + n];
+      for (int64_t r = 0; r < R; ++r) {
+        acc_t grad_z = share * through_decoder[n * L + r] + (side == 0 ? through_delta[n * R + r] : acc_t(0));
+        acc_t grad_mean = 0, grad_logvar = 0;
+        if (keep) {
+          grad_z += slopes.z * z[r] + slopes.z_offset;
+          grad_mean = slopes.mean * mean[r] + slopes.mean_offset;
+          grad_logvar = slopes.var * std[r] * std[r] + slopes.logvar;
+        }
+        to_mean[r] = grad_z + grad_mean;
+        to_logvar[r] = clamp_passes(logvar[r]) ? grad_z * eps[n * R + r] * std[r] / 2 + grad_logvar : acc_t(0);
+      }
+    }
+  }
+}
+
+// What the walk over tiles reads and fills.
+struct Backward {
+  const Layer& layer;
+  Tensor grad_delta, state;  // grad_delta may be undefined
+  Coefficients c;            // of a token's statistics, the mean over tokens included
+  std::array<bool, kNeeds> needs;
+  bool through_target, decode;  // whether x is differentiated as the target; whether anything arrives through nll
+  Tensor factor;                // [D]: 1 / t^2 and what arrives at nll for each token
+  Tensor grad_x, sums_B;        // [N, D], [workers, M, R]
+  std::vector<LinearSums> encoder_sums, decoder_sums;
+
+  template <typename acc_t>
+  void tile(const Tile& tile) const;
+  template <typename acc_t>
+  Tensor through_decoder(const Tile& tile, const Tensor& x_rows, const Scratch& memory) const;
+  Tensor through_delta(const Tile& tile, const Sample& sample) const;
+  template <typename acc_t>
+  void through_encoders(
+      const Tile& tile, Tensor grad, const Tensor& x_rows, const Tensor& state_rows, const Tensor& to) const;
+
+  bool latents() const {
+    return needs[kX] || needs[kEncoders];
+  }
+};
+
+// Gradient of z1 [T, R].
+Tensor Backward::through_delta(const Tile& tile, const Sample& sample) const {
+  if (!grad_delta.defined()) return at::zeros({tile.length, layer.encoders.R}, layer.up.options());
+  const Tensor grad = tile.rows(grad_delta, layer.type);
+  if (needs[kB]) sums_B.select(0, tile.worker).addmm_(grad.t(), block(sample.z, 1, 0, 2));
+  return latents() ? at::mm(grad, layer.up) : Tensor();
+}
+
+// Gradient of the decoder's input [T, 2R] or [T, R]; that of x_hat is left in `memory.residual`.
+template <typename acc_t>
+Tensor Backward::through_decoder(const Tile& tile, const Tensor& x_rows, const Scratch& memory) const {
+  const auto& layers = layer.decoder.layers;
+  if (!decode) return at::zeros_like(memory.outputs[0]);
+  layer.decoder.forward<acc_t>(memory.sample, memory.outputs, memory.residual, layer.dropout, tile);
+  finish_residual<acc_t>(memory.residual, x_rows, layers.back().b, factor, layer.kept, tile);
+  Tensor grad = memory.residual;
+  for (int64_t i = layer.decoder.hidden(); i >= 0; --i) {
+    if (needs[kDecoder]) decoder_sums[i].add(layers[i], grad, memory.outputs[i], tile.worker);
+    if (i == 0 && !latents()) return Tensor();
+    const Tensor grad_in = at::empty(memory.outputs[i].sizes(), grad.options());
+    layers[i].grad_input(grad_in, grad);
+    if (i > 0) grad_activate<acc_t>(grad_in, memory.outputs[i], layer.dropout);
+    grad = grad_in;
+  }
+  return grad;
+}
+
+// Gradients of the encoders' weights, and of x, of which `to` holds what comes from it as the target, negated.
+template <typename acc_t>
+void Backward::through_encoders(
+    const Tile& tile, Tensor grad, const Tensor& x_rows, const Tensor& state_rows, const Tensor& to) const {
+  const Encoders& encoders = layer.encoders;
+  for (int64_t i = encoders.hidden(); i >= 0; --i) {
+    const Tensor in = i == 0 ? x_rows : encoders.output(state_rows, i - 1);
+    if (needs[kEncoders]) encoder_sums[i].add(encoders.layers[i], grad, in, tile.worker);
+    if (i == 0) break;
+    const Tensor grad_in = at::empty(in.sizes(), grad.options());
+    encoders.layers[i].grad_input(grad_in, grad);
+    grad_activate<acc_t>(grad_in, in, layer.dropout);
+    grad = grad_in;
+  }
+  if (needs[kX]) encoders.layers[0].grad_input(to, grad, decode && through_target ? -1 : 0);
+}
+
+template <typename acc_t>
+void Backward::tile(const Tile& tile) const {
+  Scratch memory = layer.scratch[tile.worker].first(tile.length);
+  const Tensor x_rows = tile.rows(layer.x, layer.type), state_rows = state.narrow(0, tile.start, tile.length);
+  const Tensor heads = layer.encoders.output(state_rows, layer.encoders.hidden());
+  const auto noise = layer.noise_rows(tile);
+  Tensor grad_x_rows = needs[kX] ? grad_x.narrow(0, tile.start, tile.length) : Tensor();
+  const bool in_place = needs[kX] && grad_x.scalar_type() == layer.type;  // grad_x is the residual's memory
+  if (in_place) memory.residual = grad_x_rows;
+  memory.sample.draw<acc_t>(heads, noise);
+  const Tensor grad_z1 = through_delta(tile, memory.sample);
+  if (!latents() && !needs[kDecoder]) return;
+  const Tensor grad_latent = through_decoder<acc_t>(tile, x_rows, memory);
+  if (!latents()) return;
+  const Tensor grad_heads = at::empty({tile.length, 4 * layer.encoders.R}, layer.up.options());
+  grad_latents<acc_t>(
+      grad_heads, heads, memory.sample, noise, grad_z1, grad_latent, layer.decoder.average, c, layer.mu, layer.kept,
+      tile);
+  through_encoders<acc_t>(tile, grad_heads, x_rows, state_rows, memory.residual);
+  if (needs[kX] && !in_place) grad_x_rows.copy_(memory.residual);
+}
+
+Coefficients combine(
+    at::ArrayRef<double> table, const OptionalTensor& grad_loss, const OptionalTensor& grad_nll,
+    const OptionalTensor& grad_kl, const OptionalTensor& grad_gamma, int64_t tokens) {
+  const auto value = [](const OptionalTensor& grad) { return grad.has_value() ? grad->item<double>() : 0.0; };
+  const double loss = value(grad_loss), kl = value(grad_kl), gamma = value(grad_gamma);
+  const double share = 1.0 / std::max<int64_t>(tokens, 1);
+  Coefficients c;
+  for (int i = 0; i < kStatistics; ++i) {
+    const auto weight = [&](Term term) { return table[int{term} * kStatistics + i]; };
+    c[i] = share * (loss * weight(kLoss) + kl * weight(kKl) + gamma * weight(kGamma));
+  }
+  c[kNll] += share * value(grad_nll);
+  return c;
+}
+
+}  // namespace
+
+// grad_x [N, D], and the gradients of encoder1, encoder2, decoder, scale and B in one list.
+std::tuple<Tensor, std::vector<Tensor>> layer_bwd(
+    const OptionalTensor& grad_delta, const OptionalTensor& grad_loss, const OptionalTensor& grad_nll,
+    const OptionalTensor& grad_kl, const OptionalTensor& grad_gamma, const Tensor& x, const Parameters& encoder1,
+    const Parameters& encoder2, const Parameters& decoder, const Tensor& scale, const Tensor& B, const Tensor& noise1,
+    const Tensor& noise2, const OptionalTensor& mask, const OptionalTensor& seed, double dropout, bool average,
+    double scaling, double prior2_mean, at::ArrayRef<double> table, const Tensor& state, const Tensor& unit_grad_scale,
+    bool detach_target, std::array<bool, kNeeds> needs) {
+  const PlainTensors guard;
+  const Layer layer(
+      x, encoder1, encoder2, decoder, scale, B, noise1, noise2, mask, seed, dropout, average, scaling, prior2_mean);
+  const int64_t workers = layer.tiles.workers;
+  const Coefficients c = combine(table, grad_loss, grad_nll, grad_kl, grad_gamma, layer.kept.count);
+  const bool decode = grad_loss.has_value() || grad_nll.has_value();
+  const Backward backward{
+      layer, grad_delta.value_or(Tensor()), state, c, needs, !detach_target, decode,
+      layer.decoder.inverse_scale.square() * c[kNll], gradient(needs[kX], x.sizes(), x.options()),
+      at::zeros({needs[kB] ? workers : 0, B.size(0), B.size(1)}, layer.up.options()),
+      sums_of(layer.encoders.layers, needs[kEncoders], workers),
+      sums_of(layer.decoder.layers, needs[kDecoder], workers)};
+
+  if (needs[kX] || needs[kEncoders] || needs[kDecoder] || needs[kB]) {
+    AT_DISPATCH_FLOATING_TYPES(layer.type, "layer_bwd", [&] {
+      layer.tiles.for_each([&](const Tile& tile) { backward.tile<scalar_t>(tile); });
+    });
+  }
+
+  Gradients gradients{x.options(), {}};
+  gradients.add_encoder(backward.encoder_sums, encoder1, 0);
+  gradients.add_encoder(backward.encoder_sums, encoder2, 1);
+  for (size_t i = 0; i < backward.decoder_sums.size(); ++i) gradients.add(backward.decoder_sums[i], decoder, i);
+  const double tokens = std::max<int64_t>(layer.kept.count, 1);
+  gradients.add(unit_grad_scale.mul(c[kNll] * tokens).unsqueeze(0), needs[kScale]);
+  gradients.add(backward.sums_B.mul(scaling), needs[kB]);
+  return {backward.grad_x, gradients.all};
+}
+
+TORCH_LIBRARY_IMPL(fvae_cpp, CPU, m) {
+  m.impl("layer_bwd", &layer_bwd);
+}
+
+}  // namespace fvae

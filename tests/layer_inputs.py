@@ -1,0 +1,65 @@
+"""Inputs of the layer op for any size and config, and the op as a function of them that gives a flat tuple."""
+
+import itertools
+
+import torch
+
+import fvae_kernels as fk
+from fvae_kernels import reference, testing
+from fvae_kernels.ops.layer import layer
+
+SMALL = {"rank": 3, "encoder_hidden": (5,), "decoder_hidden": (6,), "dropout": 0.0, "prior2_std": 0.8}
+
+
+def layer_inputs(lead=(5,), D=7, M=6, bias=True, mask=False, dtype=torch.float64, device="cpu", seed=0, **options):
+    """Arguments of `run_layer`; `options` are those of FVAEConfig, small where they are not given."""
+    random, config = testing.Random(seed, dtype, device), fk.FVAEConfig(**{**SMALL, **options})
+    R = config.rank
+
+    def linear(n_in, n_out):
+        return random(n_out, n_in, scale=n_in**-0.5), random(n_out, scale=0.3) if bias else None
+
+    def chain(*sizes):
+        return tuple(linear(*pair) for pair in itertools.pairwise(sizes))
+
+    def encoder():
+        top = (D, *config.encoder_hidden)[-1]
+        heads = (*linear(top, R), *linear(top, R))
+        separate = chain(D, *config.encoder_hidden) if config.separate_hidden else None
+        return chain(D, *config.encoder_hidden), separate, *heads
+
+    *hidden, output = chain(2 * R if config.fusion == "concat" else R, *config.decoder_hidden, D)
+    return {
+        "x": random(*lead, D),
+        "encoder1": encoder(),
+        "encoder2": encoder(),
+        "decoder": (tuple(hidden), *output, random(D, scale=0.1, shift=1.0)),
+        "B": random(M, R),
+        "noise": (random(*lead, R, grad=False), random(*lead, R, grad=False)),
+        "mask": random.mask(*lead) if mask else None,
+        "config": config,
+    }
+
+
+def run_layer(x, encoder1, encoder2, decoder, B, noise, mask, config, dropout=0.0, backend="reference", op=layer):
+    """delta, loss, nll, kl, gamma"""
+    encoders = (reference.Encoder(*encoder) for encoder in (encoder1, encoder2))
+    options = {} if op is reference.layer else {"backend": backend}
+    delta, terms = op(x, *encoders, reference.Decoder(*decoder), B, config, noise, dropout, mask, **options)
+    return delta, *terms
+
+
+def plain(x, **inputs):
+    """`run_layer` of the reference itself."""
+    return run_layer(x, **inputs, op=reference.layer)
+
+
+def replaced(inputs, leaves):
+    """`inputs` with other tensors under the names of `testing.leaves`."""
+
+    def of(name, value):
+        if isinstance(value, tuple):
+            return tuple(of(f"{name}[{i}]", entry) for i, entry in enumerate(value))
+        return leaves.get(name, value)
+
+    return {name: of(name, value) for name, value in inputs.items()}
