@@ -19,8 +19,8 @@ enum Statistic {
 };
 enum Term { kLoss, kKl, kGamma, kTerms };  // rows of the table [kTerms, kStatistics] that defines an objective
 
-// Floats in a tile's rows of x. Measured: with half of it products are slower, with twice of it memory is.
-constexpr int64_t kLayerTile = 1 << 18;
+// Floats in a tile's rows of x, and tokens that it has at least. Measured: products of shorter tiles are slower.
+constexpr int64_t kLayerTile = 1 << 18, kTokens = 128;
 constexpr int64_t kWork = 64;  // of a token for each entry of x, against a simple loop
 
 inline Tensor block(const Tensor& t, int64_t dim, int64_t i, int64_t blocks) {
@@ -209,7 +209,7 @@ struct Layer {
       const OptionalTensor& seed, double dropout, bool average, double scaling, double prior2_mean)
       : x(x), noise{noise1, noise2}, type(wide(x)), kept(mask, x.size(0)), dropout(seed, dropout),
         encoders(encoder1, encoder2, type), decoder(decoder, scale, average, encoders), up(B.to(type).mul(scaling)),
-        mu(prior2_mean), tiles(x.size(0), x.size(1), kLayerTile, kWork * x.size(1)) {
+        mu(prior2_mean), tiles(x.size(0), x.size(1), std::max(kLayerTile, kTokens * x.size(1)), kWork * x.size(1)) {
     for (int64_t i = 0; i < tiles.workers; ++i) scratch.emplace_back(encoders, this->decoder, tiles.length);
   }
   std::array<Tensor, 2> noise_rows(const Tile& tile) const {
