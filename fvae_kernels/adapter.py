@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import FVAEConfig
 from .ops.layer import layer
-from .reference import LOGVAR_LIMIT, Decoder, Encoder, Linears, Terms, mlp
+from .reference import Decoder, Encoder, Linears, Terms, mlp, sample
 
 
 class FVAEAdapter(nn.Module):
@@ -103,7 +103,7 @@ class FVAEAdapter(nn.Module):
         if self.config.sample_at_inference:
             h = mlp(x, self._hidden("encoder1_logvar" if self.config.separate_hidden else "encoder1"))
             logvar = F.linear(h, self.encoder1_logvar_weight, self.encoder1_logvar_bias)
-            z = z + (logvar.clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT) / 2).exp() * self.draw_noise(x)
+            z = sample(z, logvar, self.draw_noise(x))
         return self.config.scaling * F.linear(z, self.B)
 
     def posterior_means(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,12 +70,17 @@ def mlp(x: Tensor, layers: Linears, dropout: float = 0.0) -> Tensor:
     return x
 
 
+def sample(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """Reparameterisation: z = mean + exp(logvar / 2) * noise."""
+    return mean + (logvar.clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT) / 2).exp() * noise
+
+
 def encode(
     x: Tensor, w_mean: Tensor, b_mean: Tensor | None, w_logvar: Tensor, b_logvar: Tensor | None, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads and reparameterisation: z = mean + exp(logvar / 2) * noise."""
+    """Both heads, and the sample."""
     mean, logvar = F.linear(x, w_mean, b_mean), F.linear(x, w_logvar, b_logvar)
-    return mean, logvar, mean + (logvar.clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT) / 2).exp() * noise
+    return mean, logvar, sample(mean, logvar, noise)
 
 
 def gaussian_kl(mean: Tensor, logvar: Tensor, prior_mean: float = 0.0, prior_std: float = 1.0) -> Tensor:
@@ -135,7 +140,7 @@ def posterior(x: Tensor, encoder: Encoder, noise: Tensor, dropout: float = 0.0) 
     if hidden_logvar is None:
         return encode(h, w_mean, b_mean, w_logvar, b_logvar, noise)
     mean, logvar = F.linear(h, w_mean, b_mean), F.linear(mlp(x, hidden_logvar, dropout), w_logvar, b_logvar)
-    return mean, logvar, mean + (logvar.clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT) / 2).exp() * noise
+    return mean, logvar, sample(mean, logvar, noise)
 
 
 def layer(

@@ -4,21 +4,19 @@ Every case is compared with a direct computation of the total loss (6): the laye
 and added to the task loss by hand, with the weights that the loop is meant to give them.
 """
 
-import contextlib
 import shutil
 import warnings
-from collections.abc import Iterator
 
 import peft
 import pytest
 import torch
 from tiny_models import TARGETS, batch, build, mlp
 from torch import Tensor, nn
+from total_loss import by_hand, fix_noise
 
 import fvae_kernels as fk
 from fvae_kernels import aux_loss
-from fvae_kernels.adapter import FVAEAdapter
-from fvae_kernels.aux_loss import AuxLossLayer, aux_loss_layers
+from fvae_kernels.aux_loss import aux_loss_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning")
 
@@ -30,13 +28,7 @@ TASKS = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "vit": No
 
 @pytest.fixture(autouse=True)
 def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise that depends on the position in the batch alone, so that two ways of computing a step see the same."""
-
-    def draw(self: FVAEAdapter, x: Tensor) -> Tensor:
-        shape = torch.Size((*x.shape[:-1], self.config.rank))
-        return torch.arange(shape.numel()).to(x).sin().view(shape)
-
-    monkeypatch.setattr(FVAEAdapter, "draw_noise", draw)
+    fix_noise(monkeypatch)
 
 
 def adapted(kind: str, dtype: torch.dtype = torch.float64, task: str | None = "auto", **options: object) -> nn.Module:
@@ -57,18 +49,9 @@ def grads(model: nn.Module) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params(model)]
 
 
-@contextlib.contextmanager
-def by_hand(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, the layers put ``loss_weight * terms.loss``, graph and all, into the list, and nothing else happens."""
-    collected: list[Tensor] = []
-
-    def collect(self: AuxLossLayer, out: Tensor, terms: object, loss_weight: float) -> Tensor:
-        collected.append(loss_weight * terms.loss)  # type: ignore[attr-defined]
-        return out
-
-    with pytest.MonkeyPatch.context() as patch, fk.external_loss(model):
-        patch.setattr(AuxLossLayer, "inject", collect)
-        yield collected
+def checkpoint_activations(model: nn.Module, reentrant: bool) -> None:
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.base_model.model.enable_input_require_grads()
 
 
 def direct(model: nn.Module, steps: list[tuple[dict[str, Tensor], float, float]]) -> list[Tensor]:
@@ -148,8 +131,7 @@ def test_gradient_checkpointing(kind: str, reentrant: bool, steps: int) -> None:
     model = adapted(kind)
     batches = [batch(kind, seed=k) for k in range(steps)]
     expected = direct(model, [(b, 1 / steps, 1 / steps) for b in batches])
-    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.base_model.model.enable_input_require_grads()
+    checkpoint_activations(model, reentrant)
     ran: list[int] = []
     aux_loss_layers(model)[0].base_layer.register_forward_hook(lambda *_: ran.append(1))
     for inputs in batches:
@@ -166,8 +148,7 @@ def test_checkpointing_recomputes_with_the_same_noise(reentrant: bool, monkeypat
     model(**inputs).loss.backward()
     expected = grads(model)
     model.zero_grad()
-    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.base_model.model.enable_input_require_grads()
+    checkpoint_activations(model, reentrant)
     torch.manual_seed(3)
     model(**inputs).loss.backward()
     assert_same(model, expected)
@@ -178,8 +159,7 @@ def test_grad_scaler(checkpoint: bool | None) -> None:
     model, inputs = adapted("bert"), batch("bert")
     expected = direct(model, [(inputs, 1.0, 1.0)])
     if checkpoint is not None:
-        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": checkpoint})
-        model.base_model.model.enable_input_require_grads()
+        checkpoint_activations(model, checkpoint)
     optimizer = torch.optim.SGD(params(model), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
     scaler.scale(model(**inputs).loss).backward()
@@ -234,8 +214,7 @@ def test_own_criterion_with_attach(reentrant: bool | None) -> None:
     batches = [batch("bert", seed=k) for k in range(4)]
     expected = direct(model, [(b, 1024 / 4, 1024 / 4) for b in batches])
     if reentrant is not None:
-        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.base_model.model.enable_input_require_grads()
+        checkpoint_activations(model, reentrant)
     for inputs in batches:
         (1024 * fk.attach_aux_loss(model, own_criterion(model, inputs)) / 4).backward()
     assert_same(model, expected)
@@ -250,20 +229,23 @@ def test_attach_refuses_what_it_cannot_do() -> None:
         fk.attach_aux_loss(model, loss.expand(2))
 
 
+def loss_of(criterion: str, model: nn.Module, called: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The loss that the model computes, one computed outside of it, or that with the auxiliary loss attached."""
+    if criterion == "inside":
+        return called(**inputs).loss
+    if criterion == "outside":
+        return own_criterion(called, inputs)
+    with fk.external_loss(model):
+        task = own_criterion(called, inputs)
+    return fk.attach_aux_loss(model, task)
+
+
 @pytest.mark.parametrize("criterion", ["inside", "outside", "attached"])
 def test_compiled_model(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = adapted("bert"), batch("bert")
     expected = direct(model, [(inputs, 0.5, 0.5 if criterion != "outside" else 1.0)])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=False)
-    if criterion == "inside":
-        loss = compiled(**inputs).loss
-    elif criterion == "outside":
-        loss = own_criterion(compiled, inputs)
-    else:
-        with fk.external_loss(model):
-            task = own_criterion(compiled, inputs)
-        loss = fk.attach_aux_loss(model, task)
-    (0.5 * loss).backward()
+    (0.5 * loss_of(criterion, model, compiled, inputs)).backward()
     assert_same(model, expected)
     torch._dynamo.reset()
 
@@ -271,8 +253,7 @@ def test_compiled_model(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_compiled_with_checkpointing() -> None:
     model, inputs = adapted("bert"), batch("bert")
     expected = direct(model, [(inputs, 1.0, 1.0)])
-    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.base_model.model.enable_input_require_grads()
+    checkpoint_activations(model, False)
     torch.compile(model, backend="aot_eager")(**inputs).loss.backward()
     assert_same(model, expected)
     torch._dynamo.reset()
@@ -295,15 +276,7 @@ def test_compiled_layers_in_an_eager_model(criterion: str) -> None:
         layer.compile(backend="aot_eager")
     for _ in range(2):  # a second step is like the first
         model.zero_grad()
-        if criterion == "inside":
-            loss = model(**inputs).loss
-        elif criterion == "outside":
-            loss = own_criterion(model, inputs)
-        else:
-            with fk.external_loss(model):
-                task = own_criterion(model, inputs)
-            loss = fk.attach_aux_loss(model, task)
-        (0.5 * loss).backward()
+        (0.5 * loss_of(criterion, model, model, inputs)).backward()
         assert_same(model, expected)
     torch._dynamo.reset()
 

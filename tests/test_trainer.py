@@ -12,11 +12,10 @@ import torch
 from tiny_models import TARGETS, batch, build
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
+from total_loss import by_hand, fix_noise
 from transformers import Trainer, TrainingArguments
 
 import fvae_kernels as fk
-from fvae_kernels.adapter import FVAEAdapter
-from fvae_kernels.aux_loss import AuxLossLayer
 
 STEPS, SIZE = 4, 2
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -24,11 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 @pytest.fixture(autouse=True)
 def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw(self: FVAEAdapter, x: Tensor) -> Tensor:
-        shape = torch.Size((*x.shape[:-1], self.config.rank))
-        return torch.arange(shape.numel()).to(x).sin().view(shape)
-
-    monkeypatch.setattr(FVAEAdapter, "draw_noise", draw)
+    fix_noise(monkeypatch)
 
 
 class Rows(Dataset):
@@ -74,16 +69,9 @@ def params(model: nn.Module) -> dict[str, Tensor]:
 
 def terms_of(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Task loss of the model's own forward (a mean), and the auxiliary loss with its graph."""
-    collected: list[Tensor] = []
-
-    def collect(self: AuxLossLayer, out: Tensor, terms: Any, loss_weight: float) -> Tensor:
-        collected.append(loss_weight * terms.loss)
-        return out
-
-    with pytest.MonkeyPatch.context() as patch, fk.external_loss(model):
-        patch.setattr(AuxLossLayer, "inject", collect)
+    with by_hand(model) as terms:
         task = model(**inputs).loss
-    return task, torch.stack(collected).sum()
+    return task, torch.stack(terms).sum()
 
 
 def train_one_step(model: nn.Module, rows: Rows, folder: Path, **arguments: Any) -> dict[str, Tensor]:
