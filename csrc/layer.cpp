@@ -1,6 +1,6 @@
-// layer, forward: s B z1 and the terms of the objective, x read once.   Mathematics: reference.layer
+// layer, forward: base + s B z1 and the terms of the objective, x read once.   Mathematics: reference.layer
 //
-//   mean_i, logvar_i = encoder_i(x),   z_i = mean_i + exp(logvar_i / 2) noise_i,   delta = s z1 B^T
+//   mean_i, logvar_i = encoder_i(x),   z_i = mean_i + exp(logvar_i / 2) noise_i,   y = base + s z1 B^T
 //   x_hat = decoder(z1, z2),   nll = sum over features of  q_d / 2 + log |t_d| + log(2 pi) / 2
 //   term  = table[term] . statistics                  every objective is linear in a few means over tokens
 //
@@ -79,16 +79,28 @@ double total(at::ArrayRef<double> table, Term term, const Statistics& means) {
   return value;
 }
 
+// y = base + z1 up, rounded once.
+void update(Tensor y, const Tensor& base, const Tensor& z1, const Tensor& up) {
+  const auto type = z1.scalar_type();
+  if (!base.defined()) {
+    y.scalar_type() == type ? at::mm_out(y, z1, up) : y.copy_(at::mm(z1, up));
+  } else {
+    y.scalar_type() == type ? at::addmm_out(y, base, z1, up) : y.copy_(at::addmm(base.to(type), z1, up));
+  }
+}
+
 template <typename acc_t>
 Statistics forward_tile(
-    const Layer& layer, const Tile& tile, Tensor delta_rows, const Tensor& state_rows, double* squares) {
+    const Layer& layer, const Tile& tile, const Tensor& base, const Tensor& y, const Tensor& state_rows,
+    double* squares) {
   const auto& [sample, outputs, residual] = layer.scratch[tile.worker].first(tile.length);
-  const Tensor x_rows = tile.rows(layer.x, layer.type), up = layer.up.t();
+  const Tensor x_rows = tile.rows(layer.x, layer.type);
   const Tensor heads = layer.encoders.output(state_rows, layer.encoders.hidden());
   layer.encoders.forward<acc_t>(x_rows, state_rows, layer.dropout, tile);
   sample.template draw<acc_t>(heads, layer.noise_rows(tile));
-  const Tensor z1 = block(sample.z, 1, 0, 2);
-  delta_rows.scalar_type() == layer.type ? at::mm_out(delta_rows, z1, up) : delta_rows.copy_(at::mm(z1, up));
+  update(
+      y.narrow(0, tile.start, tile.length), base.defined() ? base.narrow(0, tile.start, tile.length) : base,
+      block(sample.z, 1, 0, 2), layer.up.t());
   layer.decoder.forward<acc_t>(sample, outputs, residual, layer.dropout, tile);
   add_squares<acc_t>(x_rows, residual, layer.decoder, layer.kept, tile, squares);
   return latent_statistics<acc_t>(heads, sample, layer.mu, layer.kept, tile);
@@ -96,33 +108,33 @@ Statistics forward_tile(
 
 }  // namespace
 
-// delta, loss, nll, kl, gamma, the encoders' state, and d nll / d scale [D], which falls out of the same sums.
+// y, loss, nll, kl, gamma, the encoders' state, and d nll / d scale [D], which falls out of the same sums.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_fwd(
-    const Tensor& x, const Parameters& encoder1, const Parameters& encoder2, const Parameters& decoder,
-    const Tensor& scale, const Tensor& B, const Tensor& noise1, const Tensor& noise2, const OptionalTensor& mask,
-    const OptionalTensor& seed, double dropout, bool average, double scaling, double prior2_mean,
-    at::ArrayRef<double> table) {
+    const OptionalTensor& base, const Tensor& x, const Parameters& encoder1, const Parameters& encoder2,
+    const Parameters& decoder, const Tensor& scale, const Tensor& B, const OptionalTensor& noise1,
+    const OptionalTensor& noise2, const OptionalTensor& mask, const OptionalTensor& seed, double dropout, bool average,
+    double scaling, double prior2_mean, at::ArrayRef<double> table) {
   const PlainTensors guard;
   const Layer layer(
       x, encoder1, encoder2, decoder, scale, B, noise1, noise2, mask, seed, dropout, average, scaling, prior2_mean);
   const int64_t N = x.size(0), D = x.size(1);
   const auto options = x.options().dtype(layer.type);
-  const Tensor delta = at::empty({N, B.size(0)}, x.options()), state = at::empty({N, layer.encoders.width}, options);
+  const Tensor from = base.value_or(Tensor()), state = at::empty({N, layer.encoders.width}, options);
+  const Tensor y = at::empty({N, B.size(0)}, (base.has_value() ? from : B).options());
   const Tensor squares = at::zeros({layer.tiles.count, D}, options.dtype(at::kDouble));
   std::vector<Statistics> partial(layer.tiles.count);
 
   AT_DISPATCH_FLOATING_TYPES(layer.type, "layer_fwd", [&] {
     layer.tiles.for_each([&](const Tile& tile) {
-      const Tensor delta_rows = delta.narrow(0, tile.start, tile.length);
       const Tensor state_rows = state.narrow(0, tile.start, tile.length);
       double* sums = squares.mutable_data_ptr<double>() + tile.index * D;
-      partial[tile.index] = forward_tile<scalar_t>(layer, tile, delta_rows, state_rows, sums);
+      partial[tile.index] = forward_tile<scalar_t>(layer, tile, from, y, state_rows, sums);
     });
   });
 
   const Kept& kept = layer.kept;
   const auto number = [&](double value) { return at::full({}, value, options); };
-  if (kept.count == 0) return {delta, number(0), number(0), number(0), number(0), state, at::zeros({D}, options)};
+  if (kept.count == 0) return {y, number(0), number(0), number(0), number(0), state, at::zeros({D}, options)};
   Statistics means{};
   for (const Statistics& sums : partial) {
     for (int i = 0; i < kStatistics; ++i) means[i] += sums[i] / kept.count;
@@ -131,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_fwd(
   means[kOne] = 1;
   means[kNll] = (q / 2 + t.abs().log() + kHalfLog2Pi).sum().item<double>();
   const auto term = [&](Term which) { return number(total(table, which, means)); };
-  return {delta, term(kLoss), number(means[kNll]), term(kKl), term(kGamma), state, ((1 - q) / t).to(layer.type)};
+  return {y, term(kLoss), number(means[kNll]), term(kKl), term(kGamma), state, ((1 - q) / t).to(layer.type)};
 }
 
 TORCH_LIBRARY_IMPL(fvae_cpp, CPU, m) {

@@ -205,12 +205,17 @@ struct Layer {
 
   Layer(
       const Tensor& x, const Parameters& encoder1, const Parameters& encoder2, const Parameters& decoder,
-      const Tensor& scale, const Tensor& B, const Tensor& noise1, const Tensor& noise2, const OptionalTensor& mask,
-      const OptionalTensor& seed, double dropout, bool average, double scaling, double prior2_mean)
-      : x(x), noise{noise1, noise2}, type(wide(x)), kept(mask, x.size(0)), dropout(seed, dropout),
+      const Tensor& scale, const Tensor& B, const OptionalTensor& noise1, const OptionalTensor& noise2,
+      const OptionalTensor& mask, const OptionalTensor& seed, double dropout, bool average, double scaling,
+      double prior2_mean)
+      : x(x), noise{given(noise1), given(noise2)}, type(wide(B)), kept(mask, x.size(0)), dropout(seed, dropout),
         encoders(encoder1, encoder2, type), decoder(decoder, scale, average, encoders), up(B.to(type).mul(scaling)),
         mu(prior2_mean), tiles(x.size(0), x.size(1), std::max(kLayerTile, kTokens * x.size(1)), kWork * x.size(1)) {
     for (int64_t i = 0; i < tiles.workers; ++i) scratch.emplace_back(encoders, this->decoder, tiles.length);
+  }
+  static Tensor given(const OptionalTensor& noise) {
+    TORCH_CHECK(noise.has_value(), "layer: the C++ kernel takes its noise as tensors, and got none");
+    return *noise;
   }
   std::array<Tensor, 2> noise_rows(const Tile& tile) const {
     return {tile.rows(noise[0], type), tile.rows(noise[1], type)};

@@ -1,7 +1,7 @@
 // layer, backward: one walk over tiles of tokens makes every gradient.   Mathematics: reference.layer
 //
 //   c = grad_loss table[loss] + grad_nll [nll] + grad_kl table[kl] + grad_gamma table[gamma]     one small vector
-//   grad_z1     = s grad_delta B + decoder + 2 c z1 ...       grad_mean   = grad_z + 2 c mean ...
+//   grad_z1     = s grad_y B + decoder + 2 c z1 ...       grad_mean   = grad_z + 2 c mean ...
 //   grad_logvar = grad_z noise std / 2 + c var + c            inside of the clamp, 0 outside
 //   grad_x      = (x - x_hat) c / t^2 + what the encoders give        written once
 #include "layer_sums.h"
@@ -50,7 +50,7 @@ struct Slopes {
   }
 };
 
-// grad_heads [T, 4R] from the gradient of z1 through delta [T, R] and that of the decoder's input [T, 2R] or [T, R].
+// grad_heads [T, 4R] from the gradient of z1 through y [T, R] and that of the decoder's input [T, 2R] or [T, R].
 template <typename acc_t>
 void grad_latents(
     const Tensor& grad_heads, const Tensor& heads, const Sample& sample, const std::array<Tensor, 2>& noise,
@@ -59,7 +59,7 @@ void grad_latents(
   const int64_t R = sample.z.size(1) / 2, L = grad_latent.size(1);
   for (int64_t side = 0; side < 2; ++side) {
     const Slopes<acc_t> slopes(c, side, mu);
-    const acc_t *eps = noise[side].const_data_ptr<acc_t>(), *through_delta = grad_z1.const_data_ptr<acc_t>();
+    const acc_t *eps = noise[side].const_data_ptr<acc_t>(), *through_y = grad_z1.const_data_ptr<acc_t>();
     const acc_t *through_decoder = grad_latent.const_data_ptr<acc_t>() + (average ? 0 : R * side);
     const acc_t share = average ? 0.5 : 1;
     for (int64_t n = 0; n < tile.length; ++n) {
@@ -69,7 +69,7 @@ void grad_latents(
       acc_t *to_mean = grad_heads.mutable_data_ptr<acc_t>() + (4 * n + 2 * side) * R, *to_logvar = to_mean + R;
       const bool keep = kept[tile.start + n];
       for (int64_t r = 0; r < R; ++r) {
-        acc_t grad_z = share * through_decoder[n * L + r] + (side == 0 ? through_delta[n * R + r] : acc_t(0));
+        acc_t grad_z = share * through_decoder[n * L + r] + (side == 0 ? through_y[n * R + r] : acc_t(0));
         acc_t grad_mean = 0, grad_logvar = 0;
         if (keep) {
           grad_z += slopes.z * z[r] + slopes.z_offset;
@@ -86,7 +86,7 @@ void grad_latents(
 // What the walk over tiles reads and fills.
 struct Backward {
   const Layer& layer;
-  Tensor grad_delta, state;  // grad_delta may be undefined
+  Tensor grad_y, state;  // grad_y may be undefined
   Coefficients c;            // of a token's statistics, the mean over tokens included
   std::array<bool, kNeeds> needs;
   bool through_target, decode;  // whether x is differentiated as the target; whether anything arrives through nll
@@ -98,7 +98,7 @@ struct Backward {
   void tile(const Tile& tile) const;
   template <typename acc_t>
   Tensor through_decoder(const Tile& tile, const Tensor& x_rows, const Scratch& memory) const;
-  Tensor through_delta(const Tile& tile, const Sample& sample) const;
+  Tensor through_y(const Tile& tile, const Sample& sample) const;
   template <typename acc_t>
   void through_encoders(
       const Tile& tile, Tensor grad, const Tensor& x_rows, const Tensor& state_rows, const Tensor& to) const;
@@ -109,9 +109,9 @@ struct Backward {
 };
 
 // Gradient of z1 [T, R].
-Tensor Backward::through_delta(const Tile& tile, const Sample& sample) const {
-  if (!grad_delta.defined()) return at::zeros({tile.length, layer.encoders.R}, layer.up.options());
-  const Tensor grad = tile.rows(grad_delta, layer.type);
+Tensor Backward::through_y(const Tile& tile, const Sample& sample) const {
+  if (!grad_y.defined()) return at::zeros({tile.length, layer.encoders.R}, layer.up.options());
+  const Tensor grad = tile.rows(grad_y, layer.type);
   if (needs[kB]) sums_B.select(0, tile.worker).addmm_(grad.t(), block(sample.z, 1, 0, 2));
   return latents() ? at::mm(grad, layer.up) : Tensor();
 }
@@ -162,7 +162,7 @@ void Backward::tile(const Tile& tile) const {
   const bool in_place = needs[kX] && grad_x.scalar_type() == layer.type;  // grad_x is the residual's memory
   if (in_place) memory.residual = grad_x_rows;
   memory.sample.draw<acc_t>(heads, noise);
-  const Tensor grad_z1 = through_delta(tile, memory.sample);
+  const Tensor grad_z1 = through_y(tile, memory.sample);
   if (!latents() && !needs[kDecoder]) return;
   const Tensor grad_latent = through_decoder<acc_t>(tile, x_rows, memory);
   if (!latents()) return;
@@ -193,10 +193,10 @@ Coefficients combine(
 
 // grad_x [N, D], and the gradients of encoder1, encoder2, decoder, scale and B in one list.
 std::tuple<Tensor, std::vector<Tensor>> layer_bwd(
-    const OptionalTensor& grad_delta, const OptionalTensor& grad_loss, const OptionalTensor& grad_nll,
+    const OptionalTensor& grad_y, const OptionalTensor& grad_loss, const OptionalTensor& grad_nll,
     const OptionalTensor& grad_kl, const OptionalTensor& grad_gamma, const Tensor& x, const Parameters& encoder1,
-    const Parameters& encoder2, const Parameters& decoder, const Tensor& scale, const Tensor& B, const Tensor& noise1,
-    const Tensor& noise2, const OptionalTensor& mask, const OptionalTensor& seed, double dropout, bool average,
+    const Parameters& encoder2, const Parameters& decoder, const Tensor& scale, const Tensor& B,
+    const OptionalTensor& noise1, const OptionalTensor& noise2, const OptionalTensor& mask, const OptionalTensor& seed, double dropout, bool average,
     double scaling, double prior2_mean, at::ArrayRef<double> table, const Tensor& state, const Tensor& unit_grad_scale,
     bool detach_target, std::array<bool, kNeeds> needs) {
   const PlainTensors guard;
@@ -206,7 +206,7 @@ std::tuple<Tensor, std::vector<Tensor>> layer_bwd(
   const Coefficients c = combine(table, grad_loss, grad_nll, grad_kl, grad_gamma, layer.kept.count);
   const bool decode = grad_loss.has_value() || grad_nll.has_value();
   const Backward backward{
-      layer, grad_delta.value_or(Tensor()), state, c, needs, !detach_target, decode,
+      layer, grad_y.value_or(Tensor()), state, c, needs, !detach_target, decode,
       layer.decoder.inverse_scale.square() * c[kNll], gradient(needs[kX], x.sizes(), x.options()),
       at::zeros({needs[kB] ? workers : 0, B.size(0), B.size(1)}, layer.up.options()),
       sums_of(layer.encoders.layers, needs[kEncoders], workers),
@@ -218,7 +218,7 @@ std::tuple<Tensor, std::vector<Tensor>> layer_bwd(
     });
   }
 
-  Gradients gradients{x.options(), {}};
+  Gradients gradients{B.options(), {}};
   gradients.add_encoder(backward.encoder_sums, encoder1, 0);
   gradients.add_encoder(backward.encoder_sums, encoder2, 1);
   for (size_t i = 0; i < backward.decoder_sums.size(); ++i) gradients.add(backward.decoder_sums[i], decoder, i);

@@ -24,11 +24,11 @@ _DIVERGENCE = (
 )
 _RECONSTRUCT = "Tensor x, Tensor g, Tensor w_out, Tensor? b_out, Tensor scale, Tensor? mask"
 _LAYER = (
-    "Tensor x, Tensor?[] encoder1, Tensor?[] encoder2, Tensor?[] decoder, Tensor scale, Tensor B, Tensor noise1,"
-    " Tensor noise2, Tensor? mask, Tensor? seed, float dropout, bool average, float scaling, float prior2_mean,"
+    "Tensor x, Tensor?[] encoder1, Tensor?[] encoder2, Tensor?[] decoder, Tensor scale, Tensor B, Tensor? noise1,"
+    " Tensor? noise2, Tensor? mask, Tensor? seed, float dropout, bool average, float scaling, float prior2_mean,"
     " float[] objective"
 )
-_LAYER_GRADS = "Tensor? grad_delta, Tensor? grad_loss, Tensor? grad_nll, Tensor? grad_kl, Tensor? grad_gamma"
+_LAYER_GRADS = "Tensor? grad_y, Tensor? grad_loss, Tensor? grad_nll, Tensor? grad_kl, Tensor? grad_gamma"
 
 SCHEMAS = {
     "encode_fwd": "(Tensor x, Tensor w_mean, Tensor? b_mean, Tensor w_logvar, Tensor? b_logvar, Tensor noise)"
@@ -41,8 +41,8 @@ SCHEMAS = {
     "reconstruct_fwd": f"({_RECONSTRUCT}) -> (Tensor nll, Tensor unit_grad_scale)",
     "reconstruct_bwd": f"(Tensor grad_nll, {_RECONSTRUCT}, bool[4] needs)"
     " -> (Tensor grad_x, Tensor grad_g, Tensor grad_w_out, Tensor grad_b_out)",
-    "layer_fwd": f"({_LAYER}) -> (Tensor delta, Tensor loss, Tensor nll, Tensor kl, Tensor gamma, Tensor state,"
-    " Tensor unit_grad_scale)",
+    "layer_fwd": f"(Tensor? base, {_LAYER}) -> (Tensor y, Tensor loss, Tensor nll, Tensor kl, Tensor gamma,"
+    " Tensor state, Tensor unit_grad_scale)",
     "layer_bwd": f"({_LAYER_GRADS}, {_LAYER}, Tensor state, Tensor unit_grad_scale, bool detach_target, bool[5] needs)"
     " -> (Tensor grad_x, Tensor[] grads)",
 }
@@ -85,12 +85,14 @@ def _reconstruct_bwd(grad_nll: Tensor, x: Tensor, g: Tensor, *rest: Any) -> tupl
     return _needed(rest[-1], (x, tuple(x.shape)), (g, tuple(g.shape)), (x, (D, H)), (x, (D,)))
 
 
-def _layer_fwd(x: Tensor, encoder1: list[Any], encoder2: list[Any], *rest: Any) -> tuple[Tensor, ...]:
-    B, dtype = rest[2], wide_dtype(x)
+def _layer_fwd(base: Tensor | None, x: Tensor, encoder1: list[Any], *rest: Any) -> tuple[Tensor, ...]:
+    B = rest[3]
+    dtype = wide_dtype(B)
     terms = tuple(x.new_empty((), dtype=dtype) for _ in range(4))
     width = 2 * sum(weight.shape[0] for weight in encoder1[::2])
     state, unit_grad_scale = x.new_empty(x.shape[0], width, dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
-    return x.new_empty(x.shape[0], B.shape[0]), *terms, state, unit_grad_scale
+    y = x.new_empty(x.shape[0], B.shape[0], dtype=(B if base is None else base).dtype)
+    return y, *terms, state, unit_grad_scale
 
 
 def _layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -98,10 +100,10 @@ def _layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     need_x, need_encoders, need_decoder, need_scale, need_B = arguments[-1]
 
     def of(parameters: list[Any], needed: bool) -> list[Tensor]:
-        return [x.new_empty(p.shape if needed and p is not None else (0,)) for p in parameters]
+        return [B.new_empty(p.shape if needed and p is not None else (0,)) for p in parameters]
 
     grads = of([*encoder1, *encoder2], need_encoders) + of(decoder, need_decoder)
-    return of([x], need_x)[0], grads + of([scale], need_scale) + of([B], need_B)
+    return x.new_empty(x.shape if need_x else (0,)), grads + of([scale], need_scale) + of([B], need_B)
 
 
 FAKES: dict[str, Callable[..., Any]] = {

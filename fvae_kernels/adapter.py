@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._backend import resolve
 from .config import FVAEConfig
-from .ops.layer import layer
+from .ops.layer import draw_noise, layer
 from .reference import Decoder, Encoder, Linears, Terms, mlp, sample
 
 
@@ -71,14 +72,19 @@ class FVAEAdapter(nn.Module):
                 nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
     def forward(
-        self, x: Tensor, noise: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        noise: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        base: Tensor | None = None,
     ) -> tuple[Tensor, Terms]:
-        """The training path: ``s B z_1`` for each token, and the terms of the objective.
+        """The training path: ``base + s B z_1`` for each token, and the terms of the objective.
 
         Args:
             x: ``[..., D]``.
             noise: two standard normal tensors ``[..., R]``; drawn from torch's generator where it is None.
             mask: tokens ``[...]`` that enter the objective.
+            base: the adapted layer's own output ``[..., M]``; zero where it is None.
 
         Raises:
             RuntimeError: if this adapter was exported for inference.
@@ -88,14 +94,15 @@ class FVAEAdapter(nn.Module):
                 "this FVAE adapter was exported for inference: encoder 2 and the decoder, which training needs, are "
                 "not in it. Call model.eval() to serve it, or load the full adapter to train it."
             )
-        if noise is None:
+        if noise is None and resolve("layer", x.device) != "triton":  # its kernels make noise by position
             noise = self.draw_noise(x), self.draw_noise(x)
         dropout = self.config.dropout if self.training else 0.0
-        return layer(x, self._encoder(1), self._encoder(2), self._decoder(), self.B, self.config, noise, dropout, mask)
+        parameters = self._encoder(1), self._encoder(2), self._decoder(), self.B
+        return layer(x, *parameters, self.config, noise, dropout, mask, base=base)
 
     def draw_noise(self, x: Tensor) -> Tensor:
         """Standard normal ``[..., R]`` from torch's global generator: manual_seed and recomputation repeat it."""
-        return torch.randn((*x.shape[:-1], self.config.rank), dtype=x.dtype, device=x.device)
+        return draw_noise(x, self.B)
 
     def infer(self, x: Tensor) -> Tensor:
         """The inference path: ``s B mean_1``, or a sample of z_1 where the config asks for one. No dropout."""

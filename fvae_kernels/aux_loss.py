@@ -25,9 +25,38 @@ class Seed:
     """One per forward of a model, shared by its layers: the weight of their terms, once the backward has found it."""
 
     def __init__(self) -> None:
-        self.weight: Tensor | None = None  # d(root) / d(task loss), noted by the probe
-        self.value: Tensor | None = None  # detached sum of the terms injected under this seed
+        self.terms: list[tuple[float, Tensor]] = []  # loss_weight and detached loss of each layer under this seed
         self.closed = False  # attached to a loss, or its backward has begun: the next forward needs another
+        self.note(None)
+
+    def note(self, weight: Tensor | None) -> None:
+        """Take d(root) / d(task loss) from the probe."""
+        self.weight = weight
+        self._weights: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+
+    def weight_of(self, loss_weight: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The weight of a layer's loss; computed once for all layers that share it."""
+        key = loss_weight, dtype, device
+        if key not in self._weights:
+            if self.weight is None:
+                self._weights[key] = torch.full((), loss_weight, dtype=dtype, device=device)
+            else:
+                self._weights[key] = self.weight.to(device=device, dtype=dtype) * loss_weight
+        return self._weights[key]
+
+    def add(self, loss_weight: float, loss: Tensor) -> None:
+        """Note the loss of a layer. Forwards that no backward follows do not make the list long."""
+        if len(self.terms) >= 1000:
+            self.terms = [(1.0, self.total())]
+        self.terms.append((loss_weight, loss))
+
+    def total(self) -> Tensor:
+        """The sum of the weighted losses, detached."""
+        device, dtype = self.terms[0][1].device, self.terms[0][1].dtype
+        weights: dict[float, list[Tensor]] = {}
+        for loss_weight, loss in self.terms:
+            weights.setdefault(loss_weight, []).append(loss.to(device=device, dtype=dtype))
+        return torch.stack([weight * torch.stack(losses).sum() for weight, losses in weights.items()]).sum()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Seed":
         return Seed()
@@ -37,22 +66,22 @@ class Seed:
 
 
 class InjectAuxLoss(torch.autograd.Function):
-    """Identity on `out`; its backward sends the seed's weight into `loss`."""
+    """Identity on `out`, in place; its backward sends the seed's weight times `loss_weight` into `loss`."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, loss: Tensor, seed: Seed) -> Tensor:
+    def forward(ctx: Any, out: Tensor, loss: Tensor, seed: Seed, loss_weight: float) -> Tensor:
         """Keep the seed; the weight is known in backward only."""
-        ctx.seed, ctx.dtype, ctx.device = seed, loss.dtype, loss.device
-        return out.view_as(out)
+        ctx.seed, ctx.weight_of = seed, (loss_weight, loss.dtype, loss.device)
+        ctx.mark_dirty(out)  # a view could not be written to by whatever comes next, as in relu_()
+        return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """The weight is the probe's, or 1 where no probe was on the way."""
         ctx.seed.closed = True
         if ctx.seed.weight is None:
             _warn_unprobed()
-            return grad_out, torch.ones((), dtype=ctx.dtype, device=ctx.device), None
-        return grad_out, ctx.seed.weight.to(device=ctx.device, dtype=ctx.dtype), None
+        return grad_out, ctx.seed.weight_of(*ctx.weight_of), None, None
 
 
 class InjectAuxLossOnce(torch.autograd.Function):
@@ -62,7 +91,7 @@ class InjectAuxLossOnce(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, loss: Tensor) -> Tensor:
         """Keep the loss, whose dtype and device the weight takes."""
         ctx.save_for_backward(loss)
-        return out.view_as(out)
+        return out.clone()  # what comes next may write to it, as relu_() does
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +111,7 @@ class ProbeLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         """Note d(root) / d(loss)."""
-        ctx.seed.weight = grad_loss.detach() * ctx.share
+        ctx.seed.note(grad_loss.detach() * ctx.share)
         return grad_loss, None, None
 
 
@@ -100,8 +129,8 @@ class AuxLossLayer:
 
     def inject(self, out: Tensor, terms: Terms, loss_weight: float) -> Tensor:
         """`out`, on whose backward the gradient of ``loss_weight * terms.loss`` arrives too."""
-        loss = loss_weight * terms.loss
         if torch.compiler.is_compiling():
+            loss = loss_weight * terms.loss
             if not torch.is_grad_enabled():
                 return out
             if not self.aux_collected:
@@ -111,10 +140,9 @@ class AuxLossLayer:
         if not in_backward():  # a recomputation reports nothing twice
             if self.aux_seed.closed:
                 self.aux_seed = Seed()
-            value = loss.detach()
-            self.aux_seed.value = value if self.aux_seed.value is None else self.aux_seed.value + value
             self.last_terms = Terms(*(term.detach() for term in terms))
-        return InjectAuxLoss.apply(out, loss, self.aux_seed) if torch.is_grad_enabled() else out
+            self.aux_seed.add(loss_weight, self.last_terms.loss)
+        return InjectAuxLoss.apply(out, terms.loss, self.aux_seed, loss_weight) if torch.is_grad_enabled() else out
 
 
 def aux_loss_layers(model: nn.Module) -> list[Any]:
@@ -147,9 +175,7 @@ def attach_aux_loss(model: nn.Module, loss: Tensor, weight: Tensor | float = 1.0
         raise ValueError(f"the loss has shape {tuple(loss.shape)}; expected a scalar: reduce it (mean or sum) first")
     layers = aux_loss_layers(model)
     pending = [layer.aux_pending for layer in layers if layer.aux_pending is not None]
-    seeds = [
-        seed for seed in {id(s): s for s in (layer.aux_seed for layer in layers)}.values() if seed.value is not None
-    ]
+    seeds = [seed for seed in {id(s): s for s in (layer.aux_seed for layer in layers)}.values() if seed.terms]
     if not pending and not seeds:
         raise ValueError(
             f"{type(model).__name__} has {len(layers)} FVAE layer(s) and none ran in training mode since the last "
@@ -159,12 +185,12 @@ def attach_aux_loss(model: nn.Module, loss: Tensor, weight: Tensor | float = 1.0
     if torch.is_grad_enabled():
         for seed in seeds:
             loss = ProbeLoss.apply(loss, seed, weight)
-    for term in [*pending, *(seed.value for seed in seeds)]:  # a seed's is a value: its gradient is injected
+    for term in [*pending, *(seed.total() for seed in seeds)]:  # a seed's is a value: its gradient is injected
         loss = loss + (weight * term).to(loss)
     for layer in layers:
         layer.aux_pending = None
     for seed in seeds:  # the layers keep it: a recomputation in this loss's backward belongs to it
-        seed.value, seed.closed = None, True
+        seed.terms, seed.closed = [], True
     return loss
 
 

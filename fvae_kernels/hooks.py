@@ -61,7 +61,7 @@ class AuxLossHooks:
         loss = output.get("loss") if mapping else output[0] if first else None
         if not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad):
             return self._without_loss(output)
-        if not any(layer.aux_pending is not None or layer.aux_seed.value is not None for layer in self.layers):
+        if not any(layer.aux_pending is not None or layer.aux_seed.terms for layer in self.layers):
             return None
         loss = attach_aux_loss(module, loss, token_share(module, kwargs))
         if mapping:

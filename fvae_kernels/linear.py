@@ -65,11 +65,10 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
         y = self.base_layer(x)
         if self.merged:
             return y
-        h = x.to(self.adapter.B.dtype)
         if not self.training:
-            return y + self.adapter.infer(h).to(y.dtype)
-        delta, terms = self.adapter(h)
-        return y + self.inject(delta, terms, self.loss_weight).to(y.dtype)
+            return y + self.adapter.infer(x.to(self.adapter.B.dtype)).to(y.dtype)
+        y, terms = self.adapter(x, base=y)
+        return self.inject(y, terms, self.loss_weight)
 
     def forward_with_terms(
         self, x: Tensor, noise: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None
@@ -90,13 +89,13 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
         check_input(x, self.in_features)
         if self.merged:
             raise RuntimeError("the adapter is merged into the base layer: call unmerge() before asking for its terms")
-        y, h = self.base_layer(x), x.to(self.adapter.B.dtype)
+        base, dtype = self.base_layer(x), self.adapter.B.dtype
         if noise is not None:
-            noise = (noise[0].to(h.dtype), noise[1].to(h.dtype))
-        delta, terms = self.adapter(h, noise, mask)
+            noise = (noise[0].to(dtype), noise[1].to(dtype))
+        y, terms = self.adapter(x, noise, mask, base)
         if not (self.training or noise is not None):
-            delta = self.adapter.infer(h)
-        return y + delta.to(y.dtype), terms
+            y = base + self.adapter.infer(x.to(dtype)).to(base.dtype)
+        return y, terms
 
     @property
     def merged(self) -> bool:

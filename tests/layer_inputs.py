@@ -41,17 +41,33 @@ def layer_inputs(lead=(5,), D=7, M=6, bias=True, mask=False, dtype=torch.float64
     }
 
 
-def run_layer(x, encoder1, encoder2, decoder, B, noise, mask, config, dropout=0.0, backend="reference", op=layer):
-    """delta, loss, nll, kl, gamma"""
+def run_layer(x, encoder1, encoder2, decoder, B, noise, mask, config, dropout=0.0, base=None, backend="reference"):
+    """y, loss, nll, kl, gamma"""
     encoders = (reference.Encoder(*encoder) for encoder in (encoder1, encoder2))
-    options = {} if op is reference.layer else {"backend": backend}
-    delta, terms = op(x, *encoders, reference.Decoder(*decoder), B, config, noise, dropout, mask, **options)
-    return delta, *terms
+    y, terms = layer(
+        x, *encoders, reference.Decoder(*decoder), B, config, noise, dropout, mask, base=base, backend=backend
+    )
+    return y, *terms
 
 
-def plain(x, **inputs):
-    """`run_layer` of the reference itself."""
-    return run_layer(x, **inputs, op=reference.layer)
+def plain(x, encoder1, encoder2, decoder, B, noise, mask, config, dropout=0.0, base=None):
+    """The same of reference.layer."""
+    encoders = (reference.Encoder(*encoder) for encoder in (encoder1, encoder2))
+    delta, terms = reference.layer(x, *encoders, reference.Decoder(*decoder), B, config, noise, dropout, mask)
+    return delta if base is None else base + delta.to(base.dtype), *terms
+
+
+def assert_layer_no_worse(inputs, same_dtype, backend):
+    """`testing.assert_no_worse` over four seeds, of which `inputs` makes inputs: one rounding may be lucky."""
+    results = {"actual": [], "same_dtype": [], "exact": []}
+    for seed in range(4):
+        given = inputs(seed)
+        results["actual"].append(testing.run(run_layer, given, backend=backend))
+        results["same_dtype"].append(testing.run(same_dtype, given))
+        results["exact"].append(testing.run(plain, testing.convert(given, torch.float64)))
+    testing.assert_no_worse(
+        **{who: {name: torch.stack([r[name] for r in runs]) for name in runs[0]} for who, runs in results.items()}
+    )
 
 
 def replaced(inputs, leaves):

@@ -71,17 +71,19 @@ def _layer(tokens, everything, dtype):
     hidden, *output, scale = inputs["decoder"]
     seed = torch.tensor(5) if everything else None
     mask = token_flags(inputs["mask"])
-    given = [inputs["x"], *encoders, flat(hidden, *output), scale, inputs["B"], *inputs["noise"], mask, seed]
+    base = torch.randn(tokens, inputs["B"].shape[0], dtype=dtype) if everything else None
+    given = [base, inputs["x"], *encoders, flat(hidden, *output), scale, inputs["B"], *inputs["noise"], mask, seed]
     return [*given, 0.25, everything, 2.0, 1.5, list(objective_table(inputs["config"]))]
 
 
 def _layer_bwd(tokens, everything, dtype):
-    inputs = _layer(tokens, everything, dtype)
+    forward = _layer(tokens, everything, dtype)
+    _, *inputs = forward
     x, B = inputs[0], inputs[5]
     wide = _library.wide_dtype(x)
-    grad_delta, grad_loss = torch.randn(tokens, B.shape[0], dtype=dtype), torch.tensor(0.5, dtype=wide)
-    grads = [grad_delta, grad_loss, grad_loss, None, grad_loss] if everything else [None, None, None, grad_loss, None]
-    state, unit_grad_scale = _library.FAKES["layer_fwd"](*inputs)[5:]
+    grad_y, grad_loss = torch.randn(tokens, B.shape[0], dtype=dtype), torch.tensor(0.5, dtype=wide)
+    grads = [grad_y, grad_loss, grad_loss, None, grad_loss] if everything else [None, None, None, grad_loss, None]
+    state, unit_grad_scale = _library.FAKES["layer_fwd"](*forward)[5:]
     saved = [torch.randn_like(state), torch.randn_like(unit_grad_scale)]
     return [*grads, *inputs, *saved, not everything, [True, everything, True, everything, everything]]
 

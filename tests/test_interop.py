@@ -78,7 +78,7 @@ class TestGolden:
         t, parameters, settings = case
         layer = interop.from_official(parameters, settings)
         forward = layer.adapter.forward
-        layer.adapter.forward = lambda x: forward(x, (t["noise_z1"], t["noise_z2"]))
+        layer.adapter.forward = lambda x, base: forward(x, (t["noise_z1"], t["noise_z2"]), base=base)
         x = t["x"].clone().requires_grad_(True)
         (layer(x) * t["grad_y"]).sum().backward()
         close(x.grad, t["grad_x"])

@@ -68,8 +68,8 @@ def first_hidden(inputs, dropout, seed, backend):
 
     (decoder_hidden,), *out, scale = inputs["decoder"]
     state = RAW[backend].layer_fwd(
-        inputs["x"], flat(inputs["encoder1"]), flat(inputs["encoder2"]), [*decoder_hidden, *out], scale, inputs["B"],
-        *inputs["noise"], None, torch.tensor(seed, device=inputs["x"].device), dropout, False, 1.0, 0.0,
+        None, inputs["x"], flat(inputs["encoder1"]), flat(inputs["encoder2"]), [*decoder_hidden, *out], scale,
+        inputs["B"], *inputs["noise"], None, torch.tensor(seed, device=inputs["x"].device), dropout, False, 1.0, 0.0,
         objective_table(config),
     )[5]  # fmt: skip
     return state[:, :hidden].detach()

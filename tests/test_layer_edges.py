@@ -176,7 +176,7 @@ def test_explain_says_which_path_and_why(backend):
     [
         ("x", torch.zeros((), dtype=torch.float64), ValueError, "x is 0-dim"),
         ("x", torch.zeros(5, 8).double(), ValueError, r"encoder1 hidden0 weight has shape .*; expected \[out, 8\]"),
-        ("noise", (torch.zeros(5, 3), torch.zeros(5, 3)), TypeError, "noise1 is torch.float32 but x is torch.float64"),
+        ("noise", (torch.zeros(5, 3), torch.zeros(5, 3)), TypeError, "noise1 is torch.float32 but B is torch.float64"),
         ("noise", (torch.zeros(5, 2).double(),) * 2, ValueError, r"noise1 has shape \(5, 2\); expected \(5, 3\)"),
         ("encoder1[0][0][1]", torch.zeros(4).double(), ValueError, r"encoder1 hidden0 bias has shape \(4,\)"),
         ("encoder2[2]", torch.zeros(3, 4).double(), ValueError, r"encoder2 mean weight has shape \(3, 4\)"),
@@ -185,13 +185,19 @@ def test_explain_says_which_path_and_why(backend):
         ("decoder[1]", torch.zeros(8, 6).double(), ValueError, r"decoder output weight has shape \(8, 6\)"),
         ("decoder[3]", torch.zeros(1).double(), ValueError, r"scale has shape \(1,\); expected \(7,\)"),
         ("B", torch.zeros(6, 4).double(), ValueError, r"B has shape \(6, 4\); expected \[out, 3\]"),
+        (
+            "base",
+            torch.ones(5, 7),
+            ValueError,
+            r"base has shape \(5, 7\); expected \(5, 6\), the adapted layer's output",
+        ),
         ("mask", torch.ones(4), ValueError, r"mask has shape \(4,\); expected \(5,\)"),
         ("dropout", 1.0, ValueError, "dropout=1.0; expected a probability, at least 0 and below 1"),
     ],
 )
 def test_errors_say_what_to_do(backend, name, value, error, text):
     inputs = layer_inputs()
-    inputs = inputs | {name: value} if name in (*inputs, "dropout") else replaced(inputs, {name: value})
+    inputs = inputs | {name: value} if name in (*inputs, "dropout", "base") else replaced(inputs, {name: value})
     with pytest.raises(error, match=f"layer: {text}"):
         run_layer(**inputs, backend=backend)
 

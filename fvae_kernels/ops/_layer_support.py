@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from ..config import FVAEConfig
@@ -72,6 +73,8 @@ def uncovered(config: FVAEConfig, tensors: Mapping[str, Tensor | None], noise: I
         return "a gradient of the noise"
     first, *others = (name for name, t in tensors.items() if t is not None)
     dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
+    if dtypes.get("B") == torch.float32 and dtypes.get("x") in (torch.bfloat16, torch.float16):
+        first = "B"  # x is converted where it is read
     for name in others:
         if dtypes[name] != dtypes[first]:
             return f"more than one dtype ({first} is {dtypes[first]}, {name} is {dtypes[name]})"
@@ -84,14 +87,16 @@ def check_layer(
     decoder: Decoder,
     B: Tensor,
     config: FVAEConfig,
-    noise: tuple[Tensor, Tensor],
+    noise: tuple[Tensor, Tensor] | None,
     dropout: float,
     mask: Tensor | None,
+    base: Tensor | None,
 ) -> dict[str, Tensor | None]:
     """Raise where something does not fit; give every tensor by its name."""
-    check_tensors("layer", x=x, noise1=noise[0], noise2=noise[1])
+    check_tensors("layer", x=x)
     check_features("layer", "x", x)
-    for name, eps in zip(("noise1", "noise2"), noise, strict=True):
+    for name, eps in zip(("noise1", "noise2"), noise or (), strict=False):
+        check_tensors("layer", B=B, **{name: eps})
         check_shape("layer", name, eps, (*x.shape[:-1], config.rank), "standard normal, one entry per token and rank")
     check_mask("layer", mask, x.shape[:-1], x.device)
     if not 0 <= dropout < 1:
@@ -104,6 +109,7 @@ def check_layer(
     tensors |= _check_linears("decoder", [*decoder.hidden, (decoder.w_out, decoder.b_out)], latent, D)
     check_shape("layer", "scale", decoder.scale, (D,), "one entry for each feature of x")
     check_weight("layer", "B", B, R, "the latent")
+    check_shape("layer", "base", base, (*x.shape[:-1], B.shape[0]), "the adapted layer's output for x")
     return {"x": x, **tensors, "scale": decoder.scale, "B": B}
 
 

@@ -1,10 +1,10 @@
 """The adapted layer as one op: what FusedFVAELinear and the PEFT layer call in training.
 
-    delta, terms = layer(x, ...);  y = W x + b + delta          with delta = s B z_1
+    y, terms = layer(x, ..., base=W x + b)          y = base + s B z_1, written once
 
 Every objective is linear in a dozen means over tokens: one, nll, and for both posteriors the sums of mean^2, (mean -
 mu)^2, var, logvar and of the squared sample. A table of weights defines it, and gives backward one small vector of
-coefficients for whatever arrives at delta, loss, nll, kl and gamma.
+coefficients for whatever arrives at y, loss, nll, kl and gamma.
 """
 
 from typing import Any
@@ -20,21 +20,23 @@ from ._checks import rows, token_flags
 from ._layer_support import check_layer, objective_table, uncovered
 from ._once import differentiable_once
 
-FIXED = 13  # arguments of LayerFunction.forward before the parameters
+FIXED = 14  # arguments of LayerFunction.forward before the parameters
 
 
 class LayerFunction(torch.autograd.Function):
-    """(x [N, D], noise1, noise2 [N, R], mask bool [N], seed, options, parameters) -> delta [N, M], loss, nll, kl, gamma
+    """(base [N, M], x [N, D], noise1, noise2 [N, R], mask bool [N], seed, options, parameters) -> y, terms
 
-    The parameters are those of encoder1, encoder2 (`encoder_size` each), decoder, then scale and B.
+    y is [N, M], and the terms are loss, nll, kl and gamma. The parameters are those of encoder1, encoder2
+    (`encoder_size` each), decoder, then scale and B.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        base: Tensor | None,
         x: Tensor,
-        noise1: Tensor,
-        noise2: Tensor,
+        noise1: Tensor | None,
+        noise2: Tensor | None,
         mask: Tensor | None,
         seed: Tensor | None,
         dropout: float,
@@ -49,7 +51,9 @@ class LayerFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         tensors = _grouped(encoder_size, parameters)
         options = (dropout, average, scaling, prior2_mean, table)
-        *outputs, state, unit_grad_scale = RAW[backend].layer_fwd(x, *tensors, noise1, noise2, mask, seed, *options)
+        *outputs, state, unit_grad_scale = RAW[backend].layer_fwd(
+            base, x, *tensors, noise1, noise2, mask, seed, *options
+        )
         ctx.save_for_backward(x, noise1, noise2, mask, seed, state, unit_grad_scale, *parameters)
         ctx.options, ctx.detach_target, ctx.encoder_size, ctx.backend = options, detach_target, encoder_size, backend
         ctx.set_materialize_grads(False)
@@ -59,19 +63,21 @@ class LayerFunction(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, noise1, noise2, mask, seed, state, unit_grad_scale, *parameters = ctx.saved_tensors
-        grad_delta, grad_loss, grad_nll, *_ = grads
+        grad_y, grad_loss, grad_nll, *_ = grads
         through_decoder = grad_loss is not None or grad_nll is not None
-        need_x, asked, encoders = ctx.needs_input_grad[0], ctx.needs_input_grad[FIXED:], 2 * ctx.encoder_size
+        need_base, need_x = ctx.needs_input_grad[:2]
+        asked, encoders = ctx.needs_input_grad[FIXED:], 2 * ctx.encoder_size
         asked = [
             *asked[:encoders],
             *(need and through_decoder for need in asked[encoders:-1]),  # the decoder's and its scale
-            asked[-1] and grad_delta is not None,  # B
+            asked[-1] and grad_y is not None,  # B
         ]
         needs = [need_x, any(asked[:encoders]), any(asked[encoders:-2]), *asked[-2:]]
         inputs = x, *_grouped(ctx.encoder_size, parameters), noise1, noise2, mask, seed, *ctx.options
         grad_x, computed = RAW[ctx.backend].layer_bwd(*grads, *inputs, state, unit_grad_scale, ctx.detach_target, needs)
         grad_parameters = (grad if need else None for need, grad in zip(asked, computed, strict=True))
-        return grad_x if need_x else None, *(None,) * (FIXED - 1), *grad_parameters
+        grad_base = grad_y if need_base else None
+        return grad_base, grad_x if need_x else None, *(None,) * (FIXED - 2), *grad_parameters
 
 
 def _grouped(encoder_size: int, parameters: Any) -> tuple[Any, ...]:
@@ -87,42 +93,45 @@ def layer(
     decoder: reference.Decoder,
     B: Tensor,
     config: FVAEConfig,
-    noise: tuple[Tensor, Tensor],
+    noise: tuple[Tensor, Tensor] | None = None,
     dropout: float = 0.0,
     mask: Tensor | None = None,
     *,
+    base: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, reference.Terms]:
     """Low-rank update and objective of one adapted layer, equations (4) and (6) of the paper.
 
-    Equivalent to ``reference.layer``, which is the definition. With dropout a kernel draws one seed from torch's
-    generator and drops by position, so it drops other activations than the reference, with the same probability up to
-    2^-17.
+    Equivalent to ``base + delta`` with ``delta, terms = reference.layer(...)``, which is the definition. With dropout
+    a kernel draws one seed from torch's generator and drops by position, so it drops other activations than the
+    reference, with the same probability up to 2^-17.
 
     Args:
-        x: input ``[..., D]``.
+        x: input ``[..., D]``, of the parameters' dtype or, where that is float32, of half precision.
         encoder1: parameters of q(z_1 | x).
         encoder2: parameters of q(z_2 | x).
         decoder: parameters of p(x | z_1, z_2).
         B: ``[M, R]``.
         config: objective, weights, priors and scale.
-        noise: two standard normal tensors ``[..., R]``.
+        noise: two standard normal tensors ``[..., R]`` of the parameters' dtype; drawn by torch's generator where it is
+            None, and in the Triton kernels by position from a seed of it.
         dropout: probability of dropping a hidden activation; 0 outside training.
         mask: tokens ``[...]`` that enter the objective; all of them where it is None.
+        base: the adapted layer's own output ``[..., M]``, of any floating dtype; zero where it is None.
         backend: run on this one or raise; None picks.
 
     Returns:
-        ``delta [..., M]``, to be added to the base layer's output, and ``Terms`` (nats, means over tokens).
+        ``base + s B z_1 [..., M]`` in the dtype of `base`, and ``Terms`` (nats, means over tokens).
 
     Raises:
-        TypeError: noise of another dtype than x.
+        TypeError: noise of another dtype than the parameters.
         ValueError: shapes do not fit, more than one device, or dropout outside of [0, 1).
         BackendUnavailable: `backend` was named and cannot run, or does not cover these options.
     """
-    tensors = check_layer(x, (encoder1, encoder2), decoder, B, config, noise, dropout, mask)
+    tensors = check_layer(x, (encoder1, encoder2), decoder, B, config, noise, dropout, mask, base)
     named = _backend._selected if backend is None else backend
     backend = resolve("layer", x.device, backend)
-    missing = None if backend == "reference" else uncovered(config, tensors, noise)
+    missing = None if backend == "reference" else uncovered(config, tensors, noise or ())
     if missing is not None:
         if named is not None:
             raise BackendUnavailable(
@@ -130,16 +139,20 @@ def layer(
                 "the backend unnamed, or name 'reference', to run plain PyTorch."
             )
         backend = "reference"
+    if noise is None and backend != "triton":
+        noise = draw_noise(x, B), draw_noise(x, B)
     if backend == "reference":
-        return reference.layer(x, encoder1, encoder2, decoder, B, config, noise, dropout, mask)
+        assert noise is not None
+        delta, terms = reference.layer(x.to(B.dtype), encoder1, encoder2, decoder, B, config, noise, dropout, mask)
+        return delta if base is None else base + delta.to(base.dtype), terms
     parameters = [*_flat(encoder1.hidden), *encoder1[2:], *_flat(encoder2.hidden), *encoder2[2:]]
     size = len(parameters) // 2
-    delta, *terms = LayerFunction.apply(
+    y, *terms = LayerFunction.apply(
+        None if base is None else rows(base),
         rows(x),
-        rows(noise[0]),
-        rows(noise[1]),
+        *((None, None) if noise is None else map(rows, noise)),
         token_flags(mask),
-        _draw_seed(x.device) if dropout > 0 else None,
+        _draw_seed(x.device) if dropout > 0 or noise is None else None,
         float(dropout),
         config.fusion == "average",
         float(config.scaling),
@@ -153,11 +166,18 @@ def layer(
         *decoder[1:],
         B,
     )
-    return delta.view(*x.shape[:-1], B.shape[0]), reference.Terms(*terms)
+    shape = (*x.shape[:-1], B.shape[0])
+    y = torch.ops.aten._unsafe_view(y, shape)  # no view: whatever is written into it needs no copy of the gradient
+    return y, reference.Terms(*terms)
 
 
 def _flat(layers: reference.Linears) -> list[Tensor | None]:
     return [t for weight_and_bias in layers for t in weight_and_bias]
+
+
+def draw_noise(x: Tensor, B: Tensor) -> Tensor:
+    """Standard normal ``[..., R]`` for the tokens of x, from torch's generator."""
+    return torch.randn(*x.shape[:-1], B.shape[1], dtype=B.dtype, device=x.device)
 
 
 def _draw_seed(device: torch.device) -> Tensor:

@@ -71,13 +71,11 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
             if name not in self.fvae_adapter:
                 continue
             adapter: Any = self.fvae_adapter[name]
-            h = self._cast_input_dtype(x, adapter.B.dtype)
             if self.training and not (adapter.inference_only and not adapter.B.requires_grad):
-                delta, terms = adapter(h)
-                delta = self.inject(delta, terms, self.fvae_loss_weight[name])
+                y, terms = adapter(x, base=y)
+                y = self.inject(y, terms, self.fvae_loss_weight[name])
             else:
-                delta = adapter.infer(h)
-            y = y + delta.to(y.dtype)
+                y = y + adapter.infer(self._cast_input_dtype(x, adapter.B.dtype)).to(y.dtype)
         return y
 
     def posterior_means(self, x: Tensor) -> tuple[Tensor, Tensor]:
