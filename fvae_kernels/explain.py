@@ -6,7 +6,7 @@ from torch import nn
 
 from . import _backend
 from .adapter import FVAEAdapter
-from .ops._layer_support import uncovered
+from .ops._layer_support import composable, uncovered
 
 
 def explain(layer: nn.Module) -> str:
@@ -42,6 +42,9 @@ def _reasons(adapter: FVAEAdapter) -> Iterator[str]:
         yield f"training runs the fused kernels of {backend!r}, one forward and one backward."
     elif backend != "reference" and named is not None:
         yield f"training will raise BackendUnavailable: {backend!r} was named and does not cover {missing}."
+    elif backend != "reference" and composable(dict(adapter.named_parameters())):
+        yield f"training runs the smaller ops of {backend!r}, divergence and reconstruct, and encoders in plain PyTorch:"
+        yield f"its fused kernel does not cover {missing}."
     else:
         yield "training runs the reference, plain PyTorch:"
         yield f"{backend!r} does not cover {missing}." if backend != "reference" else _why_reference(device.type, named)

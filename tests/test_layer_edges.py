@@ -158,7 +158,10 @@ def test_explain_says_which_path_and_why(backend):
     fused = fk.FusedFVAELinear.from_linear(linear, fk.FVAEConfig())
     separate = fk.FusedFVAELinear.from_linear(linear, fk.FVAEConfig(separate_hidden=True))
     assert explain(fused).startswith("adapter: training runs the fused kernels of 'cpp'")
-    assert "reference, plain PyTorch: 'cpp' does not cover separate_hidden=True" in explain(separate)
+    assert "the smaller ops of 'cpp'" in explain(separate)
+    assert "does not cover separate_hidden=True" in explain(separate)
+    separate.adapter.B.data = separate.adapter.B.data.bfloat16()
+    assert "reference, plain PyTorch: 'cpp' does not cover" in explain(separate)
     with fk.use_backend("reference"):
         assert "use_backend named it" in explain(fused)
     with fk.use_backend("cpp"):

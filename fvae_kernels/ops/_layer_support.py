@@ -81,6 +81,12 @@ def uncovered(config: FVAEConfig, tensors: Mapping[str, Tensor | None], noise: I
     return None
 
 
+def composable(tensors: Mapping[str, Tensor | None]) -> bool:
+    """Whether the smaller ops run what the fused kernel does not cover: they take one dtype, autocast or not."""
+    dtypes = {t.dtype for name, t in tensors.items() if t is not None and name != "x"}
+    return len(dtypes) == 1
+
+
 def check_layer(
     x: Tensor,
     encoders: tuple[Encoder, Encoder],

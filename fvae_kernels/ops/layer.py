@@ -17,7 +17,8 @@ from .._backend import BackendUnavailable, resolve
 from .._library import RAW
 from ..config import FVAEConfig
 from ._checks import rows, token_flags
-from ._layer_support import check_layer, objective_table, uncovered
+from ._composed import composed
+from ._layer_support import check_layer, composable, objective_table, uncovered
 from ._once import differentiable_once
 
 FIXED = 14  # arguments of LayerFunction.forward before the parameters
@@ -132,18 +133,18 @@ def layer(
     named = _backend._selected if backend is None else backend
     backend = resolve("layer", x.device, backend)
     missing = None if backend == "reference" else uncovered(config, tensors, noise or ())
-    if missing is not None:
-        if named is not None:
-            raise BackendUnavailable(
-                f"backend {named!r} was asked for to run layer, but cannot: its kernel does not cover {missing}; leave "
-                "the backend unnamed, or name 'reference', to run plain PyTorch."
-            )
-        backend = "reference"
-    if noise is None and backend != "triton":
+    if missing is not None and named is not None:
+        raise BackendUnavailable(
+            f"backend {named!r} was asked for to run layer, but cannot: its kernel does not cover {missing}; leave "
+            "the backend unnamed to run what there is, or name 'reference' to run plain PyTorch."
+        )
+    if noise is None and (backend != "triton" or missing is not None):
         noise = draw_noise(x, B), draw_noise(x, B)
-    if backend == "reference":
+    if backend == "reference" or missing is not None:
         assert noise is not None
-        delta, terms = reference.layer(x.to(B.dtype), encoder1, encoder2, decoder, B, config, noise, dropout, mask)
+        arguments = x.to(B.dtype), encoder1, encoder2, decoder, B, config, noise, dropout, mask
+        smaller_ops = backend != "reference" and composable(tensors)
+        delta, terms = composed(*arguments, backend) if smaller_ops else reference.layer(*arguments)
         return delta if base is None else base + delta.to(base.dtype), terms
     parameters = [*_flat(encoder1.hidden), *encoder1[2:], *_flat(encoder2.hidden), *encoder2[2:]]
     size = len(parameters) // 2
