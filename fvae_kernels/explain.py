@@ -43,7 +43,7 @@ def _reasons(adapter: FVAEAdapter) -> Iterator[str]:
     elif backend != "reference" and named is not None:
         yield f"training will raise BackendUnavailable: {backend!r} was named and does not cover {missing}."
     elif backend != "reference" and composable(dict(adapter.named_parameters())):
-        yield f"training runs the smaller ops of {backend!r}, divergence and reconstruct, and encoders in plain PyTorch:"
+        yield f"training runs the smaller ops of {backend!r} (divergence, reconstruct), its encoders in plain PyTorch:"
         yield f"its fused kernel does not cover {missing}."
     else:
         yield "training runs the reference, plain PyTorch:"
