@@ -73,7 +73,8 @@ def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
 
 def _assume_constant(function: Any) -> Any:
     """What is installed and compiled does not change between two calls: torch.compile need not look inside."""
-    return torch.compiler.assume_constant_result(function)
+    function._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which imports the compiler
+    return function
 
 
 @_assume_constant

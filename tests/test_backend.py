@@ -152,3 +152,9 @@ except fk.BackendUnavailable as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "'cpp' was asked for to run encode, but cannot: the compiled library is missing" in done.stdout
     assert "install a C++ compiler and build it" in done.stdout
+
+
+def test_import_leaves_the_compiler_alone():
+    """torch._dynamo takes a second to import; who trains without torch.compile and PEFT need not wait for it."""
+    code = "import sys; sys.modules['peft'] = None; import fvae_kernels; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
