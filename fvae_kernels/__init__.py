@@ -12,6 +12,7 @@ from .explain import explain
 from .hooks import external_loss
 from .linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
+from .trainer import FVAETrainerMixin, prepare_trainer
 
 if TYPE_CHECKING or _find_spec("peft") is not None:
     from .peft import FVAELoraConfig, FVAELoraModel, export_for_inference
@@ -32,6 +33,7 @@ __all__ = [
     "FVAEConfig",
     "FVAELoraConfig",
     "FVAELoraModel",
+    "FVAETrainerMixin",
     "FusedFVAELinear",
     "attach_aux_loss",
     "available_backends",
@@ -43,6 +45,7 @@ __all__ = [
     "export_for_inference",
     "external_loss",
     "interop",
+    "prepare_trainer",
     "reconstruct",
     "reference",
     "replace_linears",
