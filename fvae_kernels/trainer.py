@@ -90,7 +90,7 @@ def _total_loss(
     callables = {id(m): m for m in (model, trainer.accelerator.unwrap_model(model))}.values()
     with external_loss(model), _graphless_apart(callables, layers):
         result = compute(model, inputs)
-    if not any(layer.aux_pending is not None or layer.aux_seed.value is not None for layer in layers):
+    if not any(layer.aux_pending is not None or layer.aux_seed.terms for layer in layers):
         return result  # no adapter took part: the sum over layers is empty
     if return_outputs:
         return (attach_aux_loss(model, result[0], share), *result[1:])
