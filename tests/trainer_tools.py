@@ -17,6 +17,10 @@ from transformers import Trainer, TrainingArguments
 import fvae_kernels as fk
 
 STEPS, SIZE = 4, 2
+SMALL: dict[str, Any] = {
+    **{"r": 3, "encoder_hidden": (5,), "decoder_hidden": (7,)},
+    **{"dropout": 0.0, "loss_weight": 0.01},
+}
 
 
 class Rows(Dataset):
@@ -41,19 +45,16 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def adapted(kind: str, task: str | None) -> nn.Module:
+def adapted(kind: str, task: str | None, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
+    """A PEFT model whose adapters already change the output."""
     torch.manual_seed(0)
     config = fk.FVAELoraConfig(
         task_type=task,
-        r=3,
         target_modules=TARGETS[kind],
         init_weights=False,
-        encoder_hidden=(5,),
-        decoder_hidden=(7,),
-        dropout=0.0,
-        loss_weight=0.01,
+        **{**SMALL, **options},
     )
-    return peft.get_peft_model(build(kind).double(), config, autocast_adapter_dtype=False).train()
+    return peft.get_peft_model(build(kind).to(dtype), config, autocast_adapter_dtype=False).train()
 
 
 def params(model: nn.Module) -> dict[str, Tensor]:
@@ -112,3 +113,10 @@ def assert_step(got: dict[str, Tensor], model: nn.Module, objective: Tensor, rto
         assert gradient.norm() > 0, name
         error = float((step - gradient).norm() / gradient.norm())
         assert error <= rtol, f"{name}: relative error {error:.1e}"
+
+
+def shuffled_run(folder: Path, **options: Any) -> Trainer:
+    """Training as it is: shuffled data, dropout, and noise from torch's generator."""
+    options = {"save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, **QUIET, **options}
+    model = adapted("bert", "SEQ_CLS", torch.float32, dropout=0.2)
+    return trainer_of(model, Rows("bert", torch.float32), Trainer, output_dir=str(folder), **options)
