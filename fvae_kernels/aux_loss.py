@@ -209,6 +209,7 @@ def _warn_unprobed() -> None:
         warnings.warn(
             "FVAE: the auxiliary loss entered the gradient with weight 1 for each forward, since the model did not "
             "compute the task loss. That is right for one forward and one unscaled backward per step; with accumulation"
-            " or a GradScaler use `loss = fvae_kernels.attach_aux_loss(model, loss)`.",
+            " or a GradScaler use `loss = fvae_kernels.attach_aux_loss(model, loss)`, or, for a trainer that computes "
+            "its own loss, `fvae_kernels.prepare_trainer(trainer)`.",
             stacklevel=2,
         )

@@ -148,5 +148,5 @@ def test_without_prepare_trainer_a_warning_says_what_to_do(tmp_path: Path, monke
     monkeypatch.setattr(aux_loss, "_unprobed_warned", False)
     trainer = trainer_of(SFT, tmp_path, **ONE_STEP)
     del trainer.compute_loss
-    with pytest.warns(UserWarning, match="attach_aux_loss"):
+    with pytest.warns(UserWarning, match=r"prepare_trainer\(trainer\)"):
         trainer.train()
