@@ -13,8 +13,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 
 from .adapter import FVAEAdapter
-from .aux_loss import AuxLossLayer, in_backward
+from .aux_loss import AuxLossLayer, aux_loss_layers, in_backward
 from .diagnostics import active_units, collect_terms, latent_geometry, posteriors
+from .trainer import check_trainer
 
 Values = dict[str, float]
 
@@ -41,9 +42,19 @@ class FVAELoggingCallback(TrainerCallback):
     Args:
         trainer: the trainer it is added to.
         path: the file, whose folder is made where it is missing; None for the reports alone.
+
+    Raises:
+        TypeError: for an object that is no trainer.
+        ValueError: if its model has no FVAE layer.
     """
 
     def __init__(self, trainer: Any, path: str | os.PathLike[str] | None = None) -> None:
+        check_trainer(trainer, "pass the trainer first: FVAELoggingCallback(trainer, path)")
+        if not aux_loss_layers(trainer.model):
+            raise ValueError(
+                f"{type(trainer.model).__name__} has no FVAE layer to log: adapt the model before the trainer is made, "
+                "or pass the trainer a peft_config if it takes one"
+            )
         self.trainer = trainer
         self.path = None if path is None else Path(path)
         self.armed = False
@@ -133,15 +144,15 @@ def active_adapter(layer: Any) -> FVAEAdapter | None:
 
 
 @torch.no_grad()
-def geometry(adapter: FVAEAdapter, x: Tensor) -> dict[str, Tensor | int]:
-    """`latent_geometry` and `active_units` of both latents of x, outside of autocast."""
+def geometry(adapter: FVAEAdapter, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor | int]:
+    """`latent_geometry` and `active_units` of both latents of x, over the tokens that `mask` keeps."""
     with torch.autocast(x.device.type, enabled=False):
         mean1, logvar1, mean2, logvar2 = posteriors(adapter, x.to(adapter.B.dtype))
     config = adapter.config
     return {
-        **latent_geometry(mean1, logvar1, mean2, logvar2, config.prior2_mean, config.prior2_std),
-        "active_units_z1": active_units(mean1),
-        "active_units_z2": active_units(mean2),
+        **latent_geometry(mean1, logvar1, mean2, logvar2, config.prior2_mean, config.prior2_std, mask),
+        "active_units_z1": active_units(mean1, mask=mask),
+        "active_units_z2": active_units(mean2, mask=mask),
     }
 
 

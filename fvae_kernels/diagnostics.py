@@ -71,6 +71,13 @@ def latent_geometry(
     return {name: token_mean(value, mask) for name, value in terms.items()}
 
 
-def active_units(mean: Tensor, threshold: float = 1e-2) -> int:
-    """Latent entries whose mean varies over tokens by more than `threshold` (variance): those that carry anything."""
-    return int((mean.reshape(-1, mean.shape[-1]).var(0, correction=0) > threshold).sum()) if mean.numel() else 0
+def active_units(mean: Tensor, threshold: float = 1e-2, mask: Tensor | None = None) -> int:
+    """Latent entries whose mean varies over tokens by more than `threshold` (variance): those that carry anything.
+
+    Args:
+        mean: ``[..., R]``.
+        threshold: of the variance.
+        mask: tokens ``[...]`` that count.
+    """
+    rows = mean.reshape(-1, mean.shape[-1]) if mask is None else mean[mask.bool()]
+    return int((rows.var(0, correction=0) > threshold).sum()) if rows.numel() else 0

@@ -39,15 +39,17 @@ def prepare_trainer(trainer: Any) -> Any:
     Raises:
         TypeError: for an object that is no such trainer.
     """
-    if not all(hasattr(trainer, name) for name in ("compute_loss", "accelerator", "args", "model")):
-        raise TypeError(
-            f"expected a transformers.Trainer or a subclass of it, got {type(trainer).__name__}; in a loop of your own "
-            "use fvae_kernels.attach_aux_loss(model, loss)"
-        )
+    check_trainer(trainer, "in a loop of your own use fvae_kernels.attach_aux_loss(model, loss)")
     own = trainer.compute_loss
     if not (isinstance(own, functools.partial) and own.func is _total_loss):
         trainer.compute_loss = functools.partial(_total_loss, trainer, own)
     return trainer
+
+
+def check_trainer(trainer: Any, advice: str) -> None:
+    """Raise a TypeError unless this is a transformers.Trainer by what it has."""
+    if not all(hasattr(trainer, name) for name in ("compute_loss", "accelerator", "args", "model")):
+        raise TypeError(f"expected a transformers.Trainer or a subclass of it, got {type(trainer).__name__}; {advice}")
 
 
 class FVAETrainerMixin:

@@ -177,6 +177,23 @@ def test_gradient_accumulation_checkpointing_and_a_diverged_layer(tmp_path: Path
     assert next(iter(read(path)[1]["layers"].values()))["W2_squared"] is None
 
 
+def test_what_it_cannot_log_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"pass the trainer first: FVAELoggingCallback\(trainer, path\)"):
+        fk.FVAELoggingCallback(tmp_path / "layers.jsonl")
+    plain = trainer_of(build("bert"), Rows("bert", torch.float32), output_dir=str(tmp_path), **QUIET)
+    with pytest.raises(ValueError, match="BertForSequenceClassification has no FVAE layer to log"):
+        fk.FVAELoggingCallback(plain)
+
+
+def test_masked_tokens_do_not_count() -> None:
+    adapter, x = next(m for m in replaced().modules() if isinstance(m, AuxLossLayer)).adapter, torch.randn(3, 5, 24)
+    x, mask = x.double(), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+    expected = module.geometry(adapter, x[mask.bool()])
+    got = module.geometry(adapter, x.where(mask.bool()[..., None], 100 * x), mask)
+    for name, value in expected.items():
+        assert float(got[name]) == pytest.approx(float(value), rel=1e-9), name
+
+
 def test_the_package_alone_does_not_import_transformers() -> None:
     code = (
         "import sys; sys.modules['peft'] = None\n"
