@@ -185,6 +185,21 @@ def test_what_it_cannot_log_is_refused(tmp_path: Path) -> None:
         fk.FVAELoggingCallback(plain)
 
 
+def test_it_sees_the_tokens_that_the_objective_sees(tmp_path: Path) -> None:
+    """Without dropout the closed form of Gamma is that of the training forward, of padded batches as well."""
+    path, rows = tmp_path / "layers.jsonl", Rows("bert", torch.float64)
+    for k, row in enumerate(rows.rows):
+        row["attention_mask"] = (torch.arange(6) < 2 + k % 5).long()
+    trainer = trainer_of(
+        adapted("bert", "SEQ_CLS"), rows, output_dir=str(tmp_path), max_steps=2, logging_steps=1, **QUIET
+    )
+    trainer.add_callback(fk.FVAELoggingCallback(trainer, path))
+    trainer.train()
+    for row in read(path):
+        for values in row["layers"].values():
+            assert values["Gamma"] == pytest.approx(values["gamma"], rel=1e-9)
+
+
 def test_masked_tokens_do_not_count() -> None:
     adapter, x = next(m for m in replaced().modules() if isinstance(m, AuxLossLayer)).adapter, torch.randn(3, 5, 24)
     x, mask = x.double(), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
