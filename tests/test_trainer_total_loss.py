@@ -161,6 +161,25 @@ def test_own_compute_loss(cls: type, checkpointing: bool | None, tmp_path: Path)
     assert logged == pytest.approx(float(total.detach()), rel=1e-6), "the forward for a metric must not count"
 
 
+class SharedTrainer(fk.FVAETrainerMixin, InOrder):
+    """A share of the whole step, and says so; nobody counts tokens (as in reinforcement learning)."""
+
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        assert num_items_in_batch is None
+        return mean_cross_entropy(model(**inputs), inputs, 0) / self.current_gradient_accumulation_steps
+
+
+def test_own_compute_loss_that_is_a_share(tmp_path: Path) -> None:
+    rows = Rows("vit", torch.float64)
+    trainer = trainer_of(adapted("vit", None), rows, SharedTrainer, output_dir=str(tmp_path), **ONE_STEP)
+    model, total = objective("vit", rows, mean_cross_entropy, False)
+    assert_step(step_of(trainer), model, total, RTOL["vit"])
+
+
 @pytest.mark.parametrize("kind", ["llama", "vit"])
 def test_a_loss_that_the_model_computed_counts_once(kind: str, tmp_path: Path) -> None:
     rows = Rows(kind, torch.float64)
