@@ -94,7 +94,7 @@ BUSY = (
     "hold; such times say little. Run it on an idle machine, or with `--threads 1`."
 )
 METHOD = """
-Wall clock, one process. Every round runs every side once and starts with another one; ratios are taken within a round.
+Wall clock, one process. Every round runs every side once, in an order drawn anew; ratios are taken within a round.
 A value is the median over rounds, in brackets its 95 % interval from order statistics (the range, where there are fewer
 than 6 rounds). All sides share base weights, rank 16 and targets (query and value), and pass through `get_peft_model`;
 PEFT's methods have no dropout, FVAE-LoRA has the 0.1 of its recipe. A step is forward, backward and AdamW.

@@ -52,9 +52,12 @@ def test_power_law_finds_the_exponent() -> None:
 def test_sides_are_timed_in_turns() -> None:
     calls: list[str] = []
     runs = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    found = stats.interleave(runs, seconds=0, minimum=3, call_seconds=0)
-    assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab"
-    assert {name: len(values) for name, values in found.items()} == {"a": 3, "b": 3, "c": 3}
+    found = stats.interleave(runs, seconds=0, minimum=30, call_seconds=0)
+    assert {name: len(values) for name, values in found.items()} == {"a": 30, "b": 30, "c": 30}
+    assert "".join(calls[:6]) == "aabbcc"  # warm
+    rounds = ["".join(calls[i : i + 3]) for i in range(6, len(calls), 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds)) == 6  # each side follows every other one
 
 
 def test_counts_of_a_linear_layer() -> None:
