@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import sides
 from test_linear import make
 from torch import Tensor, nn
 
 import fvae_kernels as fk
+from benchmarks import sides
 
 SHAPES = [(6, 12), (1, 12), (2, 3, 12), (12,), (0, 12), (2, 0, 12)]
 
