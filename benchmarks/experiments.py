@@ -96,7 +96,7 @@ def checked_op(
     inputs = testing.INPUTS[op]((tokens,), dtype=dtype, **size)
     function, backend = getattr(fk, op), sides.backend_of(name)
     call = torch.compile(function, dynamic=False) if name == "compiled" else function
-    gate.check_op(op, call, inputs, backend=backend)
+    gate.check_op(op, call, inputs, compiled=name == "compiled", backend=backend)
 
     leaves = list(testing.leaves(inputs).values())
     first = call(**inputs, backend=backend)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fvae_kernels as fk
-from benchmarks import cost, gate, goals, memory, models, report, sides, stats
+from benchmarks import cost, experiments, gate, goals, memory, models, report, sides, stats
 from fvae_kernels import adapter, reference, testing
 
 pytestmark = pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss", "ignore::FutureWarning")
@@ -104,11 +104,11 @@ def test_the_gate_refuses_a_wrong_op() -> None:
     inputs = testing.encode_inputs(dtype=torch.float32)
     gate.check_op("encode", fk.encode, inputs)
     with pytest.raises(gate.WrongKernel, match="encode differs from the reference: out2"):
-        gate.check_op("encode", lambda **kw: (*fk.encode(**kw)[:2], fk.encode(**kw)[2] * 1.001), inputs)
+        gate.check_op("encode", lambda **kw: (*fk.encode(**kw)[:2], fk.encode(**kw)[2] * (1 + 1e-6)), inputs)
 
 
 def test_the_gate_refuses_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One gradient is off by a thousandth, on the backend under test alone."""
+    """One gradient is off by two millionths, on the backend under test alone."""
     from fvae_kernels import _backend
 
     module = sides.layer_side("plain", sides.OneLinear(12, 10), torch.ones(1, 12), torch.ones(1, 10)).module
@@ -119,7 +119,7 @@ def test_the_gate_refuses_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None
     def wrong(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, reference.Terms]:
         delta, terms = right(*args, **kwargs)
         if _backend._selected == "cpp" and delta.requires_grad:
-            delta.register_hook(lambda grad: grad * 1.001)
+            delta.register_hook(lambda grad: grad * (1 + 2e-6))
         return delta, terms
 
     monkeypatch.setattr(adapter, "layer", wrong)
@@ -156,6 +156,18 @@ def test_the_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     written.unlink()
     assert report.main(["--render", "--out", str(tmp_path)]).read_text() == text
     assert "PEFT LoRA" in capsys.readouterr().out
+
+
+def test_a_section_that_fails_loses_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(settings: experiments.Settings) -> list[experiments.Group]:
+        raise gate.WrongKernel("layer differs from the reference: kl")
+
+    monkeypatch.setitem(experiments.SECTIONS, "layer", fails)
+    with pytest.raises(SystemExit, match="failed: layer"):
+        report.main(["--quick", "--only", "layer", "inference", "--out", str(tmp_path)])
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "`layer` was not measured: WrongKernel: layer differs from the reference: kl" in text
+    assert "## Inference" in text
 
 
 def test_peak_memory_is_read_from_the_process_or_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
