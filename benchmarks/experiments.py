@@ -78,7 +78,7 @@ def operators(s: Settings) -> list[Group]:
     for op, size in sizes.items():
         checked = {name: checked_op(op, name, s.tokens, size) for name in op_names(op, compiled=not s.tiny)}
         runs = {name: run for name, (run, _) in checked.items()}
-        costs = sides.with_flops({name: cost for name, (_, cost) in checked.items()})
+        costs = {name: cost for name, (_, cost) in checked.items()}
         title = f"`{op}`, N={s.tokens}, " + ", ".join(f"{k}={v}" for k, v in size.items())
         found.append(group(s, title, runs, 0.5, baseline="plain", counted=costs))
     return found
@@ -112,7 +112,7 @@ def checked_op(
 def layer(s: Settings) -> list[Group]:
     """A whole adapted layer, forward and backward, with its base layer alone as one more side."""
     found = checked_layer(("base", *names(compiled=not s.tiny)), s.tokens, s.features)
-    costs = sides.with_flops({name: side.cost() for name, side in found.items()})
+    costs = {name: side.cost() for name, side in found.items()}
     title = f"adapted layer, N={s.tokens}, D=M={s.features}"
     runs = {name: side.run for name, side in found.items()}
     return [group(s, title, runs, 2.0, baseline="lora", beyond="base", counted=costs)]

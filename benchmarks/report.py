@@ -77,7 +77,7 @@ def _counted(cost: dict[str, Any] | None) -> list[str]:
     if not cost:
         return ["not seen"] * 4
     mb, gflop, saved = cost["bytes"] / 1e6, cost["flops"] / 1e9, cost["saved_bytes"] / 1e6
-    return [str(cost["launches"]), f"{mb:.1f}", f"{gflop:.2f}" + "*" * ("flops_from" in cost), f"{saved:.2f}"]
+    return [str(cost["launches"]), f"{mb:.1f}", f"{gflop:.2f}", f"{saved:.2f}"]
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -109,8 +109,8 @@ Before a group is timed, every side must start as the base model, and our kernel
 outputs and gradients. "Beyond base": the base layer's time, measured in the same round, is taken off both.
 
 Operators are those dispatched that run a kernel (views do not), MB moved their inputs and outputs, MB saved what
-autograd keeps beyond inputs and weights; "not seen": compiled code does not pass the dispatcher; * as plain PyTorch,
-since a raw kernel's FLOPs are not counted.
+autograd keeps beyond inputs and weights, GFLOP those of matrix products; "not seen": compiled code does not pass the
+dispatcher.
 
 Peak memory is `ru_maxrss` of a process that does one step, the sides in turns, with MALLOC_MMAP_THRESHOLD_ fixed so
 that freed blocks go back at once.

@@ -61,14 +61,6 @@ class Side:
         return count(self.run, [*self.module.parameters(), *self.module.buffers(), *self.inputs])
 
 
-def with_flops(costs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Where a raw kernel hides its FLOPs from the counter: those of plain PyTorch, whose mathematics it does."""
-    for cost in costs.values():
-        if cost.get("raw_kernels") and "plain" in costs:
-            cost |= {"flops": costs["plain"]["flops"], "flops_from": "plain PyTorch"}
-    return costs
-
-
 def kernels(op: str, device: str = "cpu") -> tuple[str, ...]:
     """Our backends that have a kernel of `op` on this device. An interpreted kernel says nothing about time."""
     found = [name for name in backends_for(op, device) if name != "reference"]

@@ -69,6 +69,29 @@ def test_counts_of_a_linear_layer() -> None:
     assert found["saved_bytes"] == 4 * 15  # the input of the sine; x and w are there anyway
 
 
+@pytest.mark.skipif("cpp" not in fk.available_backends(), reason="the C++ kernels are missing")
+@pytest.mark.parametrize("x_needs", [True, False])
+def test_a_kernel_does_the_products_of_plain_pytorch_and_the_decoder_once_more(x_needs: bool) -> None:
+    found = sides.layer_sides(("plain", "cpp"), 8, 12, 10)
+    for side in found.values():
+        side.inputs[0].requires_grad_(x_needs)
+    (adapter,) = sides.adapters(found["cpp"].module)
+    decoder = sum(p.numel() for n, p in adapter.named_parameters() if n.startswith("decoder") and p.dim() == 2)
+    assert found["cpp"].cost()["flops"] == found["plain"].cost()["flops"] + 2 * 8 * decoder
+
+
+@pytest.mark.skipif("cpp" not in fk.available_backends(), reason="the C++ kernels are missing")
+@pytest.mark.parametrize("op", sorted(testing.INPUTS))
+def test_a_kernel_of_one_op_does_no_other_products(op: str) -> None:
+    inputs = testing.INPUTS[op]((8,))
+
+    def flops(backend: str | None) -> int:
+        return cost.count(lambda: testing.run(getattr(fk, op), inputs, backend=backend))["flops"]
+
+    once_more = 2 * 8 * inputs["w_out"].numel() if op == "reconstruct" else 0
+    assert flops("cpp") == flops("reference") + once_more
+
+
 @pytest.mark.parametrize("key", sorted(models.TINY))
 def test_the_sides_of_every_model_start_alike_and_train(key: str) -> None:
     model, batch = models.build(models.TINY[key])
