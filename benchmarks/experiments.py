@@ -21,9 +21,9 @@ class Settings:
     """How much to measure. Seconds are per group of sides, beyond warming up."""
 
     seconds: float = 6.0
-    model_seconds: float = 30.0
+    model_seconds: float = 20.0
     rounds: int = 5
-    model_rounds: int = 3
+    model_rounds: int = 6
     call_seconds: float = 0.01  # quick sides run several times per round, to last that long
     tokens: int = 1576
     features: int = 768
