@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 ARGS ?=
 
-.PHONY: help demo test check bench gpu-compile clean
+.PHONY: help demo test check bench sanitize gpu-compile clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -23,6 +23,9 @@ check: $(READY)  ## style and types
 
 bench: $(READY)  ## time all sides in turns, write benchmarks/results/REPORT.md; ARGS="--full" for more
 	$(BIN)/python -m benchmarks.report $(ARGS)
+
+sanitize: $(READY)  ## the C++ kernels once more, under AddressSanitizer and UBSan (Linux, gcc; 3 minutes)
+	$(BIN)/python -m tests.sanitize $(ARGS)
 
 gpu-compile: $(READY)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942; registers, spills, tensor cores
 	$(BIN)/python -m tests.triton_tools.compile_all $(ARGS)

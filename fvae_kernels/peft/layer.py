@@ -67,15 +67,16 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
         y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
+        adapters: Any = self.fvae_adapter
         for name in self.active_adapters:
-            if name not in self.fvae_adapter:
+            if name not in adapters:
                 continue
-            adapter: Any = self.fvae_adapter[name]
+            adapter = adapters[name]
             if self.training and not (adapter.inference_only and not adapter.B.requires_grad):
                 y, terms = adapter(x, base=y)
                 y = self.inject(y, terms, self.fvae_loss_weight[name])
             else:
-                y = y + adapter.infer(self._cast_input_dtype(x, adapter.B.dtype)).to(y.dtype)
+                y = adapter.infer(self._cast_input_dtype(x, adapter.B.dtype), base=y)
         return y
 
     def posterior_means(self, x: Tensor) -> tuple[Tensor, Tensor]:
