@@ -1,7 +1,7 @@
 """What each of two processes runs in test_distributed.py: cases that compare with one process on the whole batch.
 
-The arguments are "compare" or "killed", and a folder. For the former every rank leaves a file of results there: for each
-case null, or what went wrong.
+The arguments are "compare" or "killed", and a folder. For the former every rank leaves a file of results there: for
+each case null, or what went wrong.
 """
 
 import json
@@ -125,9 +125,16 @@ def saves_what_one_process_saves(folder: Path, engine: str) -> None:
     if engine == "fsdp2":
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         state = get_model_state_dict(called, options=options)
-    if dist.get_rank() == 0:
-        check_files(folder / engine, model, alone, state)
-    dist.barrier()
+    on_rank_0(partial(check_files, folder / engine, model, alone, state))
+
+
+def on_rank_0(check: Callable[[], None]) -> None:
+    """The other rank waits, so that a failure leaves both at the same place."""
+    try:
+        if dist.get_rank() == 0:
+            check()
+    finally:
+        dist.barrier()
 
 
 def check_files(folder: Path, model: Any, alone: Any, state: dict[str, Tensor] | None) -> None:
@@ -192,9 +199,7 @@ def through_accelerate(folder: Path, fsdp2: bool) -> None:
             optimizer.step()
             optimizer.zero_grad()
     state = accelerator.get_state_dict(called)
-    if accelerator.is_main_process:
-        check_files(folder / f"accelerate-{fsdp2}", accelerator.unwrap_model(called), alone, state)
-    accelerator.wait_for_everyone()
+    on_rank_0(partial(check_files, folder / f"accelerate-{fsdp2}", accelerator.unwrap_model(called), alone, state))
 
 
 Case = Callable[[Path], None]
