@@ -11,6 +11,7 @@ from ..adapter import FVAEAdapter
 from ..aux_loss import AuxLossLayer
 from ..config import FVAEConfig
 from ..linear import check_input, linear_shape
+from ..quantised import refuse_merge
 
 
 class FVAELoraLayer(BaseTunerLayer, AuxLossLayer):
@@ -96,7 +97,8 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add linear-encoder adapters to the base weight, all or none of them."""
+        """Add linear-encoder adapters to the base weight, all or none of them; a quantised one takes none."""
+        refuse_merge(self.get_base_layer())
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.fvae_adapter]
         deltas = {name: self.get_delta_weight(name) for name in names}
         weight: Any = self.get_base_layer().weight
