@@ -31,7 +31,7 @@ class Noise:
         shape = torch.Size((*x.shape[:-1], adapter.config.rank))
         per_sample = shape[1:].numel()
         entries = torch.arange(cls.first * per_sample, cls.first * per_sample + shape.numel())
-        return entries.to(x).sin().view(shape)
+        return entries.to(adapter.B).sin().view(shape)
 
 
 class Regressor(nn.Module):
