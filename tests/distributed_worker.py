@@ -21,6 +21,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from accelerate.state import AcceleratorState, PartialState
 from distributed_tools import (
     CRITERIA,
+    SIZE,
     Noise,
     accumulating,
     assert_same,
@@ -90,6 +91,28 @@ def unequal_shards(folder: Path, engine: str) -> None:
     called = wrap(engine, model_of("bert"))
     called(**shard(inputs, sizes)).loss.backward()
     assert_same(gradients(called), gradients(alone))
+
+
+def weighted_shards(folder: Path, engine: str) -> None:
+    """Each rank's loss times its share of the tokens and the number of ranks: the mean over all tokens."""
+    sizes, inputs, alone = (3, 1), whole_batch("bert"), model_of("bert")
+    alone(**whole(inputs)).loss.backward()
+    called = wrap(engine, model_of("bert"))
+    (called(**shard(inputs, sizes)).loss * (2 * sizes[dist.get_rank()] / SIZE)).backward()
+    assert_same(gradients(called), gradients(alone))
+
+
+def half_base(folder: Path, engine: str) -> None:
+    """A base model in bfloat16 with adapters in float32, two dtypes in what one block gathers."""
+    alone, model, inputs = model_of("bert", torch.bfloat16), model_of("bert", torch.bfloat16), whole_batch("bert")
+    for each in (alone, model):
+        for module in each.modules():
+            if isinstance(module, FVAEAdapter):
+                module.float()
+    alone(**whole(inputs)).loss.backward()
+    called = wrap(engine, model)
+    called(**shard(inputs)).loss.backward()
+    assert_same(gradients(called), gradients(alone), 0.02)
 
 
 def noise_streams(folder: Path, engine: str) -> None:
@@ -208,7 +231,14 @@ Case = Callable[[Path], None]
 def cases_of(engine: str) -> dict[str, Case]:
     """By name, what holds for DDP and FSDP2 alike."""
     same = partial(equals_one_process, engine=engine)
-    others = (tokens_of_the_whole_step, unequal_shards, noise_streams, saves_what_one_process_saves)
+    others = (
+        tokens_of_the_whole_step,
+        unequal_shards,
+        weighted_shards,
+        half_base,
+        noise_streams,
+        saves_what_one_process_saves,
+    )
     cases = {f"{kind}-{how}": partial(same, kind=kind, criterion=how) for kind in ("bert", "mlp") for how in CRITERIA}
     cases |= {case.__name__: partial(case, engine=engine) for case in others}
     cases |= {

@@ -140,3 +140,20 @@ def assert_no_worse(actual: dict[str, Tensor], plain: dict[str, Tensor], truth: 
     for name, wanted in truth.items():
         ours, baseline = ((side[name] - wanted).norm() for side in (actual, plain))
         assert ours <= 2 * baseline + 0.05 * wanted.norm(), f"{name}: error {ours:.1e}, plain PyTorch {baseline:.1e}"
+
+
+def test_compiled_as_one_graph_is_eager() -> None:
+    """A whole tiny model without PEFT, its loss inside, under autocast."""
+    setting = SETTINGS["autocast bfloat16"]
+    model, inputs = adapted("replaced", setting), inputs_for("replaced", setting.base)
+    with setting.precision():
+        eager = model(**inputs).loss
+    eager.backward()
+    expected = gradients(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with setting.precision():
+        loss = compiled(**inputs).loss
+    loss.backward()
+    torch.testing.assert_close(loss, eager, rtol=1e-5, atol=0)
+    testing.assert_same(gradients(model), expected, rtol=0.02)
+    torch.compiler.reset()
