@@ -39,5 +39,5 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PIP) torch setuptools wheel numpy
 	$(PIP) --no-build-isolation --editable '.[dev,triton]'
 	# PEFT imports these wherever it finds them, slowly and with a lot to say: one test alone looks in this folder
-	$(PIP) --no-deps --target $(VENV)/quantised torchao hqq einops termcolor
+	$(PIP) --no-deps --upgrade --target $(VENV)/quantised torchao hqq einops termcolor
 	@touch $@

@@ -5,7 +5,7 @@ from typing import Any
 import peft
 import torch
 import torch.distributed as dist
-from tiny_models import TARGETS, batch, build, mlp
+from tiny_models import TARGETS, Regressor, batch, build
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -32,18 +32,6 @@ class Noise:
         per_sample = shape[1:].numel()
         entries = torch.arange(cls.first * per_sample, cls.first * per_sample + shape.numel())
         return entries.to(adapter.B).sin().view(shape)
-
-
-class Regressor(nn.Module):
-    """A model without PEFT that computes its loss, and one that leaves it to the caller."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = mlp()
-
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        logits = self.net(x)
-        return {"logits": logits} if labels is None else {"loss": (logits - labels).square().mean(), "logits": logits}
 
 
 def model_of(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -10,7 +10,7 @@ import warnings
 import peft
 import pytest
 import torch
-from tiny_models import TARGETS, batch, build, mlp
+from tiny_models import TARGETS, Regressor, batch, build
 from torch import Tensor, nn
 from total_loss import by_hand, fix_noise
 
@@ -296,18 +296,6 @@ def test_a_compiled_layer_called_without_its_model() -> None:
 
 
 # Without PEFT: layers in any module, with and without a model that computes a loss.
-
-
-class Regressor(nn.Module):
-    """A model that computes its loss when it gets labels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = mlp()
-
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        logits = self.net(x)
-        return {"logits": logits} if labels is None else {"loss": (logits - labels).square().mean(), "logits": logits}
 
 
 def replaced() -> Regressor:

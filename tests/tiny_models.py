@@ -48,6 +48,18 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(DIM, 32), nn.ReLU(), nn.Linear(32, DIM), nn.ReLU(), nn.Linear(DIM, 3))
 
 
+class Regressor(nn.Module):
+    """A model that computes its loss when it gets labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.net(x)
+        return {"logits": logits} if labels is None else {"loss": (logits - labels).square().mean(), "logits": logits}
+
+
 VIT = ["query", "value", "q_proj", "v_proj"]  # the names of transformers 4 and 5
 TARGETS = {"bert": ["query", "value"], "vit": VIT, "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
 BUILD: dict[str, Callable[..., nn.Module]] = {"bert": bert, "vit": vit, "llama": llama, "gpt2": gpt2}
