@@ -1,5 +1,6 @@
 """Two processes against one: adapted models, shards of a batch, and noise that both sides draw alike."""
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from total_loss import by_hand
+from transformers import Trainer, TrainingArguments
 
 import fvae_kernels as fk
 from fvae_kernels.adapter import FVAEAdapter
@@ -23,14 +25,15 @@ Batch = dict[str, Tensor]
 class Noise:
     """Noise by the sample's place in the whole batch, so that one process and two draw the same."""
 
-    first = 0  # the place of this process's first sample
+    first: int | None = 0  # the place of this process's first sample; None: all samples get the same
     own = FVAEAdapter.draw_noise
 
     @classmethod
     def draw(cls, adapter: FVAEAdapter, x: Tensor) -> Tensor:
         shape = torch.Size((*x.shape[:-1], adapter.config.rank))
         per_sample = shape[1:].numel()
-        entries = torch.arange(cls.first * per_sample, cls.first * per_sample + shape.numel())
+        entries = torch.arange(shape.numel())
+        entries = entries % per_sample if cls.first is None else entries + cls.first * per_sample
         return entries.to(adapter.B).sin().view(shape)
 
 
@@ -145,3 +148,24 @@ def attached(model: nn.Module, called: Any, inputs: Batch) -> Tensor:
 
 
 CRITERIA = {"inside": inside, "outside": outside, "attached": attached}
+
+
+def step_of_trainer(model: nn.Module, inputs: Batch, folder: Path) -> None:
+    """One step of SGD by transformers' Trainer, which shares the samples out to the ranks."""
+    samples = [{name: value[i] for name, value in inputs.items()} for i in range(SIZE)]
+    arguments = TrainingArguments(
+        str(folder),
+        use_cpu=True,
+        ddp_backend="gloo",
+        ddp_find_unused_parameters=False,
+        max_steps=1,
+        per_device_train_batch_size=SIZE // 2,
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    Trainer(model=model, args=arguments, train_dataset=samples).train()

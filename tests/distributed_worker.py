@@ -30,6 +30,7 @@ from distributed_tools import (
     mean_over_ranks,
     model_of,
     shard,
+    step_of_trainer,
     whole,
     whole_batch,
     wrap,
@@ -225,6 +226,19 @@ def through_accelerate(folder: Path, fsdp2: bool) -> None:
     on_rank_0(partial(check_files, folder / f"accelerate-{fsdp2}", accelerator.unwrap_model(called), alone, state))
 
 
+def through_trainer(folder: Path) -> None:
+    """A step of Trainer is one process's; in which order it takes the samples is its own affair."""
+    Noise.first, alone, model = None, model_of("llama"), model_of("llama")
+    task, terms = by_one_process(alone, "inside", whole_batch("llama"))
+    (task + terms).backward()
+    torch.optim.SGD([p for p in alone.parameters() if p.requires_grad], lr=0.1).step()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    step_of_trainer(model, whole_batch("llama"), folder)
+    start = dict(model_of("llama").named_parameters())
+    moves = [{n: p - start[n] for n, p in m.named_parameters() if p.requires_grad} for m in (model, alone)]
+    assert_same(*moves, RTOL["llama"])
+
+
 Case = Callable[[Path], None]
 
 
@@ -253,6 +267,7 @@ def cases_of(engine: str) -> dict[str, Case]:
 
 CASES: dict[str, Case] = {
     **cases_of("ddp"),
+    "ddp-through_trainer": through_trainer,
     "ddp-find_unused": partial(equals_one_process, engine="ddp", kind="bert", find_unused_parameters=True),
     "ddp-static_graph": partial(equals_one_process, engine="ddp", kind="bert", static_graph=True),
     **cases_of("fsdp2"),
