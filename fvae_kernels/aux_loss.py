@@ -135,8 +135,9 @@ class AuxLossLayer:
 
     def token_mask(self, x: Tensor, config: FVAEConfig) -> Tensor | None:
         """Which tokens of x ``[..., D]`` enter the objective; None for all of them."""
-        here = self.aux_inside or in_backward() or torch.compiler.is_compiling()  # or a call past the model
-        if not config.mask_padding or self.aux_padding is None or not here:
+        if not config.mask_padding or self.aux_padding is None:
+            return None
+        if not (self.aux_inside or in_backward()):  # called alone: the masks are of some forward before
             return None
         return self.aux_padding.flags(self.aux_mask_argument, x)
 

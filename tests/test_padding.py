@@ -1,11 +1,15 @@
 """Padded tokens stay out of the objective: a padded batch has the gradient of its sequences without the padding."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from gradients import CAUSAL, EXACT, OPTIONS, adapted, assert_same, checkpoint_activations, direct, grads, params
 from padded_batches import LENGTHS, Batch, forget_position, padded, sequences
 from tiny_models import TARGETS, build
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainingArguments
 
 import fvae_kernels as fk
 from fvae_kernels.aux_loss import aux_loss_layers
@@ -92,16 +96,68 @@ def test_a_recomputation_sees_the_mask_of_its_forward(reentrant: bool, attach: b
     assert_same(model, expected)
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_compiled_model(checkpoint: bool) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_model(recompute: bool) -> None:
     model, rows = adapted("bert"), sequences("bert")
     expected = without_padding(model, "bert", rows)
-    if checkpoint:
+    if recompute:
         checkpoint_activations(model, False)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=not checkpoint)  # transformers logs at the latter
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=not recompute)  # transformers logs at the latter
     compiled(**padded(rows)).loss.backward()
     assert_same(model, expected)
     torch._dynamo.reset()
+
+
+class BreaksTheGraph(nn.Module):
+    """A checkpointed layer between two graph breaks: it is compiled alone, and so is its recomputation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(24, 4).double()
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        torch._dynamo.graph_break()
+        y = checkpoint(self.block, x, use_reentrant=False)
+        torch._dynamo.graph_break()
+        return {"loss": y.square().mean()}
+
+    def block(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return self.linear(x)
+
+
+def test_compiled_in_pieces_with_checkpointing() -> None:
+    model = BreaksTheGraph()
+    fk.replace_linears(model, fk.FVAEConfig(rank=3, **OPTIONS))
+    with torch.no_grad():
+        for p in params(model):
+            p.add_(0.1 * torch.randn_like(p))
+    x, mask = torch.randn(2, 5, 24).double(), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    model(x, mask)["loss"].backward()
+    expected = grads(model)
+    model.zero_grad()
+    torch.compile(model, backend="aot_eager")(x, mask)["loss"].backward()
+    assert_same(model, expected)
+    torch._dynamo.reset()
+
+
+def test_trainer_with_unequal_batches(tmp_path: Path) -> None:
+    """Two micro-batches; SGD with learning rate 1 subtracts the gradient of the step."""
+    rows = sequences("llama")
+    rows += [{name: value.clone() for name, value in row.items()} for row in (rows[1], rows[0], rows[1])]
+    model, trained = adapted("llama"), adapted("llama")
+    batches = [padded(rows[:3]), padded(rows[3:])]
+    weights = shares([float(b["labels"][:, 1:].ne(-100).sum()) for b in batches])
+    expected = direct(model, list(zip(batches, weights, weights, strict=True)))
+    args = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=1,
+        optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0, report_to=[],
+        save_strategy="no", use_cpu=True, disable_tqdm=True, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    Trainer(model=trained, args=args, train_dataset=rows, data_collator=padded).train()
+    for before, after in zip(params(model), params(trained), strict=True):
+        before.grad = before.detach() - after.detach()
+    assert_same(model, expected, 1e-6)
 
 
 def test_replaced_linears() -> None:
