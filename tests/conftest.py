@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from hypothesis import settings
 
 from fvae_kernels import testing
 from fvae_kernels._backend import backends_for, interpreting, why_missing
+
+if TYPE_CHECKING:
+    from examples.assets import Assets
 
 settings.register_profile("kernels", max_examples=25, deadline=None)
 settings.register_profile("interpreted", max_examples=6, deadline=None)
@@ -66,3 +70,14 @@ def _strict() -> contextlib.AbstractContextManager[None]:
     from triton_tools.strict import strict
 
     return strict(order="reverse")
+
+
+@pytest.fixture(scope="session")
+def files() -> "Assets":
+    """The model and the data of the demo."""
+    from examples import assets
+
+    try:
+        return assets.fetch()
+    except assets.AssetError as error:
+        pytest.skip(f"the model and the data of the demo cannot be had: {error}")
