@@ -50,6 +50,7 @@ def model_with(model: nn.Module, gradient: list[Tensor]) -> nn.Module:
     return model
 
 
+@pytest.mark.compat("Training loops", "plain, with gradient accumulation")
 @pytest.mark.parametrize("kind", ["bert", "vit", "llama", "gpt2"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_plain_loop(kind: str, steps: int) -> None:
@@ -87,6 +88,7 @@ def test_reported_loss_is_the_total_and_eval_loss_is_the_task() -> None:
     torch.testing.assert_close(evaluated.loss, expected)
 
 
+@pytest.mark.compat("Training loops", "gradient checkpointing, reentrant and not")
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("steps", [1, 4])
@@ -117,6 +119,7 @@ def test_checkpointing_recomputes_with_the_same_noise(reentrant: bool, monkeypat
     assert_same(model, expected)
 
 
+@pytest.mark.compat("Precision", "`GradScaler`")
 @pytest.mark.parametrize("checkpoint", [None, True, False])
 def test_grad_scaler(checkpoint: bool | None) -> None:
     model, inputs = adapted("bert"), batch("bert")
@@ -131,6 +134,7 @@ def test_grad_scaler(checkpoint: bool | None) -> None:
     assert_same(model, expected)
 
 
+@pytest.mark.compat("Precision", "autocast")
 def test_autocast_bfloat16_gradient_has_the_auxiliary_part() -> None:
     model, inputs = adapted("bert", torch.float32), batch("bert")
     expected = direct(model, [(inputs, 1.0, 1.0)])
@@ -165,6 +169,7 @@ def test_own_criterion_counts_once_and_warns_once(monkeypatch: pytest.MonkeyPatc
     assert_same(model, expected)
 
 
+@pytest.mark.compat("Training loops", "a loss of your own, with `attach_aux_loss`")
 @pytest.mark.parametrize("reentrant", [None, True, False])
 def test_own_criterion_with_attach(reentrant: bool | None) -> None:
     model = adapted("bert")

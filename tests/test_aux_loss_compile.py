@@ -18,7 +18,10 @@ from total_loss import fix_noise
 import fvae_kernels as fk
 from fvae_kernels.aux_loss import aux_loss_layers
 
-pytestmark = pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning"),
+    pytest.mark.compat("Training loops", "`torch.compile` of models and of layers, fullgraph"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ import fvae_kernels as fk
 from fvae_kernels.peft import ExportReport
 
 pytestmark = [
+    pytest.mark.compat("PEFT", "export for serving"),
     pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]

@@ -24,6 +24,7 @@ from torch import nn
 import fvae_kernels as fk
 
 pytestmark = [
+    pytest.mark.compat("PEFT", "merge, unmerge, unload (a linear encoder; others refuse)"),
     pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]

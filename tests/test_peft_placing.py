@@ -11,6 +11,9 @@ from tiny_models import DIM, assert_state, batch, build, mlp, state_of
 import fvae_kernels as fk
 
 pytestmark = [
+    pytest.mark.compat(
+        "PEFT", "targets by name, by expression, all-linear; excluded modules; rank, alpha, weight by pattern"
+    ),
     pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]

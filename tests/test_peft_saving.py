@@ -12,11 +12,16 @@ from torch import nn
 import fvae_kernels as fk
 
 pytestmark = [
+    pytest.mark.compat(
+        "PEFT",
+        "save and load, also to train on and with `low_cpu_mem_usage`; Auto classes; `add_adapter` of transformers",
+    ),
     pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
 
 
+@pytest.mark.compat("Models", "BERT, ViT, Llama, GPT-2 (Conv1D), T5, Wav2Vec2, Whisper: trained, saved, loaded")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["default", "bert", "a"])  # "bert" is a module's name too
 def test_save_and_load(kind: str, name: str, tmp_path: Path) -> None:

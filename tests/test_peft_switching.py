@@ -9,6 +9,9 @@ from peft_models import BERT_QUERIES, KINDS, adapted, config_for, layers, logits
 from tiny_models import DIM, assert_state, batch, build, state_of
 
 pytestmark = [
+    pytest.mark.compat(
+        "PEFT", "several adapters: switched, added up, disabled, deleted; `modules_to_save`; state dicts, injection"
+    ),
     pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]

@@ -28,6 +28,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.compat("Models", "generation with a KV cache: Llama, GPT-2, T5")
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 def test_generate_with_a_cache_is_generate_without(kind: str) -> None:
     model = adapted(kind).eval()
@@ -64,6 +65,7 @@ def test_copies_after_a_training_step(how: str) -> None:
     assert model.base_model.model._forward_hooks, "the original keeps its hooks"
 
 
+@pytest.mark.compat("Precision", "bfloat16 and float16 models, adapter in float32 or alike")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [True, False])

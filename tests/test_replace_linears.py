@@ -13,7 +13,10 @@ from torch import Tensor, nn
 import fvae_kernels as fk
 from fvae_kernels import reference
 
-pytestmark = pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning"),
+    pytest.mark.compat("Without PEFT", "`replace_linears` in any module"),
+]
 
 
 @pytest.mark.parametrize(
