@@ -13,9 +13,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".conformance"
-OLD = ["transformers==4.57.6", "tokenizers==0.22.1", "huggingface-hub==0.36.0"]
+OLD = [
+    *("transformers==4.57.6", "tokenizers==0.22.1", "huggingface-hub==0.36.0"),
+    *("requests==2.34.2", "urllib3==2.8.0", "certifi==2026.10.18", "charset-normalizer==3.5.2"),
+]
 PAIRS = {"0.18.1": OLD, "0.19.1": OLD, "0.20.0": [], "0.21.2": []}
-TESTS = ("test_peft_*.py", "test_aux_loss*.py", "test_padding*.py", "test_trainer*.py")
+TESTS = ("test_peft_*.py", "test_trainer.py")
 VERSIONS = "import json, peft, transformers, torch; print(json.dumps([peft.__version__, transformers.__version__]))"
 COUNTS = ("passed", "failed", "error", "skipped")
 

@@ -52,6 +52,10 @@ def test_load_to_train_and_with_little_memory(kind: str, options: dict[str, bool
         assert trained == set()
 
 
+@pytest.mark.skipif(
+    tuple(map(int, peft.__version__.split(".")[:2])) < (0, 20),
+    reason="before 0.20 PEFT writes the tensors of all adapters into the file of each, and we refuse to read them",
+)
 def test_two_saved_adapters_keep_apart(tmp_path: Path) -> None:
     model = adapted("bert").eval()
     model.add_adapter("other", config_for("bert"))
