@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 import transformers
 from tiny_models import BUILD, TARGETS, TASKS, batch, build
@@ -12,8 +13,12 @@ from torch import Tensor, nn
 import fvae_kernels as fk
 from fvae_kernels.peft import FVAELoraLinear
 
+OLD_PEFT = tuple(map(int, peft.__version__.split(".")[:2])) < (0, 21)
 LAYERS = {"bert": 4, "vit": 4, "llama": 4, "gpt2": 2, "t5": 12, "wav2vec2": 4, "whisper": 12}
-KINDS = list(BUILD)
+PEFT_CALLS = "_prepare_encoder_decoder_kwargs_for_generation"  # of PEFT before 0.21; gone from transformers 5
+NO_SEQ2SEQ = OLD_PEFT and not hasattr(transformers.T5ForConditionalGeneration, PEFT_CALLS)
+BROKEN = pytest.mark.skipif(NO_SEQ2SEQ, reason="this PEFT's model for encoder-decoders needs another transformers")
+KINDS = [pytest.param(kind, marks=BROKEN) if kind == "t5" else kind for kind in BUILD]
 SMALL: dict[str, Any] = {"r": 3, "encoder_hidden": (5,), "decoder_hidden": (7,), "dropout": 0.0, "loss_weight": 0.01}
 BERT_QUERIES = [f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)]
 LINEAR: dict[str, Any] = {"encoder_hidden": ()}

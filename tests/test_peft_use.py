@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft_models import (
+    BROKEN,
     KINDS,
     SMALL,
     adapted,
@@ -29,7 +30,7 @@ pytestmark = [
 
 
 @pytest.mark.compat("Models", "generation with a KV cache: Llama, GPT-2, T5")
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", pytest.param("t5", marks=BROKEN)])
 def test_generate_with_a_cache_is_generate_without(kind: str) -> None:
     model = adapted(kind).eval()
     ids = batch(kind)["input_ids"]
