@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 ARGS ?=
 
-.PHONY: help demo test check bench sanitize gpu-compile clean
+.PHONY: help demo test conformance check bench sanitize gpu-compile clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -15,6 +15,9 @@ demo: $(READY)  ## fine-tune a real model with LoRA and FVAE-LoRA side by side; 
 
 test: $(READY)  ## the whole test suite, kernels on the CPU
 	$(BIN)/python -m pytest $(ARGS)
+
+conformance: $(READY)  ## the tests of the PEFT plug-in under peft 0.18.1 to 0.21.2; table in .conformance/RESULTS.md
+	$(BIN)/python -m tests.conformance $(ARGS)
 
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .

@@ -105,7 +105,7 @@ class FVAELoggingCallback(TrainerCallback):
             if not torch.compiler.is_compiling() and self.armed and layer.training and not in_backward():
                 adapter = active_adapter(layer)
                 if adapter is not None:
-                    self.seen[name] = geometry(adapter, args[0])
+                    self.seen[name] = geometry(adapter, args[0], layer.token_mask(args[0], adapter.config))
 
         return watch
 

@@ -69,7 +69,7 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
         y = self.base_layer(x)
         if not self.training:
             return self.adapter.infer(x.to(self.adapter.B.dtype), base=y)
-        y, terms = self.adapter(x, base=y)
+        y, terms = self.adapter(x, mask=self.token_mask(x, self.config), base=y)
         return self.inject(y, terms, self.loss_weight)
 
     def forward_with_terms(

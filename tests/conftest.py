@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from hypothesis import settings
 
 from fvae_kernels import testing
 from fvae_kernels._backend import backends_for, interpreting, why_missing
+
+if TYPE_CHECKING:
+    from examples.assets import Assets
 
 settings.register_profile("kernels", max_examples=25, deadline=None)
 settings.register_profile("interpreted", max_examples=6, deadline=None)
@@ -25,6 +29,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if op is not None and "backend" in metafunc.fixturenames:
         names = [name for name in ("triton", "cpp", "reference") if name in backends_for(op, device_of(name))]
         metafunc.parametrize("backend", names, scope="module")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "compat(group, row): proves a row of the README's compatibility table")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.user_properties.extend(("compat", " / ".join(mark.args)) for mark in item.iter_markers("compat"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Rows that tests carry and none of them proved in this run, as where a package is missing."""
+    rows = {
+        outcome: {row for report in terminalreporter.stats.get(outcome, []) for _, row in report.user_properties}
+        for outcome in ("passed", "skipped", "failed")
+    }
+    for row in sorted(rows["skipped"] - rows["passed"] | rows["failed"]):
+        terminalreporter.write_line(f"compatibility not proved in this run: {row}")
 
 
 def pytest_report_header() -> list[str]:
@@ -66,3 +89,14 @@ def _strict() -> contextlib.AbstractContextManager[None]:
     from triton_tools.strict import strict
 
     return strict(order="reverse")
+
+
+@pytest.fixture(scope="session")
+def files() -> "Assets":
+    """The model and the data of the demo."""
+    from examples import assets
+
+    try:
+        return assets.fetch()
+    except assets.AssetError as error:
+        pytest.skip(f"the model and the data of the demo cannot be had: {error}")

@@ -18,7 +18,10 @@ from trainer_tools import (
     trainer_of,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.compat("Trainers", "`transformers.Trainer`: accumulation, `num_items_in_batch`, checkpointing, resume"),
+]
 
 
 @pytest.fixture(autouse=True)

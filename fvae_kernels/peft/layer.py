@@ -74,7 +74,7 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
                 continue
             adapter = adapters[name]
             if self.training and not (adapter.inference_only and not adapter.B.requires_grad):
-                y, terms = adapter(x, base=y)
+                y, terms = adapter(x, mask=self.token_mask(x, adapter.config), base=y)
                 y = self.inject(y, terms, self.fvae_loss_weight[name])
             else:
                 y = adapter.infer(self._cast_input_dtype(x, adapter.B.dtype), base=y)
