@@ -48,12 +48,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | No
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.compat(
+    "Processes", "DDP and FSDP2, by torchrun and accelerate: gradients, losses and files are those of one process"
+)
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes(case: str, results: list[dict[str, str | None]]) -> None:
     failures = [f"rank {rank}: {found[case]}" for rank, found in enumerate(results) if found[case] is not None]
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.compat("Processes", "a killed rank ends the job; its checkpoints load")
 def test_a_killed_rank_ends_the_job_and_leaves_its_checkpoints(tmp_path: Path) -> None:
     status, output = torchrun("killed", tmp_path)
     assert status != 0

@@ -53,6 +53,7 @@ def generate(model: nn.Module, ids: Tensor, cache: bool, mask: Tensor | None = N
     return out.sequences, torch.stack(out.scores)
 
 
+@pytest.mark.compat("Models", "generation with a KV cache: Llama, GPT-2, T5")
 @pytest.mark.parametrize("make", [with_peft, without_peft])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_generation_with_a_cache_is_generation_without(make: Callable[[str], nn.Module], kind: str) -> None:

@@ -35,6 +35,7 @@ def logits(model: nn.Module) -> Tensor:
         return model.eval()(**batch("bert")).logits
 
 
+@pytest.mark.compat("Models", "transformers' own `add_adapter` and `load_adapter`")
 def test_trainer_trains_it_and_saves_the_adapter(tmp_path: Path) -> None:
     model = native()
     before = {name: p.detach().clone() for name, p in params(model).items()}

@@ -117,6 +117,8 @@ CASES = [(style, name, None) for style in ("peft", "replaced") for name in SETTI
 CASES += [("peft", name, reentrant) for name in SETTINGS for reentrant in (False, True)]
 
 
+@pytest.mark.compat("Precision", "autocast")
+@pytest.mark.compat("Precision", "bfloat16 and float16 models, adapter in float32 or alike")
 @pytest.mark.parametrize(("style", "name", "checkpoint"), CASES)
 def test_no_worse_than_plain_pytorch(style: str, name: str, checkpoint: bool | None) -> None:
     setting = SETTINGS[name]

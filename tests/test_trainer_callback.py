@@ -55,6 +55,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.compat("Trainers", "logging per layer, to the trainer's reports and a JSON-lines file")
 @pytest.mark.parametrize("make", [replaced, lambda: adapted("bert", "SEQ_CLS")], ids=["replace_linears", "peft"])
 def test_each_logging_step_has_a_line_with_every_layer(make: Any, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "layers.jsonl"

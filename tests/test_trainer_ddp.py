@@ -14,6 +14,7 @@ CHILD = Path(__file__).parent / "trainer_ddp_child.py"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
+@pytest.mark.compat("Processes", "`prepare_trainer` in two processes")
 def test_two_processes_make_the_step_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHILD.parent.parent)}

@@ -33,6 +33,7 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.compat("Trainers", "killed in a step and resumed: bit for bit the uninterrupted run")
 def test_a_killed_process_resumes_bit_for_bit(tmp_path: Path) -> None:
     """kill -9 half-way through a random step; a fresh process goes on from the last checkpoint."""
     kill_at = random.Random().randint(3, 8)
@@ -91,6 +92,7 @@ def scripted_run(folder: Path, scores: list[float], patience: int) -> Any:
     return trainer
 
 
+@pytest.mark.compat("Trainers", "early stopping, best model at the end")
 def test_early_stopping_and_the_best_adapter(tmp_path: Path) -> None:
     trainer = scripted_run(tmp_path, [1.0, 3.0, 2.0, 9.0], patience=1)
     assert trainer.state.global_step == 6, "it should stop when the third evaluation is worse than the second"

@@ -147,6 +147,7 @@ class OwnTrainer(fk.FVAETrainerMixin, InOrder):
     compute_loss = MeanTrainer.compute_loss
 
 
+@pytest.mark.compat("Trainers", "a `compute_loss` of your own, label smoothing: `prepare_trainer`")
 @pytest.mark.parametrize("cls", [MixedTrainer, OwnTrainer])
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
 def test_own_compute_loss(cls: type, checkpointing: bool | None, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def log_probs(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return F.log_softmax(logits, -1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
 
 
+@pytest.mark.compat("Trainers", "TRL's SFTTrainer with `peft_config`")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("cls", [SFT, MixedSFT])
 def test_sft_step(cls: type, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +104,7 @@ def test_sft_step(cls: type, checkpointing: bool, tmp_path: Path, monkeypatch: p
     assert logged == pytest.approx(float(total.detach()), rel=1e-6)
 
 
+@pytest.mark.compat("Trainers", "TRL's DPOTrainer")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_dpo_step(checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fix_noise(monkeypatch)

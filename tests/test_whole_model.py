@@ -26,6 +26,7 @@ def served(style: str, folder: Path) -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.compat("Training loops", "`torch.export` of the inference path")
 @pytest.mark.parametrize("style", ["peft", "replaced", "inference only"])
 def test_exported_is_eager(style: str, tmp_path: Path) -> None:
     model = served(style, tmp_path)
