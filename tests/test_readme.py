@@ -1,4 +1,4 @@
-"""Every Python snippet of the README and of the pages in docs/ runs, and the README's six lines are the method."""
+"""Every Python snippet of the README and of the pages in docs/ runs, but those marked as a sketch; and the README's six lines are the method."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ USE = [code for mark, code in README if not mark]
 METHOD = next(code for mark, code in README if "method" in mark)
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 RUN = {f"README-{i}": code for i, code in enumerate(USE)} | {
-    f"{page.stem}-{i}": code for page in PAGES for i, (_, code) in enumerate(snippets(page))
+    f"{page.stem}-{i}": code for page in PAGES for i, (mark, code) in enumerate(snippets(page)) if mark != "sketch"
 }
 
 
