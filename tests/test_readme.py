@@ -1,4 +1,7 @@
-"""Every Python snippet of the README and of the pages in docs/ runs, but those marked as a sketch; and the README's six lines are the method."""
+"""Every Python snippet of the README and of docs/ runs, unless marked as a sketch.
+
+The README's six lines are the method.
+"""
 
 import re
 from pathlib import Path
