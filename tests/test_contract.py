@@ -20,7 +20,7 @@ def implemented():
         (backend, name)
         for backend in _library.NAMESPACES
         if why_missing(backend) is None
-        for name in _library.implemented(backend, "cpu")
+        for name in _library.implemented(backend, testing.device_of(backend))
     ]
 
 
@@ -100,10 +100,10 @@ ARGUMENTS = {
 }
 
 
-def plain(argument):
+def plain(argument, device):
     if isinstance(argument, list):
-        return [plain(entry) for entry in argument]
-    return argument.detach() if isinstance(argument, torch.Tensor) else argument
+        return [plain(entry, device) for entry in argument]
+    return argument.detach().to(device) if isinstance(argument, torch.Tensor) else argument
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,7 +111,7 @@ def plain(argument):
 def test_opcheck(backend, name, dtype):
     operator = getattr(_library.RAW[backend], name).default
     for arguments in samples(name, dtype):
-        torch.library.opcheck(operator, tuple(plain(a) for a in arguments))
+        torch.library.opcheck(operator, tuple(plain(a, testing.device_of(backend)) for a in arguments))
 
 
 def test_every_raw_op_is_sampled_and_faked():
