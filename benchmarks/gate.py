@@ -51,7 +51,7 @@ def check_adapter(adapter: Any, backend: str, tokens: int = 96) -> None:
 
 def run_adapter(adapter: Any, backend: str, tokens: int) -> Results:
     """Results of one forward and backward on fixed numbers, the same for every dtype."""
-    random = testing.Random(1, adapter.B.dtype, "cpu")
+    random = testing.Random(1, adapter.B.dtype, adapter.B.device)
     R = adapter.config.rank
     x, noise = random(tokens, adapter.in_features), tuple(random(tokens, R, grad=False) for _ in range(2))
     weight = random(tokens, adapter.out_features, grad=False)
@@ -82,7 +82,8 @@ def check_sides(sides: Mapping[str, Side], evaluate: Callable[[nn.Module], Tenso
             found = evaluate(side.module.eval())
             side.module.train(training)
         try:
-            torch.testing.assert_close(found, base, rtol=1e-3, atol=1e-4)
+            half = base.dtype in (torch.float16, torch.bfloat16)  # where DoRA rounds its magnitudes
+            torch.testing.assert_close(found, base, rtol=2e-2 if half else 1e-3, atol=1e-2 if half else 1e-4)
         except AssertionError as error:
             raise WrongKernel(f"{name} does not start as the base model: {error}") from None
         if name in FVAE and name not in ("plain", "compiled"):
