@@ -81,10 +81,7 @@ def dispatched(side: str, shape: Shape, precision: str = "float32") -> list[Laun
         warnings.simplefilter("ignore")
         model = sides.OneLinear(shape.D, shape.M, base, "meta")
         x, grad_y = torch.empty(shape.N, shape.D, dtype=base), torch.empty(shape.N, shape.M, dtype=base)
-        built = sides.layer_side(side, model, x.requires_grad_(), grad_y)
-        if side != "base":
-            for p in built.module.parameters():
-                p.data = p.data.to(adapter if p.requires_grad else base)
+        built = sides.layer_side(side, model, x.requires_grad_(), grad_y, adapter=adapter)
         with Cost() as cost:
             built.run()
     return cost.operators

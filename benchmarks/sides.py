@@ -146,13 +146,31 @@ def layer_module(name: str, model: OneLinear, linear: bool = False) -> nn.Module
     return module.linear if name == "base" else module.base_model.model.linear  # type: ignore[union-attr,return-value]
 
 
-def layer_side(name: str, model: OneLinear, x: Tensor, grad_y: Tensor, compiler: str = "inductor") -> Side:
-    """Forward and backward of one adapted layer: gradients of its parameters and of x."""
+def layer_side(
+    name: str,
+    model: OneLinear,
+    x: Tensor,
+    grad_y: Tensor,
+    compiler: str = "inductor",
+    adapter: torch.dtype | None = None,
+) -> Side:
+    """Forward and backward of one adapted layer: gradients of its parameters and of x.
+
+    Args:
+        name: of the side.
+        model: its base.
+        x: input.
+        grad_y: gradient of the output.
+        compiler: backend of torch.compile for the compiled side.
+        adapter: dtype of what is trained; None is PEFT's choice, float32 at least.
+    """
     module: Any = layer_module(name, model)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for p in trained:
+        p.data = p.data.to(adapter or p.dtype)
     call = module
     if name == "compiled":
         call = torch.compile(module, dynamic=False, backend=compiler)
-    trained = [p for p in module.parameters() if p.requires_grad]
 
     def forward() -> Tensor:
         return call(x)
@@ -173,14 +191,14 @@ def layer_sides(
     M: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    compiler: str = "inductor",
+    **options: Any,
 ) -> dict[str, Side]:
-    """Sides of a layer of D inputs and M outputs on one batch of tokens."""
+    """Sides of a layer of D inputs and M outputs on one batch of tokens; `options` as for `layer_side`."""
     model = OneLinear(D, M or D, dtype, device)
     generator = torch.Generator().manual_seed(SEED)
     x = torch.randn(tokens, D, generator=generator).to(device, dtype).requires_grad_()
     grad_y = torch.randn(tokens, M or D, generator=generator).to(device, dtype)
-    return {name: layer_side(name, model, x, grad_y, compiler) for name in which}
+    return {name: layer_side(name, model, x, grad_y, **options) for name in which}
 
 
 def inference_sides(tokens: int, D: int) -> dict[str, Side]:
