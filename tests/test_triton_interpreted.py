@@ -22,7 +22,8 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    "name", ["encode", "divergence", "geometry", "reconstruct", "contract", "no_waiting", "triton_checks"]
+    "name",
+    ["encode", "divergence", "geometry", "reconstruct", "contract", "no_waiting", "triton_checks", "fused_traffic"],
 )
 def test_interpreted(name):
     command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", f"tests/test_{name}.py"]
