@@ -1,6 +1,8 @@
 """fk.tuning: an override reaches the launch of its kernel, and of no other; what cannot be is refused."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,15 @@ def test_an_override_stays_until_it_is_taken_back(launched):
             assert launched() == before
     assert launched()["encode_fwd"]["num_warps"] == 8
     fk.tuning.override("encode_fwd")
+    assert launched() == before
+
+
+def test_the_page_shows_how(launched, capsys):
+    before = launched()
+    page = (Path(__file__).parent.parent / "docs" / "gpu.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(code, "docs/gpu.md", "exec"), {})
+    assert "'encode_fwd': ('BLOCK_N', 'BLOCK_D', 'BLOCK_R', 'num_warps', 'num_stages')" in capsys.readouterr().out
     assert launched() == before
 
 

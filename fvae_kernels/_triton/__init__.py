@@ -28,7 +28,7 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
 }
 
 
-FIXED = ("divergence_mean", "layer_mean", "reconstruct_mean", "reduce")  # one block shape serves for all
+FIXED = ("divergence_mean", "reconstruct_mean", "reduce")  # one block shape serves for all
 
 
 def tuned() -> dict[str, list[str]]:
