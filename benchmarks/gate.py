@@ -18,6 +18,7 @@ from .sides import FVAE, Side, adapters, environment, without_dropout
 # layer, one small difference of large sums, 1.2 roundings. torch.compile adds up tokens one after the other where plain
 # PyTorch adds in pairs, an error that grows as the square root of their number: 1.9 roundings at 1576 tokens.
 FACTOR, FLOOR, COMPILED = 2.0, 2.0, 0.1
+TOKENS = 96  # that an adapter is checked on
 
 
 class WrongKernel(AssertionError):  # noqa: N818  (the name says what happened)
@@ -38,13 +39,13 @@ def check_op(
     _no_worse(op, testing.run(function, inputs, **options), rounded, exact, floor)
 
 
-def check_adapter(adapter: Any, backend: str, tokens: int = 96) -> None:
+def check_adapter(adapter: Any, backend: str, tokens: int | None = None) -> None:
     """Update, terms and every gradient of an adapter on `backend` against the reference; random parameters, no dropout.
 
     Raises:
         WrongKernel: as `check_op`.
     """
-    twin = without_dropout(adapter)
+    twin, tokens = without_dropout(adapter), tokens or TOKENS
     exact = run_adapter(copy.deepcopy(twin).double(), "reference", tokens)
     _no_worse("layer", run_adapter(twin, backend, tokens), run_adapter(twin, "reference", tokens), exact, FLOOR)
 

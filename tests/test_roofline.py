@@ -63,15 +63,15 @@ def test_the_fused_layer_knows_its_parameters(options: dict, fusion: str) -> Non
     parameters = dict(FVAEAdapter(12, 10, config).named_parameters())
     assert layer.parameters == sum(p.numel() for p in parameters.values())
     of_x = [p for name, p in parameters.items() if p.dim() == 2 and name.startswith("encoder") and p.shape[1] == 12]
-    assert layer.weights["input"] == sum(p.numel() for p in of_x)
-    assert layer.weights["output"] == parameters["decoder_out_weight"].numel()
+    assert layer.entries["input"] == sum(p.numel() for p in of_x)
+    assert layer.entries["output"] == parameters["decoder_out_weight"].numel()
 
 
 def test_ours_grows_with_tokens_as_its_tensors_do() -> None:
     def moved(N: int) -> int:
         return sum(one.bytes for one in fused.launches(fused.Layer(N, 12, 10)))
 
-    assert moved(200) - moved(100) == moved(300) - moved(200) > 0
+    assert moved(3200) - moved(1600) == moved(4800) - moved(3200) > 0
 
 
 def test_the_pages_say_what_the_commands_print() -> None:

@@ -19,7 +19,7 @@ import torch
 
 from fvae_kernels._backend import backends_for, interpreting
 
-from .. import experiments, machine, roofline
+from .. import experiments, gate, machine, roofline, sides
 from ..sides import TITLES
 
 Found = dict[str, Any]
@@ -203,12 +203,13 @@ PARTS: dict[str, Callable[[Plan], Found]] = {
 
 @contextlib.contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    """Interpreted kernels compute bfloat16 right under the tests' stricter interpreter alone."""
+    """Interpreted kernels compute bfloat16 right under the tests' stricter interpreter alone, and small layers soon."""
     if not interpreting():
         yield
         return
     from tests.triton_tools.strict import strict
 
+    sides.METHOD["decoder_hidden"], gate.TOKENS = (16,), 16
     with strict():
         yield
 
