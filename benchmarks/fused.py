@@ -1,6 +1,6 @@
 """The launches of the fused Triton layer in closed form: distinct bytes that each reads and writes, and its FLOPs.
 
-One launch each, in this order; `tests/test_fused_traffic.py` holds it against what the meter counts.
+One launch each, in this order; `tests/test_triton_traffic.py` holds it against what the meter counts.
 
     seed          one number of torch's generator
     layer_fwd     tiles of tokens: reads base, x and the parameters; writes y, the state of the encoders, partial sums
