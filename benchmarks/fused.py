@@ -8,7 +8,7 @@ One launch each, in this order; `tests/test_triton_traffic.py` holds it against 
     layer_bwd     tiles of tokens: reads grad_y, x, the state, parameters; writes gradients of the state, the decoder's
                   last hidden layer and its gradient
     layer_grads   tiles of features: reads all of these; writes grad_x, and partial sums of all parameters' gradients
-    reduce        adds the partial sums up
+    layer_reduce  adds the partial sums up
 """
 
 import itertools
@@ -70,11 +70,6 @@ class Layer:
     def parameters(self) -> int:
         """Entries of all of them."""
         return sum(self.entries.values())
-
-    @property
-    def padded(self) -> int:
-        """Entries of the flat tensor of their gradients, in which each one starts at a multiple of 16."""
-        return sum(-(-math.prod(shape) // 16) * 16 for _, shape in parameter_shapes(self.D, self.M, self.config))
 
     @property
     def state(self) -> int:
@@ -146,7 +141,7 @@ def launches(layer: Layer) -> list[Launch]:
         "layer_bwd": y + x + state + (decoder + e["encoders"] + e["B"]) * p + seed + wide + state + (1 + deep) * last,
         "layer_grads": x + y + 2 * state + (1 + deep) * last + (again + e["input"]) * p + D * wide + seed + wide
         + x + layer.chunks * layer.parameters * wide,
-        "reduce": layer.chunks * layer.padded * wide + layer.padded * p,
+        "layer_reduce": layer.chunks * layer.parameters * wide + layer.parameters * p,
     }  # fmt: skip
     products = {
         "layer_fwd": e["input"] + e["encoders"] + e["B"] + e["hidden"] + e["output"],
