@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 ARGS ?=
 
-.PHONY: help demo test conformance check bench sanitize gpu-compile clean
+.PHONY: help demo test conformance check bench sanitize gpu gpu-compile tables clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -30,17 +30,29 @@ bench: $(READY)  ## time all sides in turns, write benchmarks/results/REPORT.md;
 sanitize: $(READY)  ## the C++ kernels once more, under AddressSanitizer and UBSan (Linux, gcc; 3 minutes)
 	$(BIN)/python -m tests.sanitize $(ARGS)
 
+gpu: $(READY)  ## on a GPU: whole suite, timings, prediction against measurement, one report; ARGS="--dry-run" without one
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+tables: $(READY)  ## count launches and bytes: the README's cost table, and the predictions of docs/roofline.md
+	$(BIN)/python -m benchmarks.cost_table
+	$(BIN)/python -m benchmarks.roofline
+
 gpu-compile: $(READY)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942; registers, spills, tensor cores
 	$(BIN)/python -m tests.triton_tools.compile_all $(ARGS)
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build *.egg-info fvae_kernels/*.so
 
+# A torch for CUDA or ROCm brings the Triton that it was made for, the one for CPUs none: it gets this one.
+TRITON := triton==3.9.0
+
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@echo "setting up $(VENV) (once)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel numpy
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) $(TRITON)
 	$(PIP) --no-build-isolation --editable '.[dev,triton]'
 	# PEFT imports these wherever it finds them, slowly and with a lot to say: one test alone looks in this folder
 	$(PIP) --no-deps --upgrade --target $(VENV)/quantised torchao hqq einops termcolor
+	$(PIP) --no-deps --ignore-requires-python ttsem  # says that it needs a newer Python and an older Triton; it does not
 	@touch $@

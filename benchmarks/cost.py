@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,19 +14,48 @@ from torch.utils.flop_counter import flop_registry
 
 from .flops import FORMULAS
 
-FREE = ("aten::detach", "aten::_unsafe_view", "aten::lift_fresh")  # no kernel runs, though they are not marked as views
+FREE = (  # no kernel runs, though they are not marked as views
+    *("aten::detach", "aten::_unsafe_view", "aten::lift_fresh"),
+    *("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"),
+)
 PACKAGES = ("torch", "peft", "transformers", "triton")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One operator or kernel: the bytes of its inputs and outputs, its FLOPs and the dtype that they are in."""
+
+    name: str
+    bytes: int
+    flops: int
+    dtype: torch.dtype = torch.float32
 
 
 class Cost(TorchDispatchMode):
     """Counts, over the block, the operators that run a kernel: how many, their bytes in and out, their FLOPs.
 
-    Views are free. FLOPs are those of matrix products, as `torch.utils.flop_counter` and `flops` have them.
+    Views are free, and a tensor that an operator changes in place counts once. FLOPs are those of matrix products, as
+    `torch.utils.flop_counter` and `flops` have them.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.launches, self.bytes, self.flops = 0, 0, 0
+        self.operators: list[Launch] = []
+
+    @property
+    def launches(self) -> int:
+        """How many operators."""
+        return len(self.operators)
+
+    @property
+    def bytes(self) -> int:
+        """Of all of them."""
+        return sum(operator.bytes for operator in self.operators)
+
+    @property
+    def flops(self) -> int:
+        """Of all of them."""
+        return sum(operator.flops for operator in self.operators)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -33,12 +63,14 @@ class Cost(TorchDispatchMode):
         name = packet._qualified_op_name
         if func.is_view or name in FREE:
             return out
-        self.launches += 1
-        self.bytes += sum(nbytes(t) for t in tree_iter((args, kwargs, out)) if isinstance(t, Tensor))
+        touched = {id(t): t for t in tree_iter((args, kwargs, out)) if isinstance(t, Tensor)}
+        flops = 0
         if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         elif name.startswith("fvae_"):
-            self.flops += FORMULAS[name.partition("::")[2]](*args)
+            flops = FORMULAS[name.partition("::")[2]](*args)
+        dtype = next((t.dtype for t in touched.values() if t.is_floating_point()), torch.float32)
+        self.operators.append(Launch(name, sum(map(nbytes, touched.values())), flops, dtype))
         return out
 
 

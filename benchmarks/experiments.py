@@ -90,12 +90,18 @@ def op_names(op: str, compiled: bool = True) -> tuple[str, ...]:
 
 
 def checked_op(
-    op: str, name: str, tokens: int, size: dict[str, Any], dtype: torch.dtype = torch.float32
+    op: str,
+    name: str,
+    tokens: int,
+    size: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    compiler: str = "inductor",
 ) -> tuple[Callable[[], Any], dict[str, Any]]:
     """One side of an op, checked against the reference: what to time (outputs and all gradients), and its cost."""
-    inputs = testing.INPUTS[op]((tokens,), dtype=dtype, **size)
+    inputs = testing.INPUTS[op]((tokens,), dtype=dtype, device=device, **size)
     function, backend = getattr(fk, op), sides.backend_of(name)
-    call = torch.compile(function, dynamic=False) if name == "compiled" else function
+    call = torch.compile(function, dynamic=False, backend=compiler) if name == "compiled" else function
     gate.check_op(op, call, inputs, compiled=name == "compiled", backend=backend)
 
     leaves = list(testing.leaves(inputs).values())
@@ -118,12 +124,13 @@ def layer(s: Settings) -> list[Group]:
     return [group(s, title, runs, 2.0, baseline="lora", beyond="base", counted=costs)]
 
 
-def checked_layer(which: tuple[str, ...], tokens: int, D: int, M: int | None = None) -> dict[str, Side]:
-    """`layer_sides` behind the gate."""
-    found = layer_sides(which, tokens, D, M)
-    x = torch.randn(8, D, generator=torch.Generator().manual_seed(1))
+def checked_layer(which: tuple[str, ...], tokens: int, D: int, M: int | None = None, **where: Any) -> dict[str, Side]:
+    """`layer_sides`, whose dtype, device and compiler `where` may name, behind the gate."""
+    found = layer_sides(which, tokens, D, M, **where)
+    base = sides.OneLinear(D, M or D, where.get("dtype", torch.float32), where.get("device", "cpu")).linear
+    x = torch.randn(8, D, generator=torch.Generator().manual_seed(1)).to(base.weight)
     with torch.no_grad():
-        gate.check_sides(found, lambda module: module(x), sides.OneLinear(D, M or D).linear(x))
+        gate.check_sides(found, lambda module: module(x), base(x))
     return found
 
 

@@ -53,6 +53,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "encode_bwd": _none,  # its products are PyTorch's own
     "divergence_fwd": _none,
     "divergence_bwd": _none,
+    "geometry_fwd": _none,
     "reconstruct_fwd": _reconstruct_fwd,
     "reconstruct_bwd": _reconstruct_bwd,
     "layer_fwd": _layer_fwd,

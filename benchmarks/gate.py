@@ -18,6 +18,7 @@ from .sides import FVAE, Side, adapters, environment, without_dropout
 # layer, one small difference of large sums, 1.2 roundings. torch.compile adds up tokens one after the other where plain
 # PyTorch adds in pairs, an error that grows as the square root of their number: 1.9 roundings at 1576 tokens.
 FACTOR, FLOOR, COMPILED = 2.0, 2.0, 0.1
+TOKENS = 96  # that an adapter is checked on
 
 
 class WrongKernel(AssertionError):  # noqa: N818  (the name says what happened)
@@ -35,23 +36,25 @@ def check_op(
     rounded, exact = testing.exact_and_rounded(op, inputs)
     tokens = next(iter(inputs.values())).shape[:-1].numel()
     floor = max(FLOOR, COMPILED * tokens**0.5) if compiled else FLOOR
-    _no_worse(op, testing.run(function, inputs, **options), rounded, exact, floor)
+    dtype = next(iter(testing.leaves(inputs).values())).dtype
+    _no_worse(op, testing.run(function, inputs, **options), rounded, exact, floor + half_roundings(dtype))
 
 
-def check_adapter(adapter: Any, backend: str, tokens: int = 96) -> None:
+def check_adapter(adapter: Any, backend: str, tokens: int | None = None) -> None:
     """Update, terms and every gradient of an adapter on `backend` against the reference; random parameters, no dropout.
 
     Raises:
         WrongKernel: as `check_op`.
     """
-    twin = without_dropout(adapter)
+    twin, tokens = without_dropout(adapter), tokens or TOKENS
     exact = run_adapter(copy.deepcopy(twin).double(), "reference", tokens)
-    _no_worse("layer", run_adapter(twin, backend, tokens), run_adapter(twin, "reference", tokens), exact, FLOOR)
+    rounded, floor = run_adapter(twin, "reference", tokens), FLOOR + half_roundings(adapter.B.dtype)
+    _no_worse("layer", run_adapter(twin, backend, tokens), rounded, exact, floor)
 
 
 def run_adapter(adapter: Any, backend: str, tokens: int) -> Results:
     """Results of one forward and backward on fixed numbers, the same for every dtype."""
-    random = testing.Random(1, adapter.B.dtype, "cpu")
+    random = testing.Random(1, adapter.B.dtype, adapter.B.device)
     R = adapter.config.rank
     x, noise = random(tokens, adapter.in_features), tuple(random(tokens, R, grad=False) for _ in range(2))
     weight = random(tokens, adapter.out_features, grad=False)
@@ -82,13 +85,20 @@ def check_sides(sides: Mapping[str, Side], evaluate: Callable[[nn.Module], Tenso
             found = evaluate(side.module.eval())
             side.module.train(training)
         try:
-            torch.testing.assert_close(found, base, rtol=1e-3, atol=1e-4)
+            half = base.dtype in (torch.float16, torch.bfloat16)  # where DoRA rounds its magnitudes
+            torch.testing.assert_close(found, base, rtol=2e-2 if half else 1e-3, atol=1e-2 if half else 1e-4)
         except AssertionError as error:
             raise WrongKernel(f"{name} does not start as the base model: {error}") from None
         if name in FVAE and name not in ("plain", "compiled"):
             shapes = {(a.in_features, a.out_features): a for a in adapters(side.module)}
             for adapter in shapes.values():
                 check_adapter(adapter, name)
+
+
+def half_roundings(dtype: torch.dtype) -> float:
+    """A quarter of a rounding of a half dtype, in those of float32: a single number may be right by luck; else 0."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return torch.finfo(dtype).eps / torch.finfo(torch.float32).eps / 4 if half else 0.0
 
 
 def _no_worse(what: str, actual: Results, rounded: Results, exact: Results, roundings: float) -> None:

@@ -4,7 +4,7 @@
     plain       FVAE-LoRA in plain PyTorch (backend "reference")
     compiled    torch.compile of it
     cpp, triton ours, one per backend that can run the fused layer here
-    lora, dora, hira    PEFT's own methods
+    lora, dora, hira    PEFT's own methods; lora_dropout and dora_dropout drop their input as FVAE-LoRA's recipe does
 
 All of them go through `peft.get_peft_model`, so that PEFT's bookkeeping costs every side the same.
 """
@@ -25,7 +25,7 @@ from fvae_kernels._backend import backends_for, interpreting
 
 from .cost import count
 
-RANK, ALPHA, SEED = 16, 16, 0
+RANK, ALPHA, SEED, DROPOUT = 16, 16, 0, 0.1
 METHOD: dict[str, Any] = {"alpha": ALPHA, "kl_weight": 2.0}  # weights cost nothing; else the package's defaults
 TITLES = {
     "base": "base layer",
@@ -36,6 +36,8 @@ TITLES = {
     "lora": "PEFT LoRA",
     "dora": "PEFT DoRA",
     "hira": "PEFT HiRA",
+    "lora_dropout": "PEFT LoRA, dropout 0.1",
+    "dora_dropout": "PEFT DoRA, dropout 0.1",
 }
 FVAE = ("plain", "compiled", "cpp", "triton")
 PEFT = ("lora", "dora", "hira")
@@ -107,8 +109,10 @@ def peft_config(name: str, targets: list[str], linear: bool = False) -> Any:
     if name in FVAE:
         hidden: dict[str, Any] = {"encoder_hidden": ()} if linear else {}
         return fk.FVAELoraConfig(**common, **METHOD, **hidden)
-    if name in ("lora", "dora"):
-        return peft.LoraConfig(lora_alpha=ALPHA, use_dora=name == "dora", **common)
+    method, _, dropout = name.partition("_")
+    if method in ("lora", "dora"):
+        common |= {"lora_dropout": DROPOUT if dropout else 0.0}
+        return peft.LoraConfig(lora_alpha=ALPHA, use_dora=method == "dora", **common)
     return peft.HiraConfig(**common)
 
 
@@ -130,10 +134,10 @@ def adapt(name: str, model: nn.Module, targets: list[str], linear: bool = False)
 class OneLinear(nn.Module):
     """A model that is one linear layer, as PEFT wants to see it."""
 
-    def __init__(self, D: int, M: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, D: int, M: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         super().__init__()
         torch.manual_seed(SEED)
-        self.linear = nn.Linear(D, M, dtype=dtype)
+        self.linear = nn.Linear(D, M, dtype=dtype, device=device)
 
 
 def layer_module(name: str, model: OneLinear, linear: bool = False) -> nn.Module:
@@ -142,13 +146,31 @@ def layer_module(name: str, model: OneLinear, linear: bool = False) -> nn.Module
     return module.linear if name == "base" else module.base_model.model.linear  # type: ignore[union-attr,return-value]
 
 
-def layer_side(name: str, model: OneLinear, x: Tensor, grad_y: Tensor) -> Side:
-    """Forward and backward of one adapted layer: gradients of its parameters and of x."""
+def layer_side(
+    name: str,
+    model: OneLinear,
+    x: Tensor,
+    grad_y: Tensor,
+    compiler: str = "inductor",
+    adapter: torch.dtype | None = None,
+) -> Side:
+    """Forward and backward of one adapted layer: gradients of its parameters and of x.
+
+    Args:
+        name: of the side.
+        model: its base.
+        x: input.
+        grad_y: gradient of the output.
+        compiler: backend of torch.compile for the compiled side.
+        adapter: dtype of what is trained; None is PEFT's choice, float32 at least.
+    """
     module: Any = layer_module(name, model)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for p in trained:
+        p.data = p.data.to(adapter or p.dtype)
     call = module
     if name == "compiled":
-        call = torch.compile(module, dynamic=False)
-    trained = [p for p in module.parameters() if p.requires_grad]
+        call = torch.compile(module, dynamic=False, backend=compiler)
 
     def forward() -> Tensor:
         return call(x)
@@ -163,14 +185,20 @@ def layer_side(name: str, model: OneLinear, x: Tensor, grad_y: Tensor) -> Side:
 
 
 def layer_sides(
-    which: tuple[str, ...], tokens: int, D: int, M: int | None = None, dtype: torch.dtype = torch.float32
+    which: tuple[str, ...],
+    tokens: int,
+    D: int,
+    M: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    **options: Any,
 ) -> dict[str, Side]:
-    """Sides of a layer of D inputs and M outputs on one batch of tokens."""
-    model = OneLinear(D, M or D, dtype)
+    """Sides of a layer of D inputs and M outputs on one batch of tokens; `options` as for `layer_side`."""
+    model = OneLinear(D, M or D, dtype, device)
     generator = torch.Generator().manual_seed(SEED)
-    x = torch.randn(tokens, D, generator=generator).to(dtype).requires_grad_()
-    grad_y = torch.randn(tokens, M or D, generator=generator).to(dtype)
-    return {name: layer_side(name, model, x, grad_y) for name in which}
+    x = torch.randn(tokens, D, generator=generator).to(device, dtype).requires_grad_()
+    grad_y = torch.randn(tokens, M or D, generator=generator).to(device, dtype)
+    return {name: layer_side(name, model, x, grad_y, **options) for name in which}
 
 
 def inference_sides(tokens: int, D: int) -> dict[str, Side]:

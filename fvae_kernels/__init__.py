@@ -3,7 +3,7 @@
 from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING, Any
 
-from . import diagnostics, interop, reference
+from . import diagnostics, interop, reference, tuning
 from ._backend import BackendUnavailable, available_backends, use_backend
 from .aux_loss import attach_aux_loss
 from .config import FVAEConfig
@@ -59,5 +59,6 @@ __all__ = [
     "reconstruct",
     "reference",
     "replace_linears",
+    "tuning",
     "use_backend",
 ]

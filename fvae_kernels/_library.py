@@ -36,6 +36,7 @@ SCHEMAS = {
     "encode_bwd": "(Tensor? grad_mean, Tensor? grad_logvar, Tensor? grad_z, Tensor logvar, Tensor noise)"
     " -> Tensor grad_heads",
     "divergence_fwd": f"({_DIVERGENCE}) -> (Tensor kl, Tensor gamma)",
+    "geometry_fwd": f"({_DIVERGENCE}) -> Tensor",  # Lambda, Delta, W2^2, bound of |Delta|; it has no backward
     "divergence_bwd": f"(Tensor? grad_kl, Tensor? grad_gamma, {_DIVERGENCE}, bool[4] needs)"
     " -> (Tensor grad_mean1, Tensor grad_logvar1, Tensor grad_mean2, Tensor grad_logvar2)",
     "reconstruct_fwd": f"({_RECONSTRUCT}) -> (Tensor nll, Tensor unit_grad_scale)",
@@ -70,6 +71,10 @@ def _encode_bwd(
 
 def _divergence_fwd(mean1: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return mean1.new_empty((), dtype=wide_dtype(mean1)), mean1.new_empty((), dtype=wide_dtype(mean1))
+
+
+def _geometry_fwd(mean1: Tensor, *_: Any) -> Tensor:
+    return mean1.new_empty(4, dtype=wide_dtype(mean1))
 
 
 def _divergence_bwd(grad_kl: Tensor | None, grad_gamma: Tensor | None, mean1: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -111,6 +116,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "encode_bwd": _encode_bwd,
     "divergence_fwd": _divergence_fwd,
     "divergence_bwd": _divergence_bwd,
+    "geometry_fwd": _geometry_fwd,
     "reconstruct_fwd": _reconstruct_fwd,
     "reconstruct_bwd": _reconstruct_bwd,
     "layer_fwd": _layer_fwd,

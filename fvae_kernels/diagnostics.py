@@ -1,9 +1,14 @@
 """What the adapters of a model are doing: the terms of the last step, and the geometry of the two latent spaces."""
 
+import torch
 from torch import Tensor, nn
 
+from . import _backend
+from ._library import RAW
 from .adapter import FVAEAdapter
 from .aux_loss import AuxLossLayer
+from .ops._checks import rows, token_flags
+from .ops.divergence import check_posteriors
 from .reference import LOGVAR_LIMIT, gaussian_kl, posterior, token_mean, widen
 
 
@@ -37,8 +42,12 @@ def latent_geometry(
     prior2_mean: float = 1.5,
     prior2_std: float = 1.0,
     mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> dict[str, Tensor]:
     """Mismatch, discrepancy and distance of the two posteriors (paper, equation 5 and appendix B).
+
+    A kernel reads the posteriors once, and has no backward: where an input asks for a gradient, "reference" runs.
 
     Args:
         mean1: ``[..., R]``, like `logvar1`, `mean2` and `logvar2`.
@@ -48,12 +57,31 @@ def latent_geometry(
         prior2_mean: mean of p_2.
         prior2_std: standard deviation of p_2.
         mask: tokens that count.
+        backend: "triton", "cpp" or "reference"; None takes the fastest for the device of mean1.
 
     Returns:
         0-dim means over tokens, in nats: ``Lambda = KL(q_2 || p_1) - KL(q_2 || p_2)``,
         ``Delta = E_q2 log p_1 - E_q1 log p_1``, ``Gamma = Lambda + Delta``; and ``W2_squared``, the squared
         2-Wasserstein distance of q_1 and q_2. ``delta_bound`` is the paper's upper bound of |Delta|.
+
+    Raises:
+        TypeError: not floating point, or more than one dtype.
+        ValueError: shapes do not fit, more than one device, or a prior that is no distribution.
+        BackendUnavailable: a backend was named and cannot run, or has to give a gradient.
     """
+    check_posteriors("latent_geometry", mean1, logvar1, mean2, logvar2, prior2_mean, prior2_std, mask)
+    asked = torch.is_grad_enabled() and any(t.requires_grad for t in (mean1, logvar1, mean2, logvar2))
+    named = _backend._selected if backend is None else backend
+    backend = "reference" if asked and named is None else _backend.resolve("geometry", mean1.device, backend)
+    if backend != "reference":
+        if asked:
+            raise _backend.BackendUnavailable(
+                f"backend {backend!r} was asked for to run latent_geometry, but cannot: its kernel has no backward, "
+                "and an input asks for a gradient; call it under torch.no_grad(), or leave the backend unnamed."
+            )
+        latents = (rows(t) for t in (mean1, logvar1, mean2, logvar2))
+        priors = float(prior2_mean), float(prior2_std)
+        return _named(*RAW[backend].geometry_fwd(*latents, *priors, token_flags(mask)).unbind())
     var1, var2 = (widen(v).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT).exp() for v in (logvar1, logvar2))
     mean1, mean2 = widen(mean1), widen(mean2)
     mismatch = gaussian_kl(mean2, logvar2) - gaussian_kl(mean2, logvar2, prior2_mean, prior2_std)
@@ -61,14 +89,17 @@ def latent_geometry(
     discrepancy = 0.5 * (norm1 - norm2)
     w2_squared = ((mean1 - mean2).square() + (var1.sqrt() - var2.sqrt()).square()).sum(-1)
     bound = w2_squared / 2 + norm1.sqrt() * w2_squared.sqrt()
-    terms = {
+    return _named(*(token_mean(value, mask) for value in (mismatch, discrepancy, w2_squared, bound)))
+
+
+def _named(mismatch: Tensor, discrepancy: Tensor, w2_squared: Tensor, bound: Tensor) -> dict[str, Tensor]:
+    return {
         "Lambda": mismatch,
         "Delta": discrepancy,
         "Gamma": mismatch + discrepancy,
         "W2_squared": w2_squared,
         "delta_bound": bound,
     }
-    return {name: token_mean(value, mask) for name, value in terms.items()}
 
 
 def active_units(mean: Tensor, threshold: float = 1e-2, mask: Tensor | None = None) -> int:

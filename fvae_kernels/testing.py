@@ -14,11 +14,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import reference
+from ._backend import interpreting
 
 Inputs = dict[str, Any]
 Results = dict[str, Tensor]
 
 STRIDES = ("contiguous", "transposed", "sliced", "offset")
+
+
+def device_of(backend: str | None) -> str:
+    """Where a backend is tested and timed: Triton on the GPU, where there is one and it does not interpret."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() and not interpreting() else "cpu"
 
 
 class Random:

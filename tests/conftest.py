@@ -1,6 +1,7 @@
 """Fixtures of the kernel tests. A module that sets ``OP`` gets `backend` for every backend that has this op."""
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,12 @@ from hypothesis import settings
 
 from fvae_kernels import testing
 from fvae_kernels._backend import backends_for, interpreting, why_missing
+from fvae_kernels.testing import device_of
+
+# On a machine with a GPU: PyTorch's own products repeat bit for bit, so that nothing warns under `poisoned`; and
+# Trainer stays on the CPU, with the models and numbers that its tests compare. Kernels go where `device_of` says.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 if TYPE_CHECKING:
     from examples.assets import Assets
@@ -17,11 +24,6 @@ if TYPE_CHECKING:
 settings.register_profile("kernels", max_examples=25, deadline=None)
 settings.register_profile("interpreted", max_examples=6, deadline=None)
 settings.load_profile("interpreted" if interpreting() else "kernels")
-
-
-def device_of(backend: str) -> str:
-    """Triton's kernels are tested where they are meant to run, or interpreted where there is no GPU."""
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

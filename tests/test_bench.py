@@ -130,6 +130,17 @@ def test_the_gate_refuses_a_wrong_op() -> None:
         gate.check_op("encode", lambda **kw: (*fk.encode(**kw)[:2], fk.encode(**kw)[2] * (1 + 1e-6)), inputs)
 
 
+def test_the_gate_forgives_half_precision_a_rounding_and_no_more() -> None:
+    exact = {"kl": torch.tensor(100.0).double()}
+    rounded = {"kl": torch.tensor(100.0)}  # by luck
+    near, far = {"kl": torch.tensor(100.1)}, {"kl": torch.tensor(101.0)}
+    half, full = (gate.FLOOR + gate.half_roundings(dtype) for dtype in (torch.bfloat16, torch.float32))
+    gate._no_worse("layer", near, rounded, exact, half)
+    for found, floor in ((near, full), (far, half)):
+        with pytest.raises(gate.WrongKernel, match="layer differs from the reference: kl"):
+            gate._no_worse("layer", found, rounded, exact, floor)
+
+
 def test_the_gate_refuses_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """One gradient is off by two millionths, on the backend under test alone."""
     from fvae_kernels import _backend

@@ -20,7 +20,7 @@ def implemented():
         (backend, name)
         for backend in _library.NAMESPACES
         if why_missing(backend) is None
-        for name in _library.implemented(backend, "cpu")
+        for name in _library.implemented(backend, testing.device_of(backend))
     ]
 
 
@@ -93,6 +93,7 @@ ARGUMENTS = {
     "encode_bwd": _encode_bwd,
     "divergence_fwd": _divergence,
     "divergence_bwd": _divergence_bwd,
+    "geometry_fwd": _divergence,
     "reconstruct_fwd": _reconstruct,
     "reconstruct_bwd": _reconstruct_bwd,
     "layer_fwd": _layer,
@@ -100,10 +101,10 @@ ARGUMENTS = {
 }
 
 
-def plain(argument):
+def plain(argument, device):
     if isinstance(argument, list):
-        return [plain(entry) for entry in argument]
-    return argument.detach() if isinstance(argument, torch.Tensor) else argument
+        return [plain(entry, device) for entry in argument]
+    return argument.detach().to(device) if isinstance(argument, torch.Tensor) else argument
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,7 +112,7 @@ def plain(argument):
 def test_opcheck(backend, name, dtype):
     operator = getattr(_library.RAW[backend], name).default
     for arguments in samples(name, dtype):
-        torch.library.opcheck(operator, tuple(plain(a) for a in arguments))
+        torch.library.opcheck(operator, tuple(plain(a, testing.device_of(backend)) for a in arguments))
 
 
 def test_every_raw_op_is_sampled_and_faked():
@@ -127,7 +128,7 @@ def test_schemas_agree_between_namespaces(name):
 @pytest.mark.parametrize("backend", _library.NAMESPACES)
 def test_a_forward_comes_with_its_backward(backend):
     for device in ("cpu", "cuda"):
-        names = set(_library.implemented(backend, device))
+        names = set(_library.implemented(backend, device)) - {"geometry_fwd"}  # a diagnostic
         assert {n.replace("_fwd", "_bwd") for n in names if n.endswith("_fwd")} == {
             n for n in names if n.endswith("_bwd")
         }

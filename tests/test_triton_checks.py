@@ -18,7 +18,7 @@ import triton.language as tl
 from triton_tools.meter import Meter
 from triton_tools.strict import strict
 
-from fvae_kernels._triton import LAUNCHERS, _common, divergence, encode, reconstruct, reconstruct_bwd
+from fvae_kernels._triton import LAUNCHERS, _common, divergence, encode, geometry, reconstruct, reconstruct_bwd
 from fvae_kernels.ops._checks import token_flags
 
 SHAPES = [(1, 1, 1, 1), (33, 17, 3, 5), (70, 100, 17, 33), (0, 5, 2, 3)]  # N, D, R, H
@@ -37,6 +37,7 @@ def arguments(N, D, R, H, dtype, mask=True, stride="contiguous"):
         "encode_bwd": [*latents, encoder["noise"]],
         "divergence_fwd": [*posteriors, token_flags(keep)],
         "divergence_bwd": [number, number, *posteriors, token_flags(keep), [True] * 4],
+        "geometry_fwd": [*posteriors, token_flags(keep)],
         "reconstruct_fwd": decoder,
         "reconstruct_bwd": [number, *decoder, [True] * 4],
     }
@@ -71,7 +72,7 @@ def test_every_kernel_runs_in_these_checks():
     with strict(), Meter() as meter:
         for name, values in arguments(33, 17, 3, 5, torch.float32).items():
             LAUNCHERS[name](*values)
-    modules = (encode, divergence, reconstruct, reconstruct_bwd, _common)
+    modules = (encode, divergence, geometry, reconstruct, reconstruct_bwd, _common)
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {launch.name for launch in meter.launches} == kernels
 
@@ -163,6 +164,7 @@ def test_launches():
             "encode_bwd": ["encode_bwd"],
             "divergence_fwd": ["divergence_fwd", "divergence_mean"],
             "divergence_bwd": ["divergence_bwd"],
+            "geometry_fwd": ["geometry_fwd"],
             "reconstruct_fwd": ["reconstruct_fwd", "reconstruct_mean"],
             "reconstruct_bwd": ["reconstruct_bwd_tokens", "reconstruct_bwd_features", "reduce", "reduce"],
         }
@@ -189,6 +191,7 @@ def test_divergence_moves_every_entry_once():
     parts = 4 * 2 * N // 32
     assert first.bytes == first.distinct == 4 * 4 * N * R + parts
     assert last.bytes == parts + 8
+    assert metered("geometry_fwd", values["geometry_fwd"])[0].launches[0].bytes == 4 * 4 * N * R + 2 * parts
     (launch,) = metered("divergence_bwd", values["divergence_bwd"])[0].launches
     assert sum(launch.loaded.values()) == 4 * 4 * N * R + 8 * N // 32
     assert sum(launch.stored.values()) == 4 * 4 * N * R

@@ -16,10 +16,11 @@ if interpreting():
     pytest.skip("interpreted kernels do not compile", allow_module_level=True)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+from triton_tools import compile_all
 from triton_tools.compile_all import calls, compiled
 from triton_tools.gpu_compile import TARGETS, compiling, metrics
 
-from fvae_kernels._triton import LAUNCHERS
+from fvae_kernels._triton import FIXED, LAUNCHERS, tuned
 
 PRODUCTS = {"encode_fwd", "reconstruct_fwd", "reconstruct_bwd_tokens", "reconstruct_bwd_features"}
 
@@ -34,7 +35,7 @@ CASES = [
 @pytest.mark.parametrize(("target", "size", "dtype"), CASES, ids=str)
 def test_what_the_compiler_made(target, size, dtype):
     kernels = list(compiled(target, size, dtype))
-    assert len({k["kernel"] for k in kernels}) == 10
+    assert {k["kernel"].removesuffix("_kernel") for k in kernels} == {*tuned(), *FIXED}
     for kernel in kernels:
         name = kernel["kernel"].removesuffix("_kernel")
         assert kernel["spills"] == 0, kernel
@@ -42,7 +43,7 @@ def test_what_the_compiler_made(target, size, dtype):
         assert kernel["shared"] <= (64 if target == "gfx942" else 99) * 1024, kernel
         assert kernel["occupancy"] >= 0.125, kernel
         if name in PRODUCTS:
-            assert 3 * kernel["loads_128"] >= kernel["loads"], kernel
+            assert kernel["share_128"] >= 1 / 3, kernel
             assert kernel["tensor_core"] > 0 or dtype == torch.float32, kernel
 
 
@@ -54,7 +55,7 @@ def test_awkward_sizes_compile(N, D, R, H, bare):
     with compiling("sm_90") as kernels:
         for name, arguments in calls(N, torch.float16, D, R, H, bare):
             LAUNCHERS[name](*arguments)
-    assert len(kernels) == (10 if bare else 11)
+    assert len({kernel.metadata.name for kernel in kernels}) == len(tuned()) + len(FIXED)
 
 
 @pytest.fixture
@@ -71,3 +72,22 @@ def test_tf32_is_used_where_pytorch_allows_it():
     with compiling("sm_90") as kernels:
         LAUNCHERS[name](*arguments)
     assert metrics(kernels[0])["tensor_core"] > 0
+
+
+def test_the_table_is_written_and_spills_fail(tmp_path, monkeypatch, capsys):
+    def rows(target, size, dtype):
+        spills = 8 if (size, dtype) == ("few", torch.float32) else 0
+        yield dict.fromkeys(compile_all.COLUMNS, 0.125) | {"kernel": "encode_fwd_kernel", "spills": spills}
+
+    monkeypatch.setattr(compile_all, "compiled", rows)
+    out = tmp_path / "new" / "table.md"
+    assert compile_all.main(["sm_80", "sm_90", "--out", str(out)]) == 1
+    lines = out.read_text().splitlines()
+    assert len(lines) == 2 + 2 * 3 * 2, "targets, dtypes, sizes"
+    for column in ("registers", "shared", "spills", "occupancy", "tensor_core", "share_128"):
+        assert f" {column} |" in lines[0]
+    printed = capsys.readouterr().out
+    assert printed.startswith(out.read_text())
+    assert "\n2 kernels spill registers" in printed
+    with pytest.raises(SystemExit):
+        compile_all.main(["sm_70"])

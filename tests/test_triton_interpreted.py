@@ -21,7 +21,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", ["encode", "divergence", "reconstruct", "contract", "no_waiting", "triton_checks"])
+@pytest.mark.parametrize(
+    "name",
+    ["encode", "divergence", "geometry", "reconstruct", "contract", "no_waiting", "triton_checks", "triton_traffic"],
+)
 def test_interpreted(name):
     command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", f"tests/test_{name}.py"]
     done = subprocess.run(

@@ -5,6 +5,7 @@ imported), they run on CPU tensors as well.
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from .. import _library
 from .._backend import interpreting
-from . import divergence, encode, reconstruct, reconstruct_bwd
+from . import divergence, encode, geometry, reconstruct, reconstruct_bwd
 
 DEVICES = ("cpu", "cuda") if interpreting() else ("cuda",)
 
@@ -21,9 +22,21 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
     "encode_bwd": encode.encode_bwd,
     "divergence_fwd": divergence.divergence_fwd,
     "divergence_bwd": divergence.divergence_bwd,
+    "geometry_fwd": geometry.geometry_fwd,
     "reconstruct_fwd": reconstruct.reconstruct_fwd,
     "reconstruct_bwd": reconstruct_bwd.reconstruct_bwd,
 }
+
+
+FIXED = ("divergence_mean", "reconstruct_mean", "reduce")  # one block shape serves for all
+
+
+def tuned() -> dict[str, list[str]]:
+    """The kernels that take their blocks from a table, and the names of these blocks."""
+    modules = [module for name, module in sorted(sys.modules.items()) if name.startswith(f"{__name__}.")]
+    found = {name: kernel for module in modules for name, kernel in vars(module).items() if name.endswith("_kernel")}
+    names = {name.removesuffix("_kernel"): kernel.arg_names for name, kernel in found.items()}
+    return {n: [a for a in names[n] if a.startswith("BLOCK_")] for n in sorted(names) if n not in FIXED}
 
 
 def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:

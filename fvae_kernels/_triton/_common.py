@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import interpreting
+from ..tuning import OVERRIDES
 
 INTERPRET = tl.constexpr(interpreting())
 LOGVAR_LIMIT = tl.constexpr(reference.LOGVAR_LIMIT)
@@ -18,7 +19,6 @@ LOGVAR_LIMIT = tl.constexpr(reference.LOGVAR_LIMIT)
 FEW_TOKENS = 8192  # below it blocks are small, so that every multiprocessor has one
 
 Table = dict[tuple[int, bool], dict[str, int]]  # (bytes of an entry, few tokens): blocks, num_warps, num_stages
-OVERRIDES: dict[str, dict[str, int]] = {}  # by the name of a kernel: what replaces the entries of its table
 
 
 def blocks(kernel: Any, table: Table, t: Tensor, **limits: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ gamma = 1/2 sum( mean1^2 + var1 - ((mean2 - mu)^2 + var2) / tau^2 ) - R log tau
 # mypy: allow-untyped-defs
 
 import math
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -40,18 +41,23 @@ TABLE: Table = {
 
 
 @triton.jit
+def posterior(posteriors, posterior_strides, FIRST: tl.constexpr, rows, cols, counts, ACC: tl.constexpr):
+    """mean and clamped logvar of a block: those of q_1 are entries 0 and 1, those of q_2 are 2 and 3."""
+    mean = tile(posteriors[FIRST], rows, cols, posterior_strides[FIRST])
+    logvar = tile(posteriors[FIRST + 1], rows, cols, posterior_strides[FIRST + 1])
+    return (
+        tl.load(mean, mask=counts, other=0).to(ACC),
+        clamped(tl.load(logvar, mask=counts, other=0).to(ACC)),
+    )
+
+
+@triton.jit
 def divergence_fwd_kernel(
-    mean1_ptr,  # [N, R], as the three that follow
-    logvar1_ptr,
-    mean2_ptr,
-    logvar2_ptr,
+    posteriors,  # mean1, logvar1, mean2, logvar2 [N, R]
+    posterior_strides,
     mask_ptr,  # bool [N] or None
-    parts_ptr,  # [programs, 2]: sums of kl and of gamma, but for R log tau
-    mean1_strides,
-    logvar1_strides,
-    mean2_strides,
-    logvar2_strides,
     mask_strides,
+    parts_ptr,  # [programs, 2]: sums of kl and of gamma, but for R log tau
     prior2_mean: tl.float64,
     precision2: tl.float64,  # 1 / tau^2
     N,
@@ -72,14 +78,11 @@ def divergence_fwd_kernel(
             # 2. Both posteriors
             cols = first + tl.arange(0, BLOCK_R)
             counts = keep[:, None] & (cols < R)[None, :]
-            mean1 = tl.load(tile(mean1_ptr, rows, cols, mean1_strides), mask=counts, other=0).to(ACC)
-            logvar1 = tl.load(tile(logvar1_ptr, rows, cols, logvar1_strides), mask=counts, other=0).to(ACC)
-            mean2 = tl.load(tile(mean2_ptr, rows, cols, mean2_strides), mask=counts, other=0).to(ACC)
-            logvar2 = tl.load(tile(logvar2_ptr, rows, cols, logvar2_strides), mask=counts, other=0).to(ACC)
+            mean1, logvar1 = posterior(posteriors, posterior_strides, 0, rows, cols, counts, ACC)
+            mean2, logvar2 = posterior(posteriors, posterior_strides, 2, rows, cols, counts, ACC)
             # 3. Their squares under both priors
-            logvar1 = clamped(logvar1)
             squares1 = mean1 * mean1 + tl.exp(logvar1)
-            squares2 = ((mean2 - mu) * (mean2 - mu) + tl.exp(clamped(logvar2))) * precision2
+            squares2 = ((mean2 - mu) * (mean2 - mu) + tl.exp(logvar2)) * precision2
             kl += tl.where(counts, squares1 - 1 - logvar1, 0)
             gamma += tl.where(counts, squares1 - squares2, 0)
     # 4. One number each
@@ -108,6 +111,30 @@ def divergence_mean_kernel(
     tl.store(gamma_ptr, ((gamma - count * R * log_tau) / over).to(gamma_ptr.dtype.element_ty))
 
 
+def sums_of(
+    kernel: Any, width: int, posteriors: tuple[Tensor, ...], prior2_mean: float, prior2_std: float, mask: Tensor | None
+) -> Tensor:
+    """[programs, width] partial sums over tokens, of a kernel with the arguments of divergence_fwd_kernel."""
+    N, R = posteriors[0].shape
+    options = blocks(kernel, TABLE, posteriors[0], BLOCK_R=R)
+    programs = min(max(triton.cdiv(N, options["BLOCK_N"]), 1), PROGRAMS)
+    parts = posteriors[0].new_empty((programs, width), dtype=wide_dtype(posteriors[0]))
+    kernel[(programs,)](
+        posteriors,
+        tuple(map(strides, posteriors)),
+        mask,
+        strides(mask),
+        parts,
+        prior2_mean,
+        prior2_std**-2,
+        N,
+        R,
+        ACC=accumulator(posteriors[0]),
+        **options,
+    )
+    return parts
+
+
 def divergence_fwd(
     mean1: Tensor,
     logvar1: Tensor,
@@ -118,26 +145,19 @@ def divergence_fwd(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     N, R = mean1.shape
-    options = blocks(divergence_fwd_kernel, TABLE, mean1, BLOCK_R=R)
-    programs = min(max(triton.cdiv(N, options["BLOCK_N"]), 1), PROGRAMS)
-    parts = mean1.new_empty((programs, 2), dtype=wide_dtype(mean1))
+    parts = sums_of(divergence_fwd_kernel, 2, (mean1, logvar1, mean2, logvar2), prior2_mean, prior2_std, mask)
     kl, gamma = parts.new_empty(()), parts.new_empty(())
-    posteriors = (mean1, logvar1, mean2, logvar2)
-    divergence_fwd_kernel[(programs,)](
-        *posteriors,
-        mask,
+    divergence_mean_kernel[(1,)](
         parts,
-        *map(strides, posteriors),
-        strides(mask),
-        prior2_mean,
-        prior2_std**-2,
+        kept_tokens(mask),
+        kl,
+        gamma,
+        math.log(prior2_std),
+        parts.shape[0],
         N,
         R,
-        ACC=accumulator(mean1),
-        **options,
-    )
-    divergence_mean_kernel[(1,)](
-        parts, kept_tokens(mask), kl, gamma, math.log(prior2_std), programs, N, R, BLOCK_P=PROGRAMS, num_warps=4
+        BLOCK_P=PROGRAMS,
+        num_warps=4,
     )
     return kl, gamma
 

@@ -95,12 +95,7 @@ def divergence(
         ValueError: shapes do not fit, more than one device, or a prior that is no distribution.
         BackendUnavailable: the backend was named and cannot run.
     """
-    check_tensors("divergence", mean1=mean1, logvar1=logvar1, mean2=mean2, logvar2=logvar2)
-    check_features("divergence", "mean1", mean1)
-    for name, t in (("logvar1", logvar1), ("mean2", mean2), ("logvar2", logvar2)):
-        check_shape("divergence", name, t, tuple(mean1.shape), "the shape of mean1")
-    check_mask("divergence", mask, mean1.shape[:-1], mean1.device)
-    _check_prior(prior2_mean, prior2_std)
+    check_posteriors("divergence", mean1, logvar1, mean2, logvar2, prior2_mean, prior2_std, mask)
     backend = resolve("divergence", mean1.device, backend)
     if backend == "reference":
         return reference.divergence(mean1, logvar1, mean2, logvar2, prior2_mean, prior2_std, mask)
@@ -117,8 +112,23 @@ def divergence(
     return kl, gamma
 
 
-def _check_prior(mean: float, std: float) -> None:
-    if not isinstance(mean, Real) or not math.isfinite(mean):
-        raise ValueError(f"divergence: prior2_mean={mean!r}; expected a finite number")
-    if not isinstance(std, Real) or not math.isfinite(std) or std <= 0:
-        raise ValueError(f"divergence: prior2_std={std!r}; expected a finite number above 0, a standard deviation")
+def check_posteriors(
+    op: str,
+    mean1: Tensor,
+    logvar1: Tensor,
+    mean2: Tensor,
+    logvar2: Tensor,
+    prior2_mean: float,
+    prior2_std: float,
+    mask: Tensor | None,
+) -> None:
+    """Raise where something does not fit."""
+    check_tensors(op, mean1=mean1, logvar1=logvar1, mean2=mean2, logvar2=logvar2)
+    check_features(op, "mean1", mean1)
+    for name, t in (("logvar1", logvar1), ("mean2", mean2), ("logvar2", logvar2)):
+        check_shape(op, name, t, tuple(mean1.shape), "the shape of mean1")
+    check_mask(op, mask, mean1.shape[:-1], mean1.device)
+    if not isinstance(prior2_mean, Real) or not math.isfinite(prior2_mean):
+        raise ValueError(f"{op}: prior2_mean={prior2_mean!r}; expected a finite number")
+    if not isinstance(prior2_std, Real) or not math.isfinite(prior2_std) or prior2_std <= 0:
+        raise ValueError(f"{op}: prior2_std={prior2_std!r}; expected a finite number above 0, a standard deviation")

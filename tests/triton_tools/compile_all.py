@@ -1,10 +1,14 @@
-"""Every kernel, at every entry of its table, for every target; prints a table of what the compiler made of it.
+"""Every kernel, at every entry of its table, for every target: a table of what the compiler made of it.
 
-python -m tests.triton_tools.compile_all [target ...]
+It is printed and written to a file; the exit status is 1 where a kernel spills.
+
+python -m tests.triton_tools.compile_all [--out FILE] [target ...]
 """
 
+import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +19,11 @@ from fvae_kernels._triton import LAUNCHERS
 from .gpu_compile import TARGETS, compiling, metrics
 
 TOKENS = {"few": 1576, "many": 100_000}
-COLUMNS = ("registers", "stack", "spills", "shared", "occupancy", "tensor_core", "loads", "loads_128", "stores_128")
+COLUMNS = (
+    *("registers", "shared", "spills", "stack", "occupancy", "tensor_core"),
+    *("loads", "loads_128", "share_128", "stores_128", "atomics"),
+)
+OUT = Path("runs/gpu-compile.md")
 
 
 def calls(
@@ -38,6 +46,7 @@ def calls(
     yield "encode_bwd", (optional(latent), latent, optional(latent), latent, latent)
     yield "divergence_fwd", posteriors
     yield "divergence_bwd", (optional(number), number, *posteriors, [not bare, True, not bare, True])
+    yield "geometry_fwd", posteriors
     yield "reconstruct_fwd", decoder
     yield "reconstruct_bwd", (number, *decoder, [not bare, True, True, not bare])
 
@@ -51,15 +60,45 @@ def compiled(target: str, size: str, dtype: torch.dtype) -> Iterator[dict[str, A
             yield metrics(kernel)
 
 
-def main() -> None:
-    print(f"{'kernel':34}{'target':8}{'dtype':9}{'size':6}" + "".join(f"{name:>12}" for name in COLUMNS))
-    for target in sys.argv[1:] or TARGETS:
+def table(targets: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Every entry of every table."""
+    for target in targets:
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             for size in TOKENS:
                 for row in compiled(target, size, dtype):
-                    start = f"{row['kernel']:34}{target:8}{str(dtype)[6:]:9}{size:6}"
-                    print(start + "".join(f"{row[name]:12.4g}" for name in COLUMNS), flush=True)
+                    start = {"target": target, "dtype": str(dtype)[6:], "tokens": size}
+                    yield {"kernel": row["kernel"].removesuffix("_kernel"), **start, **{c: row[c] for c in COLUMNS}}
+
+
+def line(cells: Iterable[Any]) -> str:
+    """Of the table in markdown, readable as it is."""
+    texts = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells]
+    return f"| {texts[0]:26} | " + " | ".join(f"{text:>9}" for text in texts[1:]) + " |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """1 where a kernel spills; float64, which is there for gradcheck, may."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", metavar="target", help=f"some of {', '.join(TARGETS)} (all)")
+    parser.add_argument("--out", type=Path, default=OUT, help="where the table goes (%(default)s)")
+    options = parser.parse_args(arguments)
+    unknown = set(options.targets) - set(TARGETS)
+    if unknown:
+        parser.error(f"unknown target {', '.join(sorted(unknown))}; expected some of {', '.join(TARGETS)}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    head = ("kernel", "target", "dtype", "tokens", *COLUMNS)
+    spilled = 0
+    with options.out.open("w") as file:
+        for text in (line(head), line("---" for _ in head)):
+            print(text, file=file)
+            print(text)
+        for row in table(options.targets or list(TARGETS)):
+            spilled += row["spills"] > 0 and row["dtype"] != "float64"
+            print(line(row.values()), file=file, flush=True)
+            print(line(row.values()), flush=True)
+    print(f"{spilled} kernels spill registers; the table is in {options.out}")
+    return int(spilled > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

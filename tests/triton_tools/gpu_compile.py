@@ -68,7 +68,8 @@ def metrics(kernel: Any) -> dict[str, Any]:
     """Registers, memory and instructions of a compiled kernel; the same names for both vendors."""
     about = kernel.metadata
     found = _nvidia(kernel) if about.target.backend == "cuda" else _amd(kernel)
-    return {"kernel": about.name, "warps": about.num_warps, "shared": about.shared} | found
+    share = found["loads_128"] / found["loads"] if found["loads"] else 1.0
+    return {"kernel": about.name, "warps": about.num_warps, "shared": about.shared, "share_128": share} | found
 
 
 def _nvidia(kernel: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@
     meter.launches[0].loaded, .stored       bytes of the lanes that are not masked
     meter.launches[0].distinct              bytes read and written at least once: the traffic if caches were perfect
     meter.launches[0].sectors               32-byte sectors touched by each instruction: what coalescing makes of it
+    meter.launches[0].flops                 two for each multiply and add of a tl.dot, masked lanes included
     meter.launches[0].outside, .races       what must be empty
 
 Lanes that leave their buffer are recorded and then dropped, so that the process survives.
@@ -38,7 +39,7 @@ class Launch:
         self.name, self.grid = name, (*grid, 1, 1)[:3]
         self.loaded: dict[str, int] = {}
         self.stored: dict[str, int] = {}
-        self.sectors = 0
+        self.sectors, self.flops = 0, 0
         self.outside: list[str] = []
         self.races: list[str] = []
         self.buffers = sorted((_buffer(n, t) for n, t in tensors.items() if t.numel()), key=lambda b: b.first)
@@ -136,6 +137,13 @@ class Meter(contextlib.ExitStack):
 
             return op
 
+        def dot(old: Any) -> Any:
+            def op(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+                self.launches[-1].flops += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+                return old(builder, a, b, *rest)
+
+            return op
+
         def call(old: Any) -> Any:
             def op(executor: Any, *args: Any, **kwargs: Any) -> Any:
                 arguments = dict(zip(executor.arg_names, args, strict=False)) | kwargs
@@ -147,6 +155,7 @@ class Meter(contextlib.ExitStack):
         patch(self, InterpreterBuilder, "create_masked_load", load)
         patch(self, InterpreterBuilder, "create_masked_store", store)
         patch(self, InterpreterBuilder, "create_atomic_rmw", atomic)
+        patch(self, InterpreterBuilder, "create_dot", dot)
         patch(self, GridExecutor, "__call__", call)
         return self
 

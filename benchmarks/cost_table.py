@@ -1,0 +1,51 @@
+"""The README's cost table, counted and not timed, so the same on every machine: ``make tables`` writes it."""
+
+import warnings
+from pathlib import Path
+
+from . import fused
+from .pages import replace_block, row
+from .roofline import Shape, dispatched, fused_launches
+from .sides import TITLES, layer_sides
+
+README = Path(__file__).parent.parent / "README.md"
+SHAPE = Shape("ViT-B/16, 8 images", 1576, 768, 768)
+SIDES = ("plain", "dora_dropout", "dora", "lora_dropout", "lora")
+AUTHORS = row(["the authors' code", "235", "451", "-"])  # counted once, on their published code
+
+
+def table() -> list[str]:
+    """In markdown."""
+    head = ["", "launches beyond the base layer", "MB moved beyond the base layer", "MB saved for backward"]
+    lines = [row(head), row(["---"] * len(head)), AUTHORS]
+    base = dispatched("base", SHAPE)
+    for side in SIDES:
+        operators = dispatched(side, SHAPE)
+        moved = sum(one.bytes for one in operators) - sum(one.bytes for one in base)
+        lines.append(_row(TITLES[side], len(operators) - len(base), moved, saved(side)))
+    ours = fused_launches(SHAPE)
+    kept = fused.saved(fused.Layer(SHAPE.N, SHAPE.D, SHAPE.M))
+    lines.append(_row(TITLES["triton"], len(ours), sum(one.bytes for one in ours), kept))
+    return lines
+
+
+def saved(side: str) -> int:
+    """Bytes that autograd keeps beyond x and the weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return layer_sides((side,), SHAPE.N, SHAPE.D, SHAPE.M)[side].cost()["saved_bytes"]
+
+
+def _row(title: str, launches: int, moved: int, kept: int) -> str:
+    return row([title, str(launches), f"{moved / 1e6:.0f}", f"{kept / 1e6:.1f}"])
+
+
+def main() -> None:
+    """Write it into the README, and print it."""
+    lines = table()
+    replace_block(README, "cost", lines)
+    print(*lines, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

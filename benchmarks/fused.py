@@ -1,0 +1,176 @@
+"""The launches of the fused Triton layer in closed form: distinct bytes that each reads and writes, and its FLOPs.
+
+One launch each, in this order; `tests/test_triton_traffic.py` holds it against what the meter counts.
+
+    seed          one number of torch's generator
+    layer_fwd     tiles of tokens: reads base, x and the parameters; writes y, the state of the encoders, partial sums
+    layer_mean    adds the partial sums up
+    layer_bwd     tiles of tokens: reads grad_y, x, the state, parameters; writes gradients of the state, the decoder's
+                  last hidden layer and its gradient
+    layer_grads   tiles of features: reads all of these; writes grad_x, and partial sums of all parameters' gradients
+    layer_reduce  adds the partial sums up
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from fvae_kernels import FVAEConfig
+from fvae_kernels.adapter import parameter_shapes
+
+from .cost import Launch
+
+RECIPE = FVAEConfig(rank=16, kl_weight=2.0)
+STATISTICS = 16  # sums over the latents that a program of the forward leaves
+PROGRAMS = 264  # of layer_grads, about
+FEW = 8192  # tokens, below which blocks are small
+
+# (bytes of a parameter, few tokens): tokens of a program of layer_fwd; tokens and features of a block of layer_grads
+CUTS = {
+    (2, True): (16, 16, 32),
+    (2, False): (64, 16, 32),
+    (4, True): (16, 16, 32),
+    (4, False): (32, 16, 32),
+    (8, True): (16, 16, 16),
+    (8, False): (32, 16, 16),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Sizes of a layer, and bytes of an entry of its activations, of its parameters and of its sums."""
+
+    N: int
+    D: int
+    M: int
+    config: FVAEConfig = RECIPE
+    x_bytes: int = 4
+    p_bytes: int = 4
+
+    @property
+    def wide(self) -> int:
+        """Bytes of an entry of a sum."""
+        return max(self.p_bytes, 4)
+
+    @cached_property
+    def entries(self) -> dict[str, int]:
+        """Entries of the parameters, by part."""
+        first = ("_hidden0_",) if self.config.encoder_hidden else ("_mean_", "_logvar_")
+        found = dict.fromkeys(
+            ("input", "encoders", "encoder biases", "B", "output", "hidden", "decoder biases", "t"), 0
+        )
+        for name, shape in parameter_shapes(self.D, self.M, self.config):
+            found[_part(name, first)] += math.prod(shape)
+        return found
+
+    @property
+    def parameters(self) -> int:
+        """Entries of all of them."""
+        return sum(self.entries.values())
+
+    @property
+    def state(self) -> int:
+        """Entries per token that backward needs: hidden outputs of both encoders, means and log-variances."""
+        return 2 * (sum(self.config.encoder_hidden) + 2 * self.config.rank)
+
+    @property
+    def last(self) -> int:
+        """Inputs of the decoder's output layer."""
+        return (*self._latent, *self.config.decoder_hidden)[-1]
+
+    @property
+    def _latent(self) -> tuple[int]:
+        return ((2 if self.config.fusion == "concat" else 1) * self.config.rank,)
+
+    @property
+    def tiles(self) -> int:
+        """Programs of layer_fwd."""
+        return -(-self.N // CUTS[self.p_bytes, self.N < FEW][0])
+
+    @property
+    def features(self) -> int:
+        """Of a block of layer_grads, and rows of its tiles of a weight."""
+        return min(CUTS[self.p_bytes, self.N < FEW][2], max(2 ** (max(self.D, self.M) - 1).bit_length(), 16))
+
+    @property
+    def later(self) -> int:
+        """Tiles of the encoders' layers that do not read x, and of the biases alone of those that do."""
+        hidden, R = self.config.encoder_hidden, self.config.rank
+        sizes = [(size, before) for before, size in zip((0, *hidden), hidden, strict=False)]
+        sizes += 2 * [(R, hidden[-1] if hidden else 0)]  # outputs and inputs
+        return 2 * sum(self._blocks(outputs) * max(self._blocks(inputs), 1) for outputs, inputs in sizes)
+
+    @property
+    def chunks(self) -> int:
+        """Of the tokens, for each of which layer_grads leaves sums."""
+        programs = sum(map(self._blocks, (self.D, self.M, *self.config.decoder_hidden))) + self.later
+        return max(min(-(-self.N // CUTS[self.p_bytes, self.N < FEW][1]), PROGRAMS // programs), 1)
+
+    def _blocks(self, size: int) -> int:
+        return -(-size // self.features)
+
+
+def _part(name: str, first: tuple[str, ...]) -> str:
+    if name in ("B", "decoder_scale"):
+        return "B" if name == "B" else "t"
+    if name.endswith("_bias"):
+        return "encoder biases" if name.startswith("encoder") else "decoder biases"
+    if name.startswith("encoder"):
+        return "input" if any(part in name for part in first) and "_logvar_hidden" not in name else "encoders"
+    return "output" if name == "decoder_out_weight" else "hidden"
+
+
+def launches(layer: Layer) -> list[Launch]:
+    """Forward and backward of everything, beyond the base layer."""
+    N, D, M, e, p, wide = layer.N, layer.D, layer.M, layer.entries, layer.p_bytes, layer.wide
+    x, y, state, last = N * D * layer.x_bytes, N * M * layer.x_bytes, N * layer.state * wide, N * layer.last * wide
+    deep = bool(layer.config.decoder_hidden)
+    seed = 8
+    decoder = e["output"] + e["hidden"] + e["decoder biases"] + e["t"]
+    # the decoder's hidden layers up to the last are made once more for the gradients of them all
+    made = (0, *layer.config.decoder_hidden)[:-1]
+    again = e["output"] + D + e["t"] + (e["hidden"] + sum(made) if len(made) > 1 else 0)
+    sums = layer.tiles * (D + STATISTICS) * wide
+    moved = {
+        "seed": seed,
+        "layer_fwd": y + x + layer.parameters * p + seed + y + state + sums,
+        "layer_mean": sums + D * p + (4 + D) * wide,
+        "layer_bwd": y + x + state + (decoder + e["encoders"] + e["B"]) * p + seed + wide + state + (1 + deep) * last,
+        "layer_grads": x + y + 2 * state + (1 + deep) * last + (again + e["input"]) * p + D * wide + seed + wide
+        + x + layer.chunks * layer.parameters * wide,
+        "layer_reduce": layer.chunks * layer.parameters * wide + layer.parameters * p,
+    }  # fmt: skip
+    products = {
+        "layer_fwd": e["input"] + e["encoders"] + e["B"] + e["hidden"] + e["output"],
+        # the decoder once more, and back through all of it, B and the encoders
+        "layer_bwd": 2 * (e["hidden"] + e["output"]) + e["B"] + e["encoders"],
+        # x_hat once more, and the gradients of O, of what reads x, of x; the encoders' small layers in whole tiles
+        "layer_grads": 2 * e["output"]
+        + 2 * e["input"]
+        + e["B"]
+        + layer.later * layer.features**2
+        + _hidden_products(layer),
+    }
+    dtype = torch.bfloat16 if p == 2 else torch.float32
+    return [Launch(name, count, 2 * N * products.get(name, 0), dtype) for name, count in moved.items()]
+
+
+def _hidden_products(layer: Layer) -> int:
+    """Of layer_grads, for the decoder's hidden layers: each tile of rows of a weight makes all layers but the last once
+    more, and goes back to its own.
+    """
+    sizes = (*layer._latent, *layer.config.decoder_hidden)
+    weights = [outputs * inputs for inputs, outputs in itertools.pairwise(sizes)]
+    found = 0
+    for i, weight in enumerate(weights):
+        tiles = layer._blocks(sizes[i + 1])
+        found += tiles * (sum(weights[:-1]) + sum(weights[i + 2 :])) + sum(weights[i + 1 : i + 2]) + weight
+    return found
+
+
+def saved(layer: Layer) -> int:
+    """Bytes kept for backward beyond x and the parameters: the state, the seed, the unit gradient of t."""
+    return layer.N * layer.state * layer.wide + 8 + layer.D * layer.wide

@@ -1,0 +1,141 @@
+"""Predicted time of an adapted layer, forward and backward beyond its base layer: ``make tables``.
+
+A prediction, never a measurement. Every launch costs what starting it costs, plus the longer one of moving its bytes at
+the device's peak bandwidth and of computing its FLOPs at the device's peak rate (docs/roofline.md):
+
+    seconds = sum over launches of  launch + max(bytes / bandwidth, FLOPs / rate)
+"""
+
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import fused, sides
+from .cost import Cost, Launch
+from .pages import replace_block, row
+
+PAGE = Path(__file__).parent.parent / "docs" / "roofline.md"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak numbers of a data sheet: bytes/s, dense FLOP/s by dtype; and an assumed cost of a launch, in seconds."""
+
+    name: str
+    bandwidth: float
+    rates: dict[torch.dtype, float]
+    launch: float = 5e-6
+
+
+DEVICES = {
+    "A100": Device("A100 SXM 80 GB", 2.039e12, {torch.float32: 19.5e12, torch.bfloat16: 312e12}),
+    "H100": Device("H100 SXM 80 GB", 3.35e12, {torch.float32: 67e12, torch.bfloat16: 989.4e12}),
+    "MI300X": Device("MI300X", 5.3e12, {torch.float32: 163.4e12, torch.bfloat16: 1307.4e12}),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tokens N of a batch, input features D and output features M of one adapted layer."""
+
+    title: str
+    N: int
+    D: int
+    M: int
+
+
+SHAPES = (
+    Shape("ViT-B/16, 64 images", 64 * 197, 768, 768),
+    Shape("RoBERTa-base, 32 x 128", 32 * 128, 768, 768),
+    Shape("Llama-3-8B q, 4 x 2048", 4 * 2048, 4096, 4096),
+    Shape("Llama-3-8B v, 4 x 2048", 4 * 2048, 4096, 1024),
+    Shape("Wav2Vec2-large, 16 x 10 s", 16 * 499, 1024, 1024),
+)
+
+# dtype of the base layer and its activations, dtype of the adapter
+PRECISIONS = {
+    "float32": (torch.float32, torch.float32),
+    "bf16, adapter float32": (torch.bfloat16, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+}
+
+
+SIDES = ("triton", "lora", "plain")
+
+
+def predicted(launches: Sequence[Launch], device: Device) -> float:
+    """Seconds of these launches, one after the other. The formula of docs/roofline.md."""
+    return sum(
+        device.launch + max(one.bytes / device.bandwidth, one.flops / device.rates[one.dtype]) for one in launches
+    )
+
+
+def dispatched(side: str, shape: Shape, precision: str = "float32") -> list[Launch]:
+    """The operators of a side's forward and backward, base layer included; on tensors without memory."""
+    base, adapter = PRECISIONS[precision]
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = sides.OneLinear(shape.D, shape.M, base, "meta")
+        x, grad_y = torch.empty(shape.N, shape.D, dtype=base), torch.empty(shape.N, shape.M, dtype=base)
+        built = sides.layer_side(side, model, x.requires_grad_(), grad_y, adapter=adapter)
+        with Cost() as cost:
+            built.run()
+    return cost.operators
+
+
+def fused_launches(shape: Shape, precision: str = "float32") -> list[Launch]:
+    """Those of our Triton layer, beyond the base layer."""
+    base, adapter = PRECISIONS[precision]
+    layer = fused.Layer(shape.N, shape.D, shape.M, x_bytes=base.itemsize, p_bytes=adapter.itemsize)
+    return fused.launches(layer)
+
+
+def beyond_base(side: str, shape: Shape, precision: str, device: Device) -> float:
+    """Predicted seconds of a side less those of the base layer alone; `triton` is ours."""
+    if side == "triton":
+        return predicted(fused_launches(shape, precision), device)
+    with_base, alone = (predicted(_dispatched(name, shape, precision), device) for name in (side, "base"))
+    return with_base - alone
+
+
+_dispatched = functools.cache(dispatched)
+
+
+def devices_table() -> list[str]:
+    """The numbers of the devices."""
+    lines = [row(["device", "bandwidth, TB/s", "float32, TFLOP/s", "bf16, TFLOP/s", "launch, us (assumed)"])]
+    lines.append(row(["---"] * 5))
+    for device in DEVICES.values():
+        rates = [f"{device.rates[dtype] / 1e12:g}" for dtype in (torch.float32, torch.bfloat16)]
+        lines.append(row([device.name, f"{device.bandwidth / 1e12:g}", *rates, f"{device.launch * 1e6:g}"]))
+    return lines
+
+
+def table() -> list[str]:
+    """Predicted microseconds of every shape, precision and device, ours and two others."""
+    names = [f"{device}: {sides.TITLES[side]}" for device in DEVICES for side in SIDES]
+    lines = [row(["layer (N, D, M)", "precision", *names]), row(["---"] * (2 + len(names)))]
+    for shape in SHAPES:
+        for precision in PRECISIONS:
+            cells = [
+                f"{1e6 * beyond_base(side, shape, precision, device):,.0f}"
+                for device in DEVICES.values()
+                for side in SIDES
+            ]
+            lines.append(row([f"{shape.title} ({shape.N}, {shape.D}, {shape.M})", precision, *cells]))
+    return lines
+
+
+def main() -> None:
+    """Write the tables into the page, and print them."""
+    for mark, lines in (("devices", devices_table()), ("predictions", table())):
+        replace_block(PAGE, mark, lines)
+        print(*lines, "", sep="\n")
+
+
+if __name__ == "__main__":
+    main()

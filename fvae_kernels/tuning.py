@@ -1,0 +1,74 @@
+"""Block shapes, warps and stages of the Triton kernels: what the built-in tables say may be overridden.
+
+    fk.tuning.kernels()                                        # names, and what each one can be told
+    fk.tuning.override("encode_fwd", BLOCK_N=32, num_warps=8)  # from here on
+    with fk.tuning.override("encode_fwd", BLOCK_N=32): ...     # for the block
+    fk.tuning.override("encode_fwd")                           # back to the table
+
+The tables choose by dtype and number of tokens, without running anything, and every entry of theirs is compiled by
+``make gpu-compile``. An override holds for every dtype and size, and nobody has compiled it: a block that is too large
+raises in Triton, at the first launch.
+"""
+
+import contextlib
+from types import TracebackType
+
+from . import _backend, _library
+
+OVERRIDES: dict[str, dict[str, int]] = {}  # by the name of a kernel on the device: what replaces entries of its table
+
+_WARPS = (1, 2, 4, 8, 16, 32)
+
+
+def kernels() -> dict[str, tuple[str, ...]]:
+    """Options of each kernel that has a table: blocks (powers of two, at least 16), num_warps and num_stages.
+
+    Raises:
+        BackendUnavailable: Triton is not installed.
+    """
+    error = _library.load("triton")
+    if error is not None:
+        raise _backend.BackendUnavailable(f"the Triton kernels do not load: {error}")
+    from . import _triton
+
+    return {name: (*blocks, "num_warps", "num_stages") for name, blocks in _triton.tuned().items()}
+
+
+class override(contextlib.AbstractContextManager[None]):  # noqa: N801  (reads as the function that it also is)
+    """Launch `kernel` with these options in place of its table's; with none, with its table's again.
+
+    Raises:
+        ValueError: no such kernel or option, or a number that it cannot be.
+        BackendUnavailable: Triton is not installed.
+    """
+
+    def __init__(self, kernel: str, **options: int) -> None:
+        known = kernels()
+        if kernel not in known:
+            raise ValueError(f"there is no kernel {kernel!r} with a table; expected one of {', '.join(sorted(known))}")
+        for name, value in options.items():
+            if name not in known[kernel]:
+                raise ValueError(f"{kernel} has no option {name!r}; expected one of {', '.join(known[kernel])}")
+            _check(kernel, name, value)
+        self._name, self._before = f"{kernel}_kernel", OVERRIDES.pop(f"{kernel}_kernel", None)
+        if options:
+            OVERRIDES[self._name] = options
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        OVERRIDES.pop(self._name, None)
+        if self._before is not None:
+            OVERRIDES[self._name] = self._before
+
+
+def _check(kernel: str, name: str, value: int) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if name == "num_warps":
+        fits, expected = whole and value in _WARPS, f"one of {', '.join(map(str, _WARPS))}"
+    elif name == "num_stages":
+        fits, expected = whole and value >= 1, "a whole number, at least 1"
+    else:
+        fits, expected = whole and value >= 16 and value & (value - 1) == 0, "a power of two, at least 16"
+    if not fits:
+        raise ValueError(f"{kernel}: {name}={value!r}; expected {expected}")
