@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(VENV)/constraints.txt
 ARGS ?=
 
 .PHONY: help demo test conformance check bench sanitize gpu gpu-compile tables clean
@@ -14,7 +14,7 @@ demo: $(READY)  ## fine-tune a real model with LoRA and FVAE-LoRA side by side; 
 	$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(READY)  ## the whole test suite, kernels on the CPU
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 conformance: $(READY)  ## the tests of the PEFT plug-in under peft 0.18.1 to 0.21.2; table in .conformance/RESULTS.md
 	$(BIN)/python -m tests.conformance $(ARGS)
@@ -43,14 +43,13 @@ gpu-compile: $(READY)  ## compile every Triton kernel for sm_80, sm_90, sm_100 a
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build *.egg-info fvae_kernels/*.so
 
-# A torch for CUDA or ROCm brings the Triton that it was made for, the one for CPUs none: it gets this one.
-TRITON := triton==3.9.0
-
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@echo "setting up $(VENV) (once)"
 	$(PYTHON) -m venv $(VENV)
+	# a torch for CUDA or ROCm requires the Triton that it was made for; the one for CPUs brings none and gets ours
+	grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
 	$(PIP) torch setuptools wheel numpy
-	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) $(TRITON)
+	$(BIN)/python -c "import triton" 2>/dev/null || cp constraints.txt $(VENV)
 	$(PIP) --no-build-isolation --editable '.[dev,triton]'
 	# PEFT imports these wherever it finds them, slowly and with a lot to say: one test alone looks in this folder
 	$(PIP) --no-deps --upgrade --target $(VENV)/quantised torchao hqq einops termcolor
