@@ -1,0 +1,86 @@
+"""What the launchers of the layer kernels share: the arguments of their kernels, and what the kernels can hold."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._common import Table, accumulator, blocks_for, precision, strides
+
+Parameter = Tensor | None  # of a list weight, bias or None, weight, ...: the input's layer first
+
+WIDEST = 256  # activations of a tile of tokens stay in registers
+PRODUCTS = 160  # blocks of weights, at most, that one tile of tokens is multiplied by: they are unrolled
+
+
+class Shapes(NamedTuple):
+    """Sizes of the hidden layers of an encoder and of the decoder, and of the latent."""
+
+    encoder: tuple[int, ...]
+    decoder: tuple[int, ...]
+    R: int
+
+    @classmethod
+    def of(cls, encoder: Sequence[Parameter], decoder: Sequence[Parameter]) -> "Shapes":
+        sizes = [[w.shape[0] for w in weights[::2] if w is not None] for weights in (encoder, decoder)]
+        return cls(tuple(sizes[0][:-2]), tuple(sizes[1][:-1]), sizes[0][-1])
+
+    @property
+    def width(self) -> int:
+        """Of the state: the outputs of all hidden layers of both encoders, mean1 | logvar1 | mean2 | logvar2."""
+        return 2 * sum(self.encoder) + 4 * self.R
+
+
+def linears(parameters: Sequence[Parameter]) -> tuple[Any, ...]:
+    """(weight, bias or None, strides of both) of each layer."""
+    return tuple((w, b, strides(w), strides(b)) for w, b in zip(parameters[::2], parameters[1::2], strict=True))
+
+
+def threshold(dropout: float) -> int | None:
+    """An activation is kept where 16 random bits are below this; None where nothing is dropped."""
+    return min(max(round((1 - dropout) * 2**16), 1), 2**16) if dropout > 0 else None
+
+
+def split(table: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Two tuples whose sum is `table`: a kernel takes floats in a tuple as float32, and two of them hold a float64."""
+    high = torch.tensor(table, dtype=torch.float64).float().double().tolist()
+    return tuple(high), tuple(entry - first for entry, first in zip(table, high, strict=True))
+
+
+def options_for(
+    kernel: Any, table: Table, shapes: Shapes, N: int, widest: int, B: Tensor, dropout: float
+) -> dict[str, Any]:
+    """Launch options for N tokens of at most `widest` features; B stands for all parameters."""
+    hidden = max(*shapes.encoder, *shapes.decoder, shapes.R, 1)
+    options = blocks_for(kernel, table, B.element_size(), N, BLOCK_D=widest, BLOCK_H=hidden)
+    constants = {"ENCODER": shapes.encoder, "DECODER": shapes.decoder, "R": shapes.R, "THRESHOLD": threshold(dropout)}
+    return options | constants | {"ACC": accumulator(B), "PRECISION": precision(B)}
+
+
+def arguments(
+    x: Tensor,
+    encoder1: Sequence[Parameter],
+    encoder2: Sequence[Parameter],
+    decoder: Sequence[Parameter],
+    scale: Tensor,
+    B: Tensor,
+    noise1: Parameter,
+    noise2: Parameter,
+    mask: Parameter,
+    seed: Parameter,
+) -> tuple[Any, ...]:
+    """From x to the seed, as every layer kernel takes them."""
+    return (
+        x,
+        x.stride(),
+        (linears(encoder1), linears(encoder2)),
+        linears(decoder),
+        (scale, scale.stride()),
+        linears((B, None))[0],
+        (noise1, noise2),
+        (strides(noise1), strides(noise2)),
+        mask,
+        strides(mask),
+        seed,
+    )
