@@ -1,8 +1,8 @@
 """What the layer kernels share: networks in registers, and random numbers by position.
 
-Activations of a tile of tokens are a tuple of blocks [BLOCK_N, W], so that products of wide layers are made of small
-ones and no layer needs more registers than its blocks. A linear layer is (weight, bias, strides of both). Inputs that
-consist of parts, as [z_1, z_2] does, have blocks of their own for each part.
+The activations of a tile of tokens are one tensor [BLOCK_N, W] in registers, W a power of two. Products take slices of
+it, so that neither the slices nor the weights that they meet need many registers. A linear layer is (weight, bias,
+strides of both).
 """
 
 # mypy: allow-untyped-defs
@@ -12,7 +12,7 @@ import math
 import triton
 import triton.language as tl
 
-from ._common import clamped, padded, product, tile
+from ._common import clamped, product, tile
 
 NOISE = tl.constexpr(1 << 31)  # third word of the counters of noise; dropout has the number of a layer there
 TWO_PI = tl.constexpr(2 * math.pi)
@@ -20,15 +20,14 @@ TO_UNIT = tl.constexpr(2.0**-32)
 
 
 @triton.constexpr_function
-def width_of(size, limit):
-    """Of the blocks that `size` entries are cut into."""
-    return min(padded(size), limit)
+def width_of(size):
+    """Of a tensor that holds `size` entries."""
+    return max(triton.next_power_of_2(size), 16)
 
 
 @triton.constexpr_function
-def blocks_of(size, width):
-    """How many of them `size` entries are cut into."""
-    return -(-size // width)
+def eighth_of(size):
+    return -(-size // 8)
 
 
 @triton.constexpr_function
@@ -47,177 +46,189 @@ def inputs_of(sizes, layer, first):
 
 
 @triton.jit
-def columns(k: tl.constexpr, SIZE: tl.constexpr, W: tl.constexpr):
-    """The columns of block k, where each part has SIZE of them, and which of them exist."""
-    COUNT: tl.constexpr = blocks_of(SIZE, W)
-    local = k % COUNT * W + tl.arange(0, W)
-    return k // COUNT * SIZE + local, local < SIZE
+def sliced(h, first, K: tl.constexpr):
+    """The columns first, ..., first + K - 1."""
+    if h.shape[1] <= K:
+        return h
+    columns = first + tl.arange(0, K)
+    return tl.gather(h, tl.broadcast_to(columns[None, :], h.shape[0], K), 1)
 
 
 @triton.jit
-def add_products(sums, h, layer, outs, in_outs, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """sums + h W^T for the outputs `outs`."""
-    w_ptr, _, w_strides, _ = layer
-    for k in tl.static_range(len(h)):
-        ins, in_ins = columns(k, SIZE, h[0].shape[1])
-        to = tile(w_ptr, ins, outs, (w_strides[1], w_strides[0]))
-        w = tl.load(to, mask=in_ins[:, None] & in_outs[None, :], other=0)
-        sums = product(h[k].to(w.dtype), w, sums, PRECISION)
+def load_transposed(layer, ins, outs, in_ins, in_outs):
+    """The block [ins, outs] of W^T."""
+    to = tile(layer[0], ins, outs, (layer[2][1], layer[2][0]))
+    return tl.load(to, mask=in_ins[:, None] & in_outs[None, :], other=0)
+
+
+@triton.jit
+def add_products(
+    sums, h, layer, first, outs, in_outs, SIZE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """sums + h W^T for the outputs `outs`, where h are the SIZE inputs from `first` on."""
+    K: tl.constexpr = min(BLOCK_K, width_of(SIZE))
+    for start in range(0, SIZE, K):
+        ins = start + tl.arange(0, K)
+        w = load_transposed(layer, first + ins, outs, ins < SIZE, in_outs)
+        sums = product(sliced(h, start, K).to(w.dtype), w, sums, PRECISION)
     return sums
 
 
 @triton.jit
 def add_bias(sums, layer, outs, in_outs):
-    _, b_ptr, _, b_strides = layer
-    if b_ptr is not None:
-        sums += tl.load(b_ptr + outs * b_strides[0], mask=in_outs, other=0).to(sums.dtype)[None, :]
+    if layer[1] is not None:
+        sums += tl.load(layer[1] + outs * layer[3][0], mask=in_outs, other=0).to(sums.dtype)[None, :]
     return sums
 
 
 @triton.jit
-def linear(h, layer, SIZE: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr):
-    """h W^T + b, block after block."""
-    result = ()
-    for j in tl.static_range(blocks_of(OUT, width_of(OUT, BLOCK_H))):
-        outs, in_outs = columns(j, OUT, width_of(OUT, BLOCK_H))
-        sums = tl.zeros((h[0].shape[0], width_of(OUT, BLOCK_H)), h[0].dtype)
-        sums = add_products(sums, h, layer, outs, in_outs, SIZE, PRECISION)
-        result = result + (add_bias(sums, layer, outs, in_outs),)
-    return result
+def linear(h, layer, SIZE: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):
+    """h W^T + b"""
+    outs = tl.arange(0, width_of(OUT))
+    sums = tl.zeros((h.shape[0], width_of(OUT)), h.dtype)
+    sums = add_products(sums, h, layer, 0, outs, outs < OUT, SIZE, PRECISION, BLOCK_K)
+    return add_bias(sums, layer, outs, outs < OUT)
 
 
 @triton.jit
-def add_grad_products(sums, grads, layer, ins, in_ins, OUT: tl.constexpr, PRECISION: tl.constexpr):
+def add_grad_products(
+    sums, grads, layer, ins, in_ins, OUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """sums + grads W for the inputs `ins`."""
-    w_ptr, _, w_strides, _ = layer
-    for j in tl.static_range(len(grads)):
-        outs, in_outs = columns(j, OUT, grads[0].shape[1])
-        w = tl.load(tile(w_ptr, outs, ins, w_strides), mask=in_outs[:, None] & in_ins[None, :], other=0)
-        sums = product(grads[j].to(w.dtype), w, sums, PRECISION)
+    K: tl.constexpr = min(BLOCK_K, width_of(OUT))
+    for start in range(0, OUT, K):
+        outs = start + tl.arange(0, K)
+        inside = (outs < OUT)[:, None] & in_ins[None, :]
+        w = tl.load(tile(layer[0], outs, ins, layer[2]), mask=inside, other=0)
+        sums = product(sliced(grads, start, K).to(w.dtype), w, sums, PRECISION)
     return sums
 
 
 @triton.jit
 def grad_linear(
-    grads,
-    layer,
-    SIZE: tl.constexpr,
-    COUNT: tl.constexpr,
-    OUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    grads, layer, first, SIZE: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """grads W: the gradient of the input, COUNT blocks."""
-    result = ()
-    for k in tl.static_range(COUNT):
-        ins, in_ins = columns(k, SIZE, width_of(SIZE, BLOCK_H))
-        sums = tl.zeros((grads[0].shape[0], width_of(SIZE, BLOCK_H)), grads[0].dtype)
-        result = result + (add_grad_products(sums, grads, layer, ins, in_ins, OUT, PRECISION),)
-    return result
+    """grads W: the gradient of the SIZE inputs from `first` on."""
+    ins = tl.arange(0, width_of(SIZE))
+    sums = tl.zeros((grads.shape[0], width_of(SIZE)), grads.dtype)
+    return add_grad_products(sums, grads, layer, first + ins, ins < SIZE, OUT, PRECISION, BLOCK_K)
 
 
 @triton.jit
-def activate(
-    blocks, number, first, seed_ptr, rows, SIZE: tl.constexpr, UNITS: tl.constexpr, THRESHOLD: tl.constexpr
-):
-    """dropout(relu(v)) of SIZE units from `first` on, of the UNITS of the `number`-th layer; NaN stays NaN."""
-    result = ()
-    for k in tl.static_range(len(blocks)):
-        v = tl.where(blocks[k] < 0, 0.0, blocks[k])
-        if THRESHOLD is not None:
-            units, _ = columns(k, SIZE, v.shape[1])
-            passed = not_dropped(seed_ptr, number, rows, first + units, UNITS, THRESHOLD)
-            v = tl.where(passed, v, v * 0.0) * tl.full((), 65536 / THRESHOLD, v.dtype)
-        result = result + (v,)
-    return result
+def activate(v, number, first, seed_ptr, rows, UNITS: tl.constexpr, THRESHOLD: tl.constexpr):
+    """dropout(relu(v)) of units from `first` on, of the UNITS of the `number`-th layer; NaN stays NaN."""
+    v = tl.where(v < 0, 0.0, v)
+    if THRESHOLD is not None:
+        units = first + tl.arange(0, v.shape[1])
+        passed = not_dropped(seed_ptr, number, rows, units, UNITS, THRESHOLD)
+        v = tl.where(passed, v, v * 0.0) * tl.full((), 65536 / THRESHOLD, v.dtype)
+    return v
 
 
 @triton.jit
-def grad_activate(grads, activated, THRESHOLD: tl.constexpr):
+def grad_activate(grad, activated, THRESHOLD: tl.constexpr):
     """The gradient before relu and dropout: what came out as 0 was cut by one or the other."""
-    result = ()
-    for k in tl.static_range(len(grads)):
-        grad = tl.where(activated[k] <= 0, 0.0, grads[k])
-        if THRESHOLD is not None:
-            grad *= tl.full((), 65536 / THRESHOLD, grad.dtype)
-        result = result + (grad,)
-    return result
+    grad = tl.where(activated <= 0, 0.0, grad)
+    if THRESHOLD is not None:
+        grad *= tl.full((), 65536 / THRESHOLD, grad.dtype)
+    return grad
 
 
 @triton.jit
 def decode(
-    latent,
+    z1,
+    z2,
     decoder,
     seed_ptr,
     rows,
     COUNT: tl.constexpr,
     FIRST: tl.constexpr,  # layers that drop units and come before the decoder's
+    AVERAGE: tl.constexpr,
     DECODER: tl.constexpr,
     R: tl.constexpr,
     THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """The latent, and after it the outputs of the first COUNT hidden layers of the decoder."""
-    outputs = (latent,)
+    """The outputs of the first COUNT hidden layers of the decoder."""
+    outputs = ()
     for i in tl.static_range(COUNT):
-        v = linear(outputs[i], decoder[i], inputs_of(DECODER, i, R), DECODER[i], PRECISION, BLOCK_H)
-        outputs = outputs + (activate(v, FIRST + i, 0, seed_ptr, rows, DECODER[i], DECODER[i], THRESHOLD),)
+        outs = tl.arange(0, width_of(DECODER[i]))
+        v = tl.zeros((z1.shape[0], width_of(DECODER[i])), z1.dtype)
+        if i == 0:
+            v = add_latent_products(v, z1, z2, decoder[0], outs, outs < DECODER[0], AVERAGE, R, PRECISION, BLOCK_K)
+        else:
+            v = add_products(
+                v, outputs[i - 1], decoder[i], 0, outs, outs < DECODER[i], DECODER[i - 1], PRECISION, BLOCK_K
+            )
+        v = add_bias(v, decoder[i], outs, outs < DECODER[i])
+        outputs = outputs + (activate(v, FIRST + i, 0, seed_ptr, rows, DECODER[i], THRESHOLD),)
     return outputs
 
 
 @triton.jit
-def fused(z1, z2, AVERAGE: tl.constexpr):
-    """The decoder's input: both latents, or their average."""
-    result = z1 + z2
+def add_latent_products(
+    sums,
+    z1,
+    z2,
+    layer,
+    outs,
+    in_outs,
+    AVERAGE: tl.constexpr,
+    R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """sums + g W^T, where the decoder's input g is [z_1, z_2] or their average."""
     if AVERAGE:
-        result = ()
-        for k in tl.static_range(len(z1)):
-            result = result + ((z1[k] + z2[k]) / 2,)
-    return result
+        return add_products(sums, (z1 + z2) / 2, layer, 0, outs, in_outs, R, PRECISION, BLOCK_K)
+    sums = add_products(sums, z1, layer, 0, outs, in_outs, R, PRECISION, BLOCK_K)
+    return add_products(sums, z2, layer, R, outs, in_outs, R, PRECISION, BLOCK_K)
 
 
 @triton.jit
-def residual(
-    x_ptr,
-    x_strides,
+def decoded(
     g,
     output,
-    scale,
-    rows,
+    z1,
+    z2,
     cols,
-    keep,
-    D,
-    SIZE: tl.constexpr,
+    in_cols,
+    AVERAGE: tl.constexpr,
+    DECODER: tl.constexpr,
+    R: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """r = (x_hat - x) / t of one block, 0 where it does not count; and 1 / t."""
-    scale_ptr, scale_strides = scale
-    inside = cols < D
-    x_hat = tl.zeros((rows.shape[0], cols.shape[0]), g[0].dtype)
-    x_hat = add_bias(add_products(x_hat, g, output, cols, inside, SIZE, PRECISION), output, cols, inside)
-    counts = keep[:, None] & inside[None, :]
-    x = tl.load(tile(x_ptr, rows, cols, x_strides), mask=counts, other=0).to(x_hat.dtype)
-    inverse = 1 / tl.load(scale_ptr + cols * scale_strides[0], mask=inside, other=1).to(x_hat.dtype)
+    """x_hat of a block of features, from the outputs g of the decoder's hidden layers, or from the latent."""
+    x_hat = tl.zeros((z1.shape[0], cols.shape[0]), z1.dtype)
+    if len(DECODER) > 0:
+        SIZE: tl.constexpr = inputs_of(DECODER, len(DECODER), R)
+        x_hat = add_products(x_hat, g[len(DECODER) - 1], output, 0, cols, in_cols, SIZE, PRECISION, BLOCK_K)
+    else:
+        x_hat = add_latent_products(x_hat, z1, z2, output, cols, in_cols, AVERAGE, R, PRECISION, BLOCK_K)
+    return add_bias(x_hat, output, cols, in_cols)
+
+
+@triton.jit
+def residual(x_hat, x, scale, cols, counts, D):
+    """r = (x_hat - x) / t, 0 where it does not count; and 1 / t."""
+    inverse = 1 / tl.load(scale[0] + cols * scale[1][0], mask=cols < D, other=1).to(x_hat.dtype)
     return tl.where(counts, (x_hat - x) * inverse[None, :], 0.0), inverse
 
 
 @triton.jit
-def load_blocks(ptr, stride, rows, keep, first, SIZE: tl.constexpr, COUNT: tl.constexpr, BLOCK_H: tl.constexpr):
-    """COUNT blocks of the columns from `first` on of a matrix with rows of `stride` entries."""
-    result = ()
-    for k in tl.static_range(COUNT):
-        cols, inside = columns(k, SIZE, width_of(SIZE, BLOCK_H))
-        entries = tl.load(tile(ptr, rows, first + cols, (stride, 1)), mask=keep[:, None] & inside[None, :], other=0)
-        result = result + (entries,)
-    return result
+def load_columns(ptr, stride, rows, keep, first, SIZE: tl.constexpr):
+    """The SIZE columns from `first` on of a matrix with rows of `stride` entries."""
+    cols = tl.arange(0, width_of(SIZE))
+    return tl.load(tile(ptr, rows, first + cols, (stride, 1)), mask=keep[:, None] & (cols < SIZE)[None, :], other=0)
 
 
 @triton.jit
-def store_blocks(ptr, stride, rows, keep, first, h, SIZE: tl.constexpr):
-    for k in tl.static_range(len(h)):
-        cols, inside = columns(k, SIZE, h[0].shape[1])
-        tl.store(tile(ptr, rows, first + cols, (stride, 1)), h[k], mask=keep[:, None] & inside[None, :])
+def store_columns(ptr, stride, rows, keep, first, h, SIZE: tl.constexpr):
+    cols = tl.arange(0, width_of(SIZE))
+    to = tile(ptr, rows, first + cols, (stride, 1))
+    tl.store(to, h.to(ptr.dtype.element_ty), mask=keep[:, None] & (cols < SIZE)[None, :])
 
 
 # random numbers
@@ -234,7 +245,7 @@ def philox(seed_ptr, position, stream):
 @triton.jit
 def not_dropped(seed_ptr, layer, rows, units, UNITS: tl.constexpr, THRESHOLD: tl.constexpr):
     """Which units dropout keeps: each 128 bits decide for 8 units, one every eighth of a layer, by 16 bits."""
-    BLOCKS: tl.constexpr = blocks_of(UNITS, 8)
+    BLOCKS: tl.constexpr = eighth_of(UNITS)
     position = rows.to(tl.int64)[:, None] * BLOCKS + (units % BLOCKS)[None, :]
     first, second, third, fourth = philox(seed_ptr, position, layer)
     half = (units // BLOCKS)[None, :]

@@ -52,8 +52,7 @@ def options_for(
     kernel: Any, table: Table, shapes: Shapes, N: int, widest: int, B: Tensor, dropout: float
 ) -> dict[str, Any]:
     """Launch options for N tokens of at most `widest` features; B stands for all parameters."""
-    hidden = max(*shapes.encoder, *shapes.decoder, shapes.R, 1)
-    options = blocks_for(kernel, table, B.element_size(), N, BLOCK_D=widest, BLOCK_H=hidden)
+    options = blocks_for(kernel, table, B.element_size(), N, BLOCK_D=widest)
     constants = {"ENCODER": shapes.encoder, "DECODER": shapes.decoder, "R": shapes.R, "THRESHOLD": threshold(dropout)}
     return options | constants | {"ACC": accumulator(B), "PRECISION": precision(B)}
 

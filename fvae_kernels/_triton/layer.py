@@ -23,32 +23,29 @@ from ._layer_common import (
     activate,
     add_bias,
     add_products,
-    blocks_of,
-    columns,
     decode,
-    fused,
+    decoded,
     hidden_column,
-    inputs_of,
     linear,
+    load_transposed,
     noises,
     residual,
     standard_deviation,
-    store_blocks,
+    store_columns,
     width_of,
 )
 from ._layer_host import Parameter, Shapes, arguments, options_for, split
 from .reconstruct import HALF_LOG_2_PI
 
-PROGRAMS = 264  # of the forward, at most: as many partial sums
 STATISTICS = tl.constexpr(12)  # their order is that of ops._layer_support
 
 TABLE: Table = {
-    (2, True): {"BLOCK_N": 16, "BLOCK_D": 64, "BLOCK_H": 64, "num_warps": 4, "num_stages": 2},
-    (2, False): {"BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_H": 64, "num_warps": 8, "num_stages": 2},
-    (4, True): {"BLOCK_N": 16, "BLOCK_D": 64, "BLOCK_H": 64, "num_warps": 4, "num_stages": 2},
-    (4, False): {"BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_H": 64, "num_warps": 8, "num_stages": 2},
-    (8, True): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_H": 32, "num_warps": 4, "num_stages": 1},
-    (8, False): {"BLOCK_N": 32, "BLOCK_D": 16, "BLOCK_H": 32, "num_warps": 8, "num_stages": 1},
+    (2, True): {"BLOCK_N": 16, "BLOCK_D": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+    (2, False): {"BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+    (4, True): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2},
+    (4, False): {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
+    (8, True): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
+    (8, False): {"BLOCK_N": 32, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
 }
 
 
@@ -65,42 +62,30 @@ def first_layers(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
 ):
-    """x W^T of everything that reads x, in one walk over x: blocks of the first layers of encoder 1, then 2."""
-    W: tl.constexpr = width_of(OUT, BLOCK_H)
-    BLOCKS: tl.constexpr = blocks_of(OUT, W)
+    """x W^T + b of everything that reads x, in one walk over x: the layers of encoder 1, then of encoder 2."""
+    outs = tl.arange(0, width_of(OUT))
     sums = ()
-    for _ in tl.static_range(2 * LAYERS * BLOCKS):
-        sums = sums + (tl.zeros((rows.shape[0], W), ACC),)
+    for i in tl.static_range(2 * LAYERS):
+        sums = sums + (tl.zeros((rows.shape[0], width_of(OUT)), ACC),)
     for first in range(0, D, BLOCK_D):
         cols = first + tl.arange(0, BLOCK_D)
-        in_x, in_cols = (rows < N)[:, None] & (cols < D)[None, :], cols < D
+        in_x = (rows < N)[:, None] & (cols < D)[None, :]
         x = tl.load(tile(x_ptr, rows, cols, x_strides), mask=in_x, other=0)
         added = ()
-        for i in tl.static_range(2 * LAYERS * BLOCKS):
-            w_ptr, _, w_strides, _ = encoders[i // (LAYERS * BLOCKS)][i // BLOCKS % LAYERS]
-            outs, in_outs = columns(i % BLOCKS, OUT, W)
-            to = tile(w_ptr, cols, outs, (w_strides[1], w_strides[0]))
-            w = tl.load(to, mask=in_cols[:, None] & in_outs[None, :], other=0)
+        for i in tl.static_range(2 * LAYERS):
+            w = load_transposed(encoders[i // LAYERS][i % LAYERS], cols, outs, cols < D, outs < OUT)
             added = added + (product(x.to(w.dtype), w, sums[i], PRECISION),)
         sums = added
-    return sums
-
-
-@triton.jit
-def biased(blocks, first: tl.constexpr, count: tl.constexpr, layer, SIZE: tl.constexpr):
-    """`count` of the blocks, with the bias of their layer."""
-    result = ()
-    for k in tl.static_range(count):
-        outs, in_outs = columns(k, SIZE, blocks[0].shape[1])
-        result = result + (add_bias(blocks[first + k], layer, outs, in_outs),)
-    return result
+    biased = ()
+    for i in tl.static_range(2 * LAYERS):
+        biased = biased + (add_bias(sums[i], encoders[i // LAYERS][i % LAYERS], outs, outs < OUT),)
+    return biased
 
 
 @triton.jit
 def encode_side(
-    sums,
+    firsts,
     encoder,
     side: tl.constexpr,
     seed_ptr,
@@ -112,45 +97,35 @@ def encode_side(
     R: tl.constexpr,
     THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """mean and logvar of one encoder from what its first layers made of x; the state of its hidden layers is stored."""
+    """mean and logvar of one encoder from what its first layers made of x; all that backward needs is stored."""
     if len(ENCODER) == 0:
-        COUNT: tl.constexpr = len(sums) // 4
-        mean = biased(sums, 2 * side * COUNT, COUNT, encoder[0], R)
-        logvar = biased(sums, (2 * side + 1) * COUNT, COUNT, encoder[1], R)
+        mean, logvar = firsts[2 * side], firsts[2 * side + 1]
     else:
-        HALF: tl.constexpr = len(sums) // 2
-        h = biased(sums, side * HALF, HALF, encoder[0], ENCODER[0])
+        h = firsts[side]
         for i in tl.static_range(len(ENCODER)):
             if i > 0:
-                h = linear(h, encoder[i], ENCODER[i - 1], ENCODER[i], PRECISION, BLOCK_H)
-            h = activate(h, i, side * ENCODER[i], seed_ptr, rows, ENCODER[i], 2 * ENCODER[i], THRESHOLD)
-            store_blocks(state_ptr, WIDTH, rows, inside, hidden_column(ENCODER, i, side), h, ENCODER[i])
-        mean = linear(h, encoder[len(ENCODER)], ENCODER[len(ENCODER) - 1], R, PRECISION, BLOCK_H)
-        logvar = linear(h, encoder[len(ENCODER) + 1], ENCODER[len(ENCODER) - 1], R, PRECISION, BLOCK_H)
+                h = linear(h, encoder[i], ENCODER[i - 1], ENCODER[i], PRECISION, BLOCK_K)
+            h = activate(h, i, side * ENCODER[i], seed_ptr, rows, 2 * ENCODER[i], THRESHOLD)
+            store_columns(state_ptr, WIDTH, rows, inside, hidden_column(ENCODER, i, side), h, ENCODER[i])
+        mean = linear(h, encoder[len(ENCODER)], ENCODER[len(ENCODER) - 1], R, PRECISION, BLOCK_K)
+        logvar = linear(h, encoder[len(ENCODER) + 1], ENCODER[len(ENCODER) - 1], R, PRECISION, BLOCK_K)
     heads: tl.constexpr = hidden_column(ENCODER, len(ENCODER), 0) + 2 * side * R
-    store_blocks(state_ptr, WIDTH, rows, inside, heads, mean, R)
-    store_blocks(state_ptr, WIDTH, rows, inside, heads + R, logvar, R)
+    store_columns(state_ptr, WIDTH, rows, inside, heads, mean, R)
+    store_columns(state_ptr, WIDTH, rows, inside, heads + R, logvar, R)
     return mean, logvar
 
 
 @triton.jit
-def total(values, counts):
-    return tl.sum(tl.where(counts, values, 0.0))
-
-
-@triton.jit
-def add_statistics(sums, mean, logvar, std, z, counts, mu, side: tl.constexpr):
-    """What one block of a latent adds to the sums of its statistics."""
-    lanes = tl.arange(0, 16)
-    center = mu if side == 1 else 0.0
-    first = 4 * side + 2
-    sums += tl.where(lanes == first, total(mean * mean, counts), 0.0)
-    sums += tl.where(lanes == first + 1, total((mean - mu) * (mean - mu), counts), 0.0)
-    sums += tl.where(lanes == first + 2, total(std * std, counts), 0.0)
-    sums += tl.where(lanes == first + 3, total(clamped(logvar), counts), 0.0)
-    sums += tl.where(lanes == 10 + side, total((z - center) * (z - center), counts), 0.0)
+def statistics_of(mean, logvar, std, z, counts, mu, side: tl.constexpr):
+    """Sums over the latent entries that count, each at its place in the objective's table."""
+    from_center = z - (mu if side == 1 else 0.0)
+    values = (mean * mean, (mean - mu) * (mean - mu), std * std, clamped(logvar), from_center * from_center)
+    lanes, sums = tl.arange(0, 16), tl.zeros((16,), z.dtype)
+    for i in tl.static_range(5):
+        place: tl.constexpr = 4 * side + 2 + i if i < 4 else 10 + side
+        sums += tl.where(lanes == place, tl.sum(tl.where(counts, values[i], 0.0)), 0.0)
     return sums
 
 
@@ -188,64 +163,51 @@ def layer_fwd_kernel(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    s, mu = tl.full((), scaling, ACC), tl.full((), prior2_mean, ACC)
-    statistics = tl.zeros((16,), ACC)
-    W: tl.constexpr = width_of(R, BLOCK_H)
+    # 1. This program's tokens: both encoders
+    program = tl.program_id(0).to(tl.int64)
+    rows = program * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    keep = counting(mask_ptr, mask_strides, rows, N)
     FIRST: tl.constexpr = ENCODER[0] if len(ENCODER) > 0 else R
-    for block in range(program, tl.cdiv(N, BLOCK_N), programs):
-        # 1. This block of tokens: both encoders
-        rows = tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = rows < N
-        keep = counting(mask_ptr, mask_strides, rows, N)
-        sums = first_layers(
-            x_ptr, x_strides, encoders, rows, N, D, FIRST, 2 - min(len(ENCODER), 1), ACC, PRECISION, BLOCK_D, BLOCK_H
-        )
-        mean1, logvar1 = encode_side(
-            sums, encoders[0], 0, seed_ptr, state_ptr, rows, inside, WIDTH, ENCODER, R, THRESHOLD, PRECISION, BLOCK_H
-        )
-        mean2, logvar2 = encode_side(
-            sums, encoders[1], 1, seed_ptr, state_ptr, rows, inside, WIDTH, ENCODER, R, THRESHOLD, PRECISION, BLOCK_H
-        )
-        # 2. Samples
-        z1, z2 = (), ()
-        for k in tl.static_range(len(mean1)):
-            latent, in_latent = columns(k, R, W)
-            counts = keep[:, None] & in_latent[None, :]
-            eps1, eps2 = noises(
-                noise, noise_strides, seed_ptr, rows, latent, inside[:, None] & in_latent[None, :], R, ACC
-            )
-            std1, std2 = standard_deviation(logvar1[k]), standard_deviation(logvar2[k])
-            z1, z2 = z1 + (mean1[k] + std1 * eps1,), z2 + (mean2[k] + std2 * eps2,)
-            statistics = add_statistics(statistics, mean1[k], logvar1[k], std1, z1[k], counts, mu, 0)
-            statistics = add_statistics(statistics, mean2[k], logvar2[k], std2, z2[k], counts, mu, 1)
-        # 3. y = base + s B z_1
-        for first in range(0, M, BLOCK_D):
-            cols = first + tl.arange(0, BLOCK_D)
-            in_y = inside[:, None] & (cols < M)[None, :]
-            y = s * add_products(tl.zeros((BLOCK_N, BLOCK_D), ACC), z1, up, cols, cols < M, R, PRECISION)
-            if base_ptr is not None:
-                y += tl.load(tile(base_ptr, rows, cols, base_strides), mask=in_y, other=0).to(ACC)
-            tl.store(tile(y_ptr, rows, cols, (M, 1)), y.to(y_ptr.dtype.element_ty), mask=in_y)
-        # 4. Squares of r = (x_hat - x) / t
-        outputs = decode(
-            fused(z1, z2, AVERAGE), decoder, seed_ptr, rows, len(DECODER), len(ENCODER), DECODER, R, THRESHOLD,
-            PRECISION, BLOCK_H,
-        )  # fmt: skip
-        for first in range(0, D, BLOCK_D):
-            cols = first + tl.arange(0, BLOCK_D)
-            r, _ = residual(
-                x_ptr, x_strides, outputs[len(DECODER)], decoder[len(DECODER)], scale, rows, cols, keep, D,
-                inputs_of(DECODER, len(DECODER), R), PRECISION,
-            )  # fmt: skip
-            squares, to = tl.sum(r * r, 0), squares_ptr + tl.cast(program, tl.int64) * D + cols
-            if block >= programs:
-                squares += tl.load(to, mask=cols < D, other=0)
-            tl.store(to, squares, mask=cols < D)
-        tl.debug_barrier()  # the next block of tokens adds to what other threads wrote
+    LAYERS: tl.constexpr = 1 if len(ENCODER) > 0 else 2
+    firsts = first_layers(x_ptr, x_strides, encoders, rows, N, D, FIRST, LAYERS, ACC, PRECISION, BLOCK_D)
+    mean1, logvar1 = encode_side(
+        firsts, encoders[0], 0, seed_ptr, state_ptr, rows, inside, WIDTH, ENCODER, R, THRESHOLD, PRECISION, BLOCK_K
+    )
+    mean2, logvar2 = encode_side(
+        firsts, encoders[1], 1, seed_ptr, state_ptr, rows, inside, WIDTH, ENCODER, R, THRESHOLD, PRECISION, BLOCK_K
+    )
+    # 2. Samples, and the statistics of the objective
+    latent = tl.arange(0, width_of(R))
+    eps1, eps2 = noises(noise, noise_strides, seed_ptr, rows, latent, inside[:, None] & (latent < R)[None, :], R, ACC)
+    std1, std2 = standard_deviation(logvar1), standard_deviation(logvar2)
+    z1, z2 = mean1 + std1 * eps1, mean2 + std2 * eps2
+    counts, mu = keep[:, None] & (latent < R)[None, :], tl.full((), prior2_mean, ACC)
+    statistics = statistics_of(mean1, logvar1, std1, z1, counts, mu, 0)
+    statistics += statistics_of(mean2, logvar2, std2, z2, counts, mu, 1)
     tl.store(statistics_ptr + 16 * program + tl.arange(0, 16), statistics)
+    # 3. y = base + s B z_1
+    for first in range(0, M, BLOCK_D):
+        cols = first + tl.arange(0, BLOCK_D)
+        in_y = inside[:, None] & (cols < M)[None, :]
+        y = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+        y = tl.full((), scaling, ACC) * add_products(y, z1, up, 0, cols, cols < M, R, PRECISION, BLOCK_K)
+        if base_ptr is not None:
+            y += tl.load(tile(base_ptr, rows, cols, base_strides), mask=in_y, other=0).to(ACC)
+        tl.store(tile(y_ptr, rows, cols, (M, 1)), y.to(y_ptr.dtype.element_ty), mask=in_y)
+    # 4. Squares of r = (x_hat - x) / t
+    g = decode(
+        z1, z2, decoder, seed_ptr, rows, len(DECODER), len(ENCODER), AVERAGE, DECODER, R, THRESHOLD, PRECISION, BLOCK_K
+    )
+    for first in range(0, D, BLOCK_D):
+        cols = first + tl.arange(0, BLOCK_D)
+        counts = keep[:, None] & (cols < D)[None, :]
+        x_hat = decoded(g, decoder[len(DECODER)], z1, z2, cols, cols < D, AVERAGE, DECODER, R, PRECISION, BLOCK_K)
+        x = tl.load(tile(x_ptr, rows, cols, x_strides), mask=counts, other=0).to(ACC)
+        r, _ = residual(x_hat, x, scale, cols, counts, D)
+        tl.store(squares_ptr + program * D + cols, tl.sum(r * r, 0), mask=cols < D)
 
 
 @triton.jit
@@ -332,7 +294,7 @@ def layer_fwd(
     if N == 0:
         return y, *(x.new_zeros((), dtype=wide) for _ in range(4)), state, x.new_zeros(D, dtype=wide)
     options = options_for(layer_fwd_kernel, TABLE, shapes, N, max(D, M), B, dropout)
-    programs = min(triton.cdiv(N, options["BLOCK_N"]), PROGRAMS)
+    programs = triton.cdiv(N, options["BLOCK_N"])
     squares, statistics = (x.new_empty((programs, n), dtype=wide) for n in (D, 16))
     layer_fwd_kernel[(programs,)](
         base,
