@@ -124,7 +124,7 @@ def statistics_of(mean, logvar, std, z, counts, mu, side: tl.constexpr):
     values = (mean * mean, (mean - mu) * (mean - mu), std * std, clamped(logvar), from_center * from_center)
     lanes, sums = tl.arange(0, 16), tl.zeros((16,), z.dtype)
     for i in tl.static_range(5):
-        place: tl.constexpr = 4 * side + 2 + i if i < 4 else 10 + side
+        place = 4 * side + 2 + i if i < 4 else 10 + side
         sums += tl.where(lanes == place, tl.sum(tl.where(counts, values[i], 0.0)), 0.0)
     return sums
 
@@ -181,12 +181,13 @@ def layer_fwd_kernel(
     )
     # 2. Samples, and the statistics of the objective
     latent = tl.arange(0, width_of(R))
-    eps1, eps2 = noises(noise, noise_strides, seed_ptr, rows, latent, inside[:, None] & (latent < R)[None, :], R, ACC)
+    in_latent = (latent < R)[None, :]
+    eps1, eps2 = noises(noise, noise_strides, seed_ptr, rows, latent, inside[:, None] & in_latent, R, ACC)
     std1, std2 = standard_deviation(logvar1), standard_deviation(logvar2)
     z1, z2 = mean1 + std1 * eps1, mean2 + std2 * eps2
-    counts, mu = keep[:, None] & (latent < R)[None, :], tl.full((), prior2_mean, ACC)
-    statistics = statistics_of(mean1, logvar1, std1, z1, counts, mu, 0)
-    statistics += statistics_of(mean2, logvar2, std2, z2, counts, mu, 1)
+    mu = tl.full((), prior2_mean, ACC)
+    statistics = statistics_of(mean1, logvar1, std1, z1, keep[:, None] & in_latent, mu, 0)
+    statistics += statistics_of(mean2, logvar2, std2, z2, keep[:, None] & in_latent, mu, 1)
     tl.store(statistics_ptr + 16 * program + tl.arange(0, 16), statistics)
     # 3. y = base + s B z_1
     for first in range(0, M, BLOCK_D):
