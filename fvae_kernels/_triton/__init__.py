@@ -12,7 +12,7 @@ import torch
 
 from .. import _library
 from .._backend import interpreting
-from . import divergence, encode, reconstruct, reconstruct_bwd
+from . import divergence, encode, layer, layer_bwd, reconstruct, reconstruct_bwd
 
 DEVICES = ("cpu", "cuda") if interpreting() else ("cuda",)
 
@@ -23,6 +23,8 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
     "divergence_bwd": divergence.divergence_bwd,
     "reconstruct_fwd": reconstruct.reconstruct_fwd,
     "reconstruct_bwd": reconstruct_bwd.reconstruct_bwd,
+    "layer_fwd": layer.layer_fwd,
+    "layer_bwd": layer_bwd.layer_bwd,
 }
 
 

@@ -12,11 +12,14 @@ import math
 import triton
 import triton.language as tl
 
-from ._common import clamped, product, tile
+from ._common import clamped, product, share, tile
 
 NOISE = tl.constexpr(1 << 31)  # third word of the counters of noise; dropout has the number of a layer there
 TWO_PI = tl.constexpr(2 * math.pi)
 TO_UNIT = tl.constexpr(2.0**-32)
+
+STATISTICS, NLL = tl.constexpr(12), tl.constexpr(1)  # of the objective's table, in the order of ops._layer_support
+SQUARES, SAMPLED = tl.constexpr(2), tl.constexpr(10)
 
 
 @triton.constexpr_function
@@ -231,6 +234,26 @@ def store_columns(ptr, stride, rows, keep, first, h, SIZE: tl.constexpr):
     tl.store(to, h.to(ptr.dtype.element_ty), mask=keep[:, None] & (cols < SIZE)[None, :])
 
 
+# the objective
+
+
+@triton.jit
+def weight(table, i: tl.constexpr, ACC: tl.constexpr):
+    """An entry of the objective's table, which comes as two tuples of float32."""
+    return tl.full((), table[0][i], ACC) + tl.full((), table[1][i], ACC)
+
+
+@triton.jit
+def coefficient(grads, table, kept_ptr, N, i: tl.constexpr, ACC: tl.constexpr):
+    """The gradient of a token's i-th statistic, from those of loss, nll, kl and gamma."""
+    c = share(grads[0], kept_ptr, N, ACC) * weight(table, i, ACC)
+    c += share(grads[2], kept_ptr, N, ACC) * weight(table, STATISTICS + i, ACC)
+    c += share(grads[3], kept_ptr, N, ACC) * weight(table, 2 * STATISTICS + i, ACC)
+    if i == NLL:
+        c += share(grads[1], kept_ptr, N, ACC)
+    return c
+
+
 # random numbers
 
 
@@ -295,3 +318,33 @@ def noises(noise, noise_strides, seed_ptr, rows, latent, inside, R: tl.constexpr
 @triton.jit
 def standard_deviation(logvar):
     return tl.exp(0.5 * clamped(logvar))
+
+
+@triton.jit
+def latents(
+    state_ptr,
+    noise,
+    noise_strides,
+    seed_ptr,
+    rows,
+    inside,
+    WIDTH: tl.constexpr,
+    ENCODER: tl.constexpr,
+    R: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """mean, logvar, noise, standard deviation and sample of both latents, from the state that forward left."""
+    HEADS: tl.constexpr = hidden_column(ENCODER, len(ENCODER), 0)
+    latent = tl.arange(0, width_of(R))
+    given = inside[:, None] & (latent < R)[None, :]
+    eps1, eps2 = noises(noise, noise_strides, seed_ptr, rows, latent, given, R, ACC)
+    mean1, logvar1 = head(state_ptr, rows, inside, HEADS, WIDTH, R)
+    mean2, logvar2 = head(state_ptr, rows, inside, HEADS + 2 * R, WIDTH, R)
+    std1, std2 = standard_deviation(logvar1), standard_deviation(logvar2)
+    return (mean1, logvar1, eps1, std1, mean1 + std1 * eps1), (mean2, logvar2, eps2, std2, mean2 + std2 * eps2)
+
+
+@triton.jit
+def head(state_ptr, rows, inside, first, WIDTH: tl.constexpr, R: tl.constexpr):
+    mean = load_columns(state_ptr, WIDTH, rows, inside, first, R)
+    return mean, load_columns(state_ptr, WIDTH, rows, inside, first + R, R)

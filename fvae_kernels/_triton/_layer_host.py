@@ -83,3 +83,56 @@ def arguments(
         strides(mask),
         seed,
     )
+
+
+class Gradients(NamedTuple):
+    """Where in one flat tensor the gradients of the parameters are; -1 where one is not needed or not there."""
+
+    groups: list[list[int]]  # of encoder1, encoder2, decoder, scale, B
+    length: int
+
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[Parameter]], needed: Sequence[bool]) -> "Gradients":
+        length, places = 0, []
+        for parameters, need in zip(groups, needed, strict=True):
+            places.append([])
+            for p in parameters:
+                places[-1].append(length if need and p is not None else -1)
+                length += -(-p.numel() // 16) * 16 if need and p is not None else 0
+        return cls(places, length)
+
+    def views(self, flat: Tensor, groups: Sequence[Sequence[Parameter]]) -> list[Tensor]:
+        """The gradients in the order of the parameters, [0] where one is not needed."""
+        pairs = ((at, p) for places, group in zip(self.groups, groups, strict=True) for at, p in zip(places, group))
+        return [
+            flat.new_empty(0) if at < 0 or p is None else flat[at : at + p.numel()].view(p.shape) for at, p in pairs
+        ]
+
+    def to(self, shapes: Shapes, later: Sequence[tuple[int, int]]) -> tuple[Any, ...]:
+        """As layer_grads_kernel takes it."""
+        encoders, decoder, (scale,), (B,) = self.groups[:2], self.groups[2], *self.groups[3:]
+        reading = 1 if shapes.encoder else 2
+        firsts = tuple(encoder[2 * i] for encoder in encoders for i in range(reading))
+        rest = tuple((encoders[side][2 * i], encoders[side][2 * i + 1]) for side, i in later)
+        return firsts, tuple(zip(decoder[::2], decoder[1::2], strict=True)), scale, B, rest
+
+
+def later_layers(shapes: Shapes, T: int) -> tuple[list[tuple[int, int]], tuple[tuple[int, ...], ...], int]:
+    """The encoders' layers that do not read x, and those that do for their biases, which are cut into tiles of T.
+
+    Side and number of each; (first program, column of its outputs in the state, outputs, column of its inputs, inputs)
+    of each; and how many programs they are. Inputs of x itself are none.
+    """
+    sizes, R, hidden = shapes.encoder, shapes.R, len(shapes.encoder)
+    heads = 2 * sum(sizes)
+    which, rows, programs = [], [], 0
+    for side in range(2):
+        for i in range(hidden + 2):
+            outputs = sizes[i] if i < hidden else R
+            column = 2 * sum(sizes[:i]) + side * outputs if i < hidden else heads + (2 * side + i - hidden) * R
+            before = min(i, hidden) - 1  # the hidden layer that it reads
+            inputs = sizes[before] if before >= 0 else 0
+            which.append((side, i))
+            rows.append((programs, column, outputs, 2 * sum(sizes[:before]) + side * inputs if inputs else 0, inputs))
+            programs += -(-outputs // T) * max(-(-inputs // T), 1)
+    return which, tuple(rows), programs

@@ -20,6 +20,10 @@ from torch import Tensor
 from .._library import wide_dtype
 from ._common import Table, clamped, counting, kept_tokens, product, strides, tile, tokens
 from ._layer_common import (
+    NLL,
+    SAMPLED,
+    SQUARES,
+    STATISTICS,
     activate,
     add_bias,
     add_products,
@@ -32,12 +36,12 @@ from ._layer_common import (
     residual,
     standard_deviation,
     store_columns,
+    weight,
     width_of,
 )
 from ._layer_host import Parameter, Shapes, arguments, options_for, split
 from .reconstruct import HALF_LOG_2_PI
 
-STATISTICS = tl.constexpr(12)  # their order is that of ops._layer_support
 
 TABLE: Table = {
     (2, True): {"BLOCK_N": 16, "BLOCK_D": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
@@ -124,7 +128,7 @@ def statistics_of(mean, logvar, std, z, counts, mu, side: tl.constexpr):
     values = (mean * mean, (mean - mu) * (mean - mu), std * std, clamped(logvar), from_center * from_center)
     lanes, sums = tl.arange(0, 16), tl.zeros((16,), z.dtype)
     for i in tl.static_range(5):
-        place = 4 * side + 2 + i if i < 4 else 10 + side
+        place = SQUARES + 4 * side + i if i < 4 else SAMPLED + side
         sums += tl.where(lanes == place, tl.sum(tl.where(counts, values[i], 0.0)), 0.0)
     return sums
 
@@ -212,12 +216,6 @@ def layer_fwd_kernel(
 
 
 @triton.jit
-def weight(table, i: tl.constexpr, ACC: tl.constexpr):
-    """An entry of the objective's table, which comes as two tuples of float32."""
-    return tl.full((), table[0][i], ACC) + tl.full((), table[1][i], ACC)
-
-
-@triton.jit
 def layer_mean_kernel(
     squares_ptr,  # [P, D]
     statistics_ptr,  # [P, 16]
@@ -258,7 +256,7 @@ def layer_mean_kernel(
         here = (rows < P)[:, None] & (lanes >= 0)[None, :]
         sums += tl.load(tile(statistics_ptr, rows, lanes, (16, 1)), mask=here, other=0).to(tl.float64)
     means = tl.where(lanes == 0, 1.0, tl.sum(sums, 0) / over)
-    means = tl.where(lanes == 1, tl.sum(nll), means)
+    means = tl.where(lanes == NLL, tl.sum(nll), means)
     # 3. The terms; NaN counts only where it has a weight
     tl.store(terms[1], tl.sum(nll).to(terms[1].dtype.element_ty))
     for term in tl.static_range(3):
@@ -294,6 +292,7 @@ def layer_fwd(
     state = x.new_empty((N, shapes.width), dtype=wide)
     if N == 0:
         return y, *(x.new_zeros((), dtype=wide) for _ in range(4)), state, x.new_zeros(D, dtype=wide)
+    dropout = dropout if seed is not None else 0.0
     options = options_for(layer_fwd_kernel, TABLE, shapes, N, max(D, M), B, dropout)
     programs = triton.cdiv(N, options["BLOCK_N"])
     squares, statistics = (x.new_empty((programs, n), dtype=wide) for n in (D, 16))
