@@ -57,32 +57,39 @@ def options_for(
     return options | constants | {"ACC": accumulator(B), "PRECISION": precision(B)}
 
 
-def arguments(
-    x: Tensor,
-    encoder1: Sequence[Parameter],
-    encoder2: Sequence[Parameter],
-    decoder: Sequence[Parameter],
-    scale: Tensor,
-    B: Tensor,
-    noise1: Parameter,
-    noise2: Parameter,
-    mask: Parameter,
-    seed: Parameter,
-) -> tuple[Any, ...]:
-    """From x to the seed, as every layer kernel takes them."""
-    return (
-        x,
-        x.stride(),
-        (linears(encoder1), linears(encoder2)),
-        linears(decoder),
-        (scale, scale.stride()),
-        linears((B, None))[0],
-        (noise1, noise2),
-        (strides(noise1), strides(noise2)),
-        mask,
-        strides(mask),
-        seed,
-    )
+class Arguments(NamedTuple):
+    """What every layer kernel takes; strides follow their tensors."""
+
+    x: Tensor
+    x_strides: Any
+    encoders: Any  # of both: (weight, bias, strides of both) of the hidden layers, of mean and of logvar
+    decoder: Any  # the same of the hidden layers and of the output layer
+    scale: Any  # t and its strides
+    up: Any  # B as a layer, without a bias
+    noise: Any  # of both sides, or None
+    noise_strides: Any
+    mask: Parameter
+    mask_strides: Any
+    seed: Parameter
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        encoder1: Sequence[Parameter],
+        encoder2: Sequence[Parameter],
+        decoder: Sequence[Parameter],
+        scale: Tensor,
+        B: Tensor,
+        noise1: Parameter,
+        noise2: Parameter,
+        mask: Parameter,
+        seed: Parameter,
+    ) -> "Arguments":
+        encoders, scales, noise = (linears(encoder1), linears(encoder2)), (scale, scale.stride()), (noise1, noise2)
+        up, noise_strides = linears((B, None))[0], (strides(noise1), strides(noise2))
+        decoders = linears(decoder)
+        return cls(x, x.stride(), encoders, decoders, scales, up, noise, noise_strides, mask, strides(mask), seed)
 
 
 class Gradients(NamedTuple):

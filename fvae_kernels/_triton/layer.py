@@ -39,7 +39,7 @@ from ._layer_common import (
     weight,
     width_of,
 )
-from ._layer_host import Parameter, Shapes, arguments, options_for, split
+from ._layer_host import Arguments, Parameter, Shapes, options_for, split
 from .reconstruct import HALF_LOG_2_PI
 
 
@@ -299,7 +299,7 @@ def layer_fwd(
     layer_fwd_kernel[(programs,)](
         base,
         strides(base),
-        *arguments(x, encoder1, encoder2, decoder, scale, B, noise1, noise2, mask, seed),
+        *Arguments.of(x, encoder1, encoder2, decoder, scale, B, noise1, noise2, mask, seed),
         y,
         state,
         squares,

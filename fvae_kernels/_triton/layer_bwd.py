@@ -40,7 +40,7 @@ from ._layer_common import (
     store_columns,
     width_of,
 )
-from ._layer_host import Gradients, Parameter, Shapes, arguments, later_layers, options_for, split
+from ._layer_host import Arguments, Gradients, Parameter, Shapes, later_layers, options_for, split
 from .layer_grads import PROGRAMS, layer_grads_kernel
 from .layer_grads import TABLE as TABLE_GRADS
 
@@ -323,7 +323,7 @@ def layer_bwd(
     grad_hidden = x.new_empty((N, G), dtype=wide) if asked[2] and hidden else None
     grads, kept = (grad_loss, grad_nll, grad_kl, grad_gamma), kept_tokens(mask)
     arrives = (grad_y, strides(grad_y), grads, split(objective))
-    layer = arguments(x, encoder1, encoder2, decoder, scale, B, noise1, noise2, mask, seed)
+    layer = Arguments.of(x, encoder1, encoder2, decoder, scale, B, noise1, noise2, mask, seed)
     dropout = dropout if seed is not None else 0.0
 
     if latents_needed or asked[2]:

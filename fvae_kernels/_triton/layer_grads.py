@@ -79,8 +79,9 @@ def feature_sums(
     BLOCK_K: tl.constexpr,
 ):
     """A tile of the features of x: their grad_x, and the gradients of the weights that read or make them."""
-    x_ptr, x_strides, encoders, decoder, scale, _, _, _, mask_ptr, mask_strides, _ = layer
+    decoder, encoders, scale = layer.decoder, layer.encoders, layer.scale
     output = decoder[len(decoder) - 1]
+    P: tl.constexpr = output[0].dtype.element_ty
     LAYERS: tl.constexpr = len(to[0]) // 2
     outs, ins = tl.arange(0, width_of(FIRST)), tl.arange(0, width_of(G))
     grad_out, grad_bias = tl.zeros((cols.shape[0], width_of(G)), ACC), tl.zeros((cols.shape[0],), ACC)
@@ -89,9 +90,9 @@ def feature_sums(
         grad_firsts = grad_firsts + (tl.zeros((width_of(FIRST), cols.shape[0]), ACC),)
     for block in range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
         rows, inside = rows_of(block, N, BLOCK_N)
-        keep = counting(mask_ptr, mask_strides, rows, N)
+        keep = counting(layer.mask, layer.mask_strides, rows, N)
         in_x, counts = inside[:, None] & (cols < D)[None, :], keep[:, None] & (cols < D)[None, :]
-        x = tl.load(tile(x_ptr, rows, cols, x_strides), mask=in_x, other=0)
+        x = tl.load(tile(layer.x, rows, cols, layer.x_strides), mask=in_x, other=0)
         grad_x = tl.zeros((BLOCK_N, cols.shape[0]), ACC)
         if g_ptr is not None:
             # 1. r of this block, once more
@@ -99,7 +100,6 @@ def feature_sums(
             x_hat = add_products(grad_x, g, output, 0, cols, cols < D, G, PRECISION, BLOCK_K)
             r, inverse = residual(add_bias(x_hat, output, cols, cols < D), x.to(ACC), scale, cols, counts, D)
             if NEEDS[2]:
-                P: tl.constexpr = output[0].dtype.element_ty
                 grad_out = product(tl.trans(r.to(P)), g.to(P), grad_out, PRECISION)
                 grad_bias += tl.sum(r, 0)
             if THROUGH_TARGET:
@@ -111,8 +111,7 @@ def feature_sums(
             grad = load_columns(grad_state_ptr, WIDTH, rows, inside, i * FIRST, FIRST)
             of_weight = grad_firsts[i]
             if NEEDS[1]:
-                dtype: tl.constexpr = first[0].dtype.element_ty
-                of_weight = product(tl.trans(grad.to(dtype)), x.to(dtype), of_weight, PRECISION)
+                of_weight = product(tl.trans(grad.to(P)), x.to(P), of_weight, PRECISION)
             added = added + (of_weight,)
             if NEEDS[0]:
                 grad_x = add_grad_products(grad_x, grad, first, cols, cols < D, FIRST, PRECISION, BLOCK_K)
@@ -150,13 +149,14 @@ def up_sums(
     BLOCK_N: tl.constexpr,
 ):
     """A tile of the features of y: the gradient of B."""
-    _, _, _, _, _, up, noise, noise_strides, _, _, seed_ptr = layer
-    P: tl.constexpr = up[0].dtype.element_ty
+    P: tl.constexpr = layer.up[0].dtype.element_ty
     ins = tl.arange(0, width_of(R))
     sums = tl.zeros((cols.shape[0], width_of(R)), ACC)
     for block in range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
         rows, inside = rows_of(block, N, BLOCK_N)
-        latent1, _ = latents(state_ptr, noise, noise_strides, seed_ptr, rows, inside, WIDTH, ENCODER, R, ACC)
+        latent1, latent2 = latents(
+            state_ptr, layer.noise, layer.noise_strides, layer.seed, rows, inside, WIDTH, ENCODER, R, ACC
+        )
         in_y = inside[:, None] & (cols < M)[None, :]
         grad_y = tl.load(tile(grad_y_ptr, rows, cols, grad_y_strides), mask=in_y, other=0)
         sums = product(tl.trans(grad_y.to(P)), latent1[4].to(P), sums, PRECISION)
@@ -229,7 +229,7 @@ def hidden_sums(
     T: tl.constexpr,
 ):
     """T rows, from `first` on, of the weight of the decoder's l-th hidden layer."""
-    _, _, _, decoder, _, _, noise, noise_strides, _, _, seed_ptr = layer
+    decoder = layer.decoder
     P: tl.constexpr = decoder[l][0].dtype.element_ty
     LAST: tl.constexpr = len(DECODER) - 1
     SIZE: tl.constexpr = inputs_of(DECODER, l, R)
@@ -242,11 +242,11 @@ def hidden_sums(
         # 1. The decoder up to its last hidden layer, whose gradient is there
         rows, inside = rows_of(block, N, BLOCK_N)
         latent1, latent2 = latents(
-            state_ptr, noise, noise_strides, seed_ptr, rows, inside, WIDTH, ENCODER, R, ACC
+            state_ptr, layer.noise, layer.noise_strides, layer.seed, rows, inside, WIDTH, ENCODER, R, ACC
         )
         z1, z2 = latent1[4], latent2[4]
         h = decode(
-            z1, z2, decoder, seed_ptr, rows, LAST, len(ENCODER), AVERAGE, DECODER, R, THRESHOLD, PRECISION, BLOCK_K
+            z1, z2, decoder, layer.seed, rows, LAST, len(ENCODER), AVERAGE, DECODER, R, THRESHOLD, PRECISION, BLOCK_K
         )
         # 2. Back to this layer
         if l == LAST:
@@ -337,7 +337,7 @@ def layer_grads_kernel(
     elif program < counts[0] + counts[1] + counts[2]:
         if NEEDS[1]:
             later_sums(
-                program - counts[0] - counts[1], layer[5][0].dtype.element_ty, grad_state_ptr, state_ptr, parts_ptr,
+                program - counts[0] - counts[1], layer.up[0].dtype.element_ty, grad_state_ptr, state_ptr, parts_ptr,
                 to[4], N, LATER, WIDTH, ACC, PRECISION, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     else:
