@@ -267,13 +267,16 @@ def philox(seed_ptr, position, stream):
 
 @triton.jit
 def not_dropped(seed_ptr, layer, rows, units, UNITS: tl.constexpr, THRESHOLD: tl.constexpr):
-    """Which units dropout keeps: each 128 bits decide for 8 units, one every eighth of a layer, by 16 bits."""
+    """Which units dropout keeps: each 128 bits decide for 8 units, one of every eighth of the layer, by 16 bits each."""
     BLOCKS: tl.constexpr = eighth_of(UNITS)
-    position = rows.to(tl.int64)[:, None] * BLOCKS + (units % BLOCKS)[None, :]
+    PADDED: tl.constexpr = triton.next_power_of_2(BLOCKS)
+    position = rows.to(tl.int64)[:, None] * BLOCKS + tl.arange(0, PADDED)[None, :]
     first, second, third, fourth = philox(seed_ptr, position, layer)
-    half = (units // BLOCKS)[None, :]
-    word = tl.where(half < 2, first, tl.where(half < 4, second, tl.where(half < 6, third, fourth)))
-    return ((word >> (16 * (half % 2)).to(tl.uint32)) & 0xFFFF) < THRESHOLD
+    words = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (rows.shape[0], 4 * PADDED))
+    half = units // BLOCKS % 8
+    at = units % BLOCKS * 4 + half // 2
+    word = tl.gather(words, tl.broadcast_to(at[None, :], rows.shape[0], units.shape[0]), 1)
+    return ((word >> (16 * (half % 2)).to(tl.uint32)[None, :]) & 0xFFFF) < THRESHOLD
 
 
 @triton.jit
