@@ -10,9 +10,6 @@ from ._common import Table, accumulator, blocks_for, precision, strides
 
 Parameter = Tensor | None  # of a list weight, bias or None, weight, ...: the input's layer first
 
-WIDEST = 256  # activations of a tile of tokens stay in registers
-PRODUCTS = 160  # blocks of weights, at most, that one tile of tokens is multiplied by: they are unrolled
-
 
 class Shapes(NamedTuple):
     """Sizes of the hidden layers of an encoder and of the decoder, and of the latent."""
