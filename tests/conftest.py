@@ -27,6 +27,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", names, scope="module")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "compiled: too slow where Triton interprets its kernels; other cases run there")
+
+
+@pytest.fixture(autouse=True)
+def _compiled(request: pytest.FixtureRequest) -> None:
+    marked = request.node.get_closest_marker("compiled") and "backend" in request.fixturenames
+    if marked and request.getfixturevalue("backend") == "triton" and interpreting():
+        pytest.skip("too slow where Triton interprets its kernels")
+
+
 def pytest_report_header() -> list[str]:
     missing = {name: why_missing(name) for name in ("triton", "cpp")}
     return [f"backend {name} is not tested: {reason}" for name, reason in missing.items() if reason is not None]

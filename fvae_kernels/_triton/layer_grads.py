@@ -34,8 +34,8 @@ from ._layer_common import (
 PROGRAMS = 264  # about as many: the chunks of tokens are as many as that leaves
 
 TABLE: Table = {
-    (2, True): {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
-    (2, False): {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+    (2, True): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
+    (2, False): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
     (4, True): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
     (4, False): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
     (8, True): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
@@ -319,10 +319,11 @@ def layer_grads_kernel(
     c = coefficient(grads, table, kept_ptr, N, NLL, ACC)
     if program < counts[0]:
         cols = program * BLOCK_D + tl.arange(0, BLOCK_D)
-        feature_sums(
-            layer, grad_state_ptr, g_ptr, grad_x_ptr, parts_ptr, to, c, cols, N, D, G, FIRST, NEEDS, THROUGH_TARGET,
-            WIDTH, ACC, PRECISION, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        if NEEDS[0] or NEEDS[1] or NEEDS[2]:
+            feature_sums(
+                layer, grad_state_ptr, g_ptr, grad_x_ptr, parts_ptr, to, c, cols, N, D, G, FIRST, NEEDS,
+                THROUGH_TARGET, WIDTH, ACC, PRECISION, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         if NEEDS[3]:
             unit = tl.load(unit_grad_scale_ptr + cols, mask=cols < D, other=0).to(ACC)
             of_scale = tl.where(tl.program_id(1) == 0, unit * c * tl.maximum(tokens(kept_ptr, N, ACC), 1.0), 0.0)
