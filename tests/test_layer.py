@@ -95,7 +95,9 @@ def test_every_option_matches_reference(backend, device, options):
 
 
 @pytest.mark.parametrize("mask", [pytest.param(False, marks=compiled), True])
-@pytest.mark.parametrize(("N", "D"), [pytest.param(4001, 40, marks=compiled), pytest.param(70, 3000, marks=compiled), (900, 700)])
+@pytest.mark.parametrize(
+    ("N", "D"), [pytest.param(4001, 40, marks=compiled), pytest.param(70, 3000, marks=compiled), (900, 700)]
+)
 def test_many_tiles_match_reference(backend, device, many, N, D, mask):
     sizes = {"encoder_hidden": (5, 4), "decoder_hidden": (8, 9)}
     inputs = layer_inputs((many(N),), many(D), M=50, mask=mask, device=device, **sizes)
@@ -114,7 +116,7 @@ def test_each_output_alone_matches_reference(backend, device, term):
 
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=compiled), 0.2])
 def test_same_inputs_give_the_same_bits(backend, device, many, dropout):
-    inputs = layer_inputs((many(1000),), 40, dtype=torch.float32, device=device)
+    inputs = layer_inputs((many(1000) // 2,), 40, dtype=torch.float32, device=device)
     results = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -149,7 +151,9 @@ def test_two_threads_give_what_one_after_the_other_does(backend, device):
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=compiled), torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, pytest.param({"encoder_hidden": (), "fusion": "average"}, marks=compiled)])
 def test_low_precision_is_no_worse(backend, device, many, dtype, options):
-    def inputs(seed):
-        return layer_inputs((many(300),), 60, 50, mask=True, dtype=dtype, device=device, rank=8, seed=seed, **options)
+    tokens, seeds = (300, 4) if many(300) == 300 else (12, 10)
 
-    assert_layer_no_worse(inputs, plain, backend)
+    def inputs(seed):
+        return layer_inputs((tokens,), 60, 50, mask=True, dtype=dtype, device=device, rank=8, seed=seed, **options)
+
+    assert_layer_no_worse(inputs, plain, backend, seeds)

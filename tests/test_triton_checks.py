@@ -15,10 +15,9 @@ if not interpreting():
 
 import triton
 import triton.language as tl
+from layer_inputs import raw_layer
 from triton_tools.meter import Meter
 from triton_tools.strict import strict
-
-from layer_inputs import raw_layer
 
 from fvae_kernels._triton import (
     LAUNCHERS,
@@ -28,6 +27,7 @@ from fvae_kernels._triton import (
     layer,
     layer_bwd,
     layer_grads,
+    layer_mean,
     reconstruct,
     reconstruct_bwd,
 )
@@ -60,7 +60,9 @@ def arguments(N, D, R, H, dtype, mask=True, stride="contiguous"):
 def layer_arguments(N, D, R, H, dtype, mask=True, stride="contiguous"):
     """Noise is given where the dtype is float64, and made elsewhere."""
     options = {"rank": R, "encoder_hidden": (H,), "decoder_hidden": (H, H + 2)}
-    base, *inputs = raw_layer((N,), D, M=H + 1, mask=mask, base=True, stride=stride, dtype=dtype, dropout=0.3, **options)
+    base, *inputs = raw_layer(
+        (N,), D, M=H + 1, mask=mask, base=True, stride=stride, dtype=dtype, dropout=0.3, **options
+    )
     if dtype != torch.float64:
         inputs[6:8] = None, None
     wide = _library.wide_dtype(inputs[0])
@@ -107,7 +109,7 @@ def test_every_kernel_runs_in_these_checks():
     with strict(), Meter() as meter:
         for name, values in arguments(33, 17, 3, 5, torch.float32).items():
             LAUNCHERS[name](*values)
-    modules = (encode, divergence, reconstruct, reconstruct_bwd, layer, layer_bwd, layer_grads, _common)
+    modules = (encode, divergence, reconstruct, reconstruct_bwd, layer, layer_mean, layer_bwd, layer_grads, _common)
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {launch.name for launch in meter.launches} == kernels
 
@@ -202,7 +204,7 @@ def test_launches():
             "reconstruct_fwd": ["reconstruct_fwd", "reconstruct_mean"],
             "reconstruct_bwd": ["reconstruct_bwd_tokens", "reconstruct_bwd_features", "reduce", "reduce"],
             "layer_fwd": ["layer_fwd", "layer_mean"],
-            "layer_bwd": ["layer_bwd", "layer_grads", "reduce"],
+            "layer_bwd": ["layer_bwd", "layer_grads", "layer_reduce"],
         }
     )
 

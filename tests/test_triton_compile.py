@@ -16,12 +16,16 @@ if interpreting():
     pytest.skip("interpreted kernels do not compile", allow_module_level=True)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from triton_tools.compile_all import calls, compiled
+from triton_tools.compile_all import calls, compiled, layer_calls
 from triton_tools.gpu_compile import TARGETS, compiling, metrics
 
 from fvae_kernels._triton import LAUNCHERS
 
-PRODUCTS = {"encode_fwd", "reconstruct_fwd", "reconstruct_bwd_tokens", "reconstruct_bwd_features"}
+LAYER = {"layer_fwd_kernel", "layer_bwd_kernel", "layer_grads_kernel"}
+PRODUCTS = {
+    *("encode_fwd", "reconstruct_fwd", "reconstruct_bwd_tokens", "reconstruct_bwd_features"),
+    *(name.removesuffix("_kernel") for name in LAYER),
+}
 
 
 CASES = [
@@ -35,6 +39,17 @@ CASES = [
 def test_what_the_compiler_made(target, size, dtype):
     kernels = list(compiled(target, size, dtype))
     assert len({k["kernel"] for k in kernels}) == 10
+    assert_good(kernels, target, dtype)
+
+
+@pytest.mark.parametrize(("target", "dtype"), [("sm_90", torch.float32), ("sm_80", torch.bfloat16)], ids=str)
+def test_what_the_compiler_made_of_the_layer(target, dtype):
+    kernels = list(compiled(target, "few", dtype, layer_calls))
+    assert {k["kernel"] for k in kernels} == {*LAYER, "layer_mean_kernel", "layer_reduce_kernel"}
+    assert_good(kernels, target, dtype)
+
+
+def assert_good(kernels, target, dtype):
     for kernel in kernels:
         name = kernel["kernel"].removesuffix("_kernel")
         assert kernel["spills"] == 0, kernel
@@ -55,6 +70,16 @@ def test_awkward_sizes_compile(N, D, R, H, bare):
         for name, arguments in calls(N, torch.float16, D, R, H, bare):
             LAUNCHERS[name](*arguments)
     assert len(kernels) == (10 if bare else 11)
+
+
+def test_a_bare_layer_compiles():
+    """Linear encoders, no bias, no hidden layer, no base, noise that is given."""
+    with compiling("sm_90") as kernels:
+        for name, arguments in layer_calls(33, torch.float16, 17, 3, bare=True):
+            LAUNCHERS[name](*arguments)
+    assert [k.metadata.name for k in kernels] == [
+        *("layer_fwd_kernel", "layer_mean_kernel", "layer_bwd_kernel", "layer_grads_kernel", "layer_reduce_kernel")
+    ]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What the launchers of the layer kernels share: the arguments of their kernels, and what the kernels can hold."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -97,7 +98,7 @@ class Gradients(NamedTuple):
 
     @classmethod
     def of(cls, groups: Sequence[Sequence[Parameter]], needed: Sequence[bool]) -> "Gradients":
-        length, places = 0, []
+        length, places = 0, list[list[int]]()
         for parameters, need in zip(groups, needed, strict=True):
             places.append([])
             for p in parameters:
@@ -105,12 +106,15 @@ class Gradients(NamedTuple):
                 length += -(-p.numel() // 16) * 16 if need and p is not None else 0
         return cls(places, length)
 
-    def views(self, flat: Tensor, groups: Sequence[Sequence[Parameter]]) -> list[Tensor]:
+    def empty(self, groups: Sequence[Sequence[Parameter]], like: Tensor) -> list[Tensor]:
         """The gradients in the order of the parameters, [0] where one is not needed."""
-        pairs = ((at, p) for places, group in zip(self.groups, groups, strict=True) for at, p in zip(places, group))
-        return [
-            flat.new_empty(0) if at < 0 or p is None else flat[at : at + p.numel()].view(p.shape) for at, p in pairs
-        ]
+        pairs = zip(itertools.chain(*self.groups), itertools.chain(*groups), strict=True)
+        return [like.new_empty(0 if at < 0 or p is None else p.shape) for at, p in pairs]
+
+    def places(self, grads: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[tuple[int, int], ...]]:
+        """Those that are needed, and where each is and how many entries it has."""
+        pairs = [(grad, at) for grad, at in zip(grads, itertools.chain(*self.groups), strict=True) if at >= 0]
+        return tuple(grad for grad, _ in pairs), tuple((at, grad.numel()) for grad, at in pairs)
 
     def to(self, shapes: Shapes, later: Sequence[tuple[int, int]]) -> tuple[Any, ...]:
         """As layer_grads_kernel takes it."""
