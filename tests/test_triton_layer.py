@@ -23,7 +23,7 @@ import triton.language as tl
 from triton_tools.meter import Meter
 from triton_tools.strict import strict
 
-from fvae_kernels._triton import LAUNCHERS, _layer_common, layer, layer_bwd, layer_grads
+from fvae_kernels._triton import LAUNCHERS, _random, layer, layer_bwd, layer_grads
 
 # cost
 
@@ -96,7 +96,7 @@ def test_gradients_that_are_not_needed_cost_nothing():
 @triton.jit
 def draw_kernel(seed_ptr, first_ptr, second_ptr, R: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
     rows, latent = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, R)
-    first, second = _layer_common.normals(seed_ptr, rows, latent, R, ACC)
+    first, second = _random.normals(seed_ptr, rows, latent, R, ACC)
     tl.store(first_ptr + rows[:, None] * R + latent[None, :], first)
     tl.store(second_ptr + rows[:, None] * R + latent[None, :], second)
 

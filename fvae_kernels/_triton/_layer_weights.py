@@ -1,4 +1,4 @@
-"""The kinds of programs of layer_grads_kernel that make the gradients of small weights: G^T h, over a chunk of tokens."""
+"""The programs of layer_grads_kernel that make the gradients of small weights: G^T h, over a chunk of tokens."""
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, misc, var-annotated"
 # ruff: noqa: RUF005  (Triton adds tuples; it cannot unpack them)
@@ -82,8 +82,7 @@ def hidden_sums(
     state_ptr,
     grad_hidden_ptr,
     parts_ptr,
-    to_w,
-    to_b,
+    to,
     c,
     N,
     WIDTH: tl.constexpr,
@@ -106,7 +105,7 @@ def hidden_sums(
     PARTS: tl.constexpr = 1 if number > 0 or AVERAGE else 2
     outs, ins = first + tl.arange(0, T), tl.arange(0, width_of(SIZE))
     sums, grad_bias = (), tl.zeros((T,), ACC)
-    for i in tl.static_range(PARTS):
+    for _i in tl.static_range(PARTS):
         sums = sums + (tl.zeros((T, width_of(SIZE)), ACC),)
     for block in range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
         # 1. The decoder up to its last hidden layer, whose gradient is there
@@ -127,17 +126,9 @@ def hidden_sums(
             for i in tl.static_range(LAST, number + 1, -1):
                 of_layer = grad_linear(of_layer, decoder[i], 0, DECODER[i - 1], DECODER[i], PRECISION, BLOCK_K)
                 of_layer = grad_activate(of_layer, h[i - 1], THRESHOLD)
+            inside_layer, after = outs < DECODER[number], decoder[number + 1]
             grad = tl.zeros((BLOCK_N, T), ACC)
-            grad = add_grad_products(
-                grad,
-                of_layer,
-                decoder[number + 1],
-                outs,
-                outs < DECODER[number],
-                DECODER[number + 1],
-                PRECISION,
-                BLOCK_K,
-            )
+            grad = add_grad_products(grad, of_layer, after, outs, inside_layer, DECODER[number + 1], PRECISION, BLOCK_K)
             grad = grad_activate(grad, sliced(h[number], first, T), THRESHOLD)
         # 3. G^T h
         inputs = (h[number - 1],) if number > 0 else (((z1 + z2) / 2,) if AVERAGE else (z1, z2))
@@ -147,6 +138,6 @@ def hidden_sums(
         sums = added
         grad_bias += tl.sum(tl.where(inside[:, None], grad, 0.0), 0)
     for i in tl.static_range(PARTS):
-        store_sums(parts_ptr + to_w, c * sums[i], outs, i * SIZE, ins, DECODER[number], SIZE, PARTS * SIZE)
+        store_sums(parts_ptr + to[0], c * sums[i], outs, i * SIZE, ins, DECODER[number], SIZE, PARTS * SIZE)
     if decoder[number][1] is not None:
-        tl.store(parts_ptr + to_b + outs, c * grad_bias, mask=outs < DECODER[number])
+        tl.store(parts_ptr + to[1] + outs, c * grad_bias, mask=outs < DECODER[number])

@@ -66,7 +66,7 @@ def first_layers(
     """x W^T + b of everything that reads x, in one walk over x: the layers of encoder 1, then of encoder 2."""
     outs = tl.arange(0, width_of(OUT))
     sums = ()
-    for i in tl.static_range(2 * LAYERS):
+    for _i in tl.static_range(2 * LAYERS):
         sums = sums + (tl.zeros((rows.shape[0], width_of(OUT)), ACC),)
     for first in range(0, D, BLOCK_D):
         cols = first + tl.arange(0, BLOCK_D)

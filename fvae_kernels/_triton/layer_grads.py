@@ -72,7 +72,7 @@ def feature_sums(
     outs, ins = tl.arange(0, width_of(FIRST)), tl.arange(0, width_of(G))
     grad_out, grad_bias = tl.zeros((cols.shape[0], width_of(G)), ACC), tl.zeros((cols.shape[0],), ACC)
     grad_firsts = ()
-    for i in tl.static_range(len(to[0])):
+    for _i in tl.static_range(len(to[0])):
         grad_firsts = grad_firsts + (tl.zeros((width_of(FIRST), cols.shape[0]), ACC),)
     for block in range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
         rows, inside = rows_of(block, N, BLOCK_N)
@@ -221,7 +221,7 @@ def layer_grads_kernel(
             for number in tl.static_range(len(DECODER)):
                 if (first >= 0) & (first < tl.cdiv(DECODER[number], BLOCK_D) * BLOCK_D):
                     hidden_sums(
-                        layer, number, first, state_ptr, grad_hidden_ptr, parts_ptr, to[1][number][0], to[1][number][1], c, N, WIDTH,
+                        layer, number, first, state_ptr, grad_hidden_ptr, parts_ptr, to[1][number], c, N, WIDTH,
                         AVERAGE, ENCODER, DECODER, R, THRESHOLD, ACC, PRECISION, BLOCK_N, BLOCK_K,
                         min(BLOCK_D, width_of(DECODER[number])),
                     )  # fmt: skip
