@@ -21,7 +21,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", ["encode", "divergence", "reconstruct", "contract", "triton_checks"])
+LAYER = ["layer", "layer_base", "layer_dropout", "layer_edges", "triton_layer"]
+
+
+@pytest.mark.parametrize("name", ["encode", "divergence", "reconstruct", *LAYER, "contract", "triton_checks"])
 def test_interpreted(name):
     command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", f"tests/test_{name}.py"]
     done = subprocess.run(
