@@ -155,6 +155,21 @@ def test_backward_makes_the_noise_of_forward():
     torch.testing.assert_close(grad, weights.t() @ y.detach(), rtol=1e-12, atol=1e-12)
 
 
+def test_compiles_in_one_graph_through_the_module():
+    fused, x = recipe(10, (6,), 3).double(), torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    results = []
+    for module in (
+        torch.compile(fused.forward_with_terms, fullgraph=True, backend="aot_eager"),
+        fused.forward_with_terms,
+    ):
+        torch.manual_seed(3)
+        with fk.use_backend("triton"):
+            y, terms = module(x)
+            grads = torch.autograd.grad(y.square().sum() + terms.loss, [x, *fused.adapter.parameters()])
+        results.append([y, *terms, *grads])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 # what is not covered
 
 
