@@ -57,7 +57,8 @@ def assert_good(kernels, target, dtype):
         assert kernel["shared"] <= (64 if target == "gfx942" else 99) * 1024, kernel
         assert kernel["occupancy"] >= 0.125, kernel
         if name in PRODUCTS:
-            assert 3 * kernel["loads_128"] >= kernel["loads"], kernel
+            wide = 5 if kernel["kernel"] in LAYER else 3  # the layer's tiles of 16 bits are narrow: all fits registers
+            assert wide * kernel["loads_128"] >= kernel["loads"], kernel
             assert kernel["tensor_core"] > 0 or dtype == torch.float32, kernel
 
 
