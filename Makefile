@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 ARGS ?=
 
-.PHONY: help demo test check bench gpu-compile clean
+.PHONY: help demo test conformance check bench sanitize gpu-compile clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -16,6 +16,9 @@ demo: $(READY)  ## fine-tune a real model with LoRA and FVAE-LoRA side by side; 
 test: $(READY)  ## the whole test suite, kernels on the CPU
 	$(BIN)/python -m pytest $(ARGS)
 
+conformance: $(READY)  ## the tests of the PEFT plug-in under peft 0.18.1 to 0.21.2; table in .conformance/RESULTS.md
+	$(BIN)/python -m tests.conformance $(ARGS)
+
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -23,6 +26,9 @@ check: $(READY)  ## style and types
 
 bench: $(READY)  ## time all sides in turns, write benchmarks/results/REPORT.md; ARGS="--full" for more
 	$(BIN)/python -m benchmarks.report $(ARGS)
+
+sanitize: $(READY)  ## the C++ kernels once more, under AddressSanitizer and UBSan (Linux, gcc; 3 minutes)
+	$(BIN)/python -m tests.sanitize $(ARGS)
 
 gpu-compile: $(READY)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942; registers, spills, tensor cores
 	$(BIN)/python -m tests.triton_tools.compile_all $(ARGS)
@@ -35,4 +41,6 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel numpy
 	$(PIP) --no-build-isolation --editable '.[dev,triton]'
+	# PEFT imports these wherever it finds them, slowly and with a lot to say: one test alone looks in this folder
+	$(PIP) --no-deps --upgrade --target $(VENV)/quantised torchao hqq einops termcolor
 	@touch $@

@@ -1,5 +1,6 @@
 """The one thing that pyproject.toml cannot say: the C++ extension, compiled where a compiler is found."""
 
+import subprocess
 import sys
 from glob import glob
 
@@ -17,5 +18,18 @@ kernels = CppExtension(
     optional=True,  # without a compiler the package installs and says that "cpp" is missing
 )
 
-# optional=True is honoured by setuptools' own build steps alone, not by ninja's.
-setup(ext_modules=[kernels], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=False)})
+
+class OptionalBuild(BuildExtension):
+    """optional=True is honoured by setuptools' own build steps alone: not by ninja's, nor by torch's look at CXX."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, use_ninja=False)
+
+    def build_extensions(self):
+        try:
+            super().build_extensions()
+        except (OSError, subprocess.SubprocessError) as error:
+            self.warn(f"no C++ kernels, since the compiler does not run: {error}")
+
+
+setup(ext_modules=[kernels], cmdclass={"build_ext": OptionalBuild})

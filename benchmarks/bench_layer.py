@@ -5,7 +5,7 @@ import torch
 
 from .conftest import Measure
 from .experiments import checked_layer
-from .sides import inference_sides, names, with_flops
+from .sides import inference_sides, names
 
 SHAPES = [
     (1576, 768, 768),
@@ -19,10 +19,9 @@ INFERENCE = ("base", "lora", "dora", "fvae", "fvae_linear", "merged", "unloaded"
 @pytest.mark.parametrize("side", ["base", *names()])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def bench_layer(measure: Measure, shape: tuple[int, int, int], side: str) -> None:
-    found = checked_layer(tuple(dict.fromkeys((side, "plain"))), *shape)
-    costs = with_flops({name: one.cost() for name, one in found.items()})
+    found = checked_layer((side,), *shape)[side]
     N, D, M = shape
-    measure(f"layer N={N} D={D} M={M} float32", found[side].run, costs[side])
+    measure(f"layer N={N} D={D} M={M} float32", found.run, found.cost())
 
 
 @pytest.mark.parametrize("side", INFERENCE)

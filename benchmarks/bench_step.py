@@ -9,7 +9,7 @@ from . import models
 from .conftest import Measure
 from .experiments import DEFAULT, checked_steps
 from .models import CASES, Batch
-from .sides import names, with_flops
+from .sides import names
 
 
 def sides_of(case: str) -> list[object]:
@@ -26,6 +26,5 @@ def built(case: str) -> tuple[nn.Module, Batch]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("case", "side"), [one for case in CASES for one in sides_of(case)])
 def bench_step(measure: Measure, case: str, side: str) -> None:
-    found = checked_steps(*built(case), (side,))
-    costs = with_flops({side: found[side].cost()})
-    measure(f"step {CASES[case].title} float32", found[side].run, costs[side])
+    found = checked_steps(*built(case), (side,))[side]
+    measure(f"step {CASES[case].title} float32", found.run, found.cost())

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from .flops import FORMULAS
+
 FREE = ("aten::detach", "aten::_unsafe_view", "aten::lift_fresh")  # no kernel runs, though they are not marked as views
 PACKAGES = ("torch", "peft", "transformers", "triton")
 
@@ -18,14 +20,12 @@ PACKAGES = ("torch", "peft", "transformers", "triton")
 class Cost(TorchDispatchMode):
     """Counts, over the block, the operators that run a kernel: how many, their bytes in and out, their FLOPs.
 
-    Views are free. FLOPs are of the operators that `torch.utils.flop_counter` knows; `unknown` lists raw kernels, which
-    it does not know.
+    Views are free. FLOPs are those of matrix products, as `torch.utils.flop_counter` and `flops` have them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.launches, self.bytes, self.flops = 0, 0, 0
-        self.unknown: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -37,8 +37,8 @@ class Cost(TorchDispatchMode):
         self.bytes += sum(nbytes(t) for t in tree_iter((args, kwargs, out)) if isinstance(t, Tensor))
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-        elif not name.startswith("aten::"):
-            self.unknown.append(name)
+        elif name.startswith("fvae_"):
+            self.flops += FORMULAS[name.partition("::")[2]](*args)
         return out
 
 
@@ -84,8 +84,7 @@ def count(run: Callable[[], object], known: Iterable[Tensor] = ()) -> dict[str, 
     """Operators, bytes, FLOPs and saved bytes of one call, by these names; `known` as for `Saved`."""
     with Cost() as cost, Saved(known) as saved:
         run()
-    found = {"launches": cost.launches, "bytes": cost.bytes, "flops": cost.flops, "saved_bytes": saved.bytes}
-    return found | ({"raw_kernels": sorted(set(cost.unknown))} if cost.unknown else {})
+    return {"launches": cost.launches, "bytes": cost.bytes, "flops": cost.flops, "saved_bytes": saved.bytes}
 
 
 def versions() -> dict[str, str]:

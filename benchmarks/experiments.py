@@ -21,9 +21,9 @@ class Settings:
     """How much to measure. Seconds are per group of sides, beyond warming up."""
 
     seconds: float = 6.0
-    model_seconds: float = 30.0
+    model_seconds: float = 20.0
     rounds: int = 5
-    model_rounds: int = 3
+    model_rounds: int = 6
     call_seconds: float = 0.01  # quick sides run several times per round, to last that long
     tokens: int = 1576
     features: int = 768
@@ -78,7 +78,7 @@ def operators(s: Settings) -> list[Group]:
     for op, size in sizes.items():
         checked = {name: checked_op(op, name, s.tokens, size) for name in op_names(op, compiled=not s.tiny)}
         runs = {name: run for name, (run, _) in checked.items()}
-        costs = sides.with_flops({name: cost for name, (_, cost) in checked.items()})
+        costs = {name: cost for name, (_, cost) in checked.items()}
         title = f"`{op}`, N={s.tokens}, " + ", ".join(f"{k}={v}" for k, v in size.items())
         found.append(group(s, title, runs, 0.5, baseline="plain", counted=costs))
     return found
@@ -96,7 +96,7 @@ def checked_op(
     inputs = testing.INPUTS[op]((tokens,), dtype=dtype, **size)
     function, backend = getattr(fk, op), sides.backend_of(name)
     call = torch.compile(function, dynamic=False) if name == "compiled" else function
-    gate.check_op(op, call, inputs, backend=backend)
+    gate.check_op(op, call, inputs, compiled=name == "compiled", backend=backend)
 
     leaves = list(testing.leaves(inputs).values())
     first = call(**inputs, backend=backend)
@@ -112,7 +112,7 @@ def checked_op(
 def layer(s: Settings) -> list[Group]:
     """A whole adapted layer, forward and backward, with its base layer alone as one more side."""
     found = checked_layer(("base", *names(compiled=not s.tiny)), s.tokens, s.features)
-    costs = sides.with_flops({name: side.cost() for name, side in found.items()})
+    costs = {name: side.cost() for name, side in found.items()}
     title = f"adapted layer, N={s.tokens}, D=M={s.features}"
     runs = {name: side.run for name, side in found.items()}
     return [group(s, title, runs, 2.0, baseline="lora", beyond="base", counted=costs)]
@@ -159,7 +159,8 @@ def curves(s: Settings) -> list[Group]:
                 continue  # minutes of plain PyTorch; `--full` has them
             which = dict.fromkeys(["base", ours()])
         runs = {name: side.run for name, side in checked_layer(tuple(which), tokens, D, s.features).items()}
-        found.append(group(s, f"{axis}={size}", runs, 0.33, axis=axis, size=size, beyond="base"))
+        few = replace(s, rounds=min(s.rounds, 3)) if size >= 8192 else s  # a round of these takes seconds
+        found.append(group(few, f"{axis}={size}", runs, 0.33, axis=axis, size=size, beyond="base"))
     return found
 
 

@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import StrMethodFormatter
 
 from .goals import Results, exponents
 from .sides import TITLES
@@ -71,10 +72,13 @@ def scaling(groups: list[dict[str, Any]], path: Path, note: str) -> None:
             if not points:
                 continue
             spread = "" if math.isnan(error) else f" ± {error:.2f}"
-            text = f"{TITLES[name]}, exponent {slope:.2f}{spread}"
+            text = TITLES[name] if math.isnan(slope) else f"{TITLES[name]}, exponent {slope:.2f}{spread}"
             axes.plot(*zip(*points, strict=True), color=COLOURS[name], marker=MARKERS[name], label=text)
+        ticks = sorted({g["size"] for g in groups if g["axis"] == axis})
         axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30 if len(ticks) > 6 else 0)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.set_xlabel(label)
         axes.margins(y=0.05)
         axes.set_ylim(top=axes.get_ylim()[1] * 6)  # room for the legend

@@ -13,22 +13,29 @@ from fvae_kernels.testing import Results
 
 from .sides import FVAE, Side, adapters, environment, without_dropout
 
-FACTOR = 4.0  # error against float64, relative to that of plain PyTorch in the same dtype
-ORDER = 32.0  # roundings of float32, relative to the largest entry, that another order of a long sum may cost
+# Errors against float64 may be FACTOR times those of plain PyTorch in the same dtype, and FLOOR roundings of float32 of
+# the largest entry, for what plain PyTorch rounds luckily. Measured for our kernels: 1.5 times at most, and the kl of a
+# layer, one small difference of large sums, 1.2 roundings. torch.compile adds up tokens one after the other where plain
+# PyTorch adds in pairs, an error that grows as the square root of their number: 1.9 roundings at 1576 tokens.
+FACTOR, FLOOR, COMPILED = 2.0, 2.0, 0.1
 
 
 class WrongKernel(AssertionError):  # noqa: N818  (the name says what happened)
     """A side does not compute what it says; its time would mean nothing."""
 
 
-def check_op(op: str, function: Callable[..., Any], inputs: Mapping[str, Any], **options: Any) -> None:
-    """Outputs and gradients of `function` against ``reference.<op>``.
+def check_op(
+    op: str, function: Callable[..., Any], inputs: Mapping[str, Any], compiled: bool = False, **options: Any
+) -> None:
+    """Outputs and gradients of `function` against ``reference.<op>``; sums over tokens by torch.compile may be worse.
 
     Raises:
         WrongKernel: if they are farther from float64 than plain PyTorch in the same dtype explains.
     """
     rounded, exact = testing.exact_and_rounded(op, inputs)
-    _no_worse(op, testing.run(function, inputs, **options), rounded, exact)
+    tokens = next(iter(inputs.values())).shape[:-1].numel()
+    floor = max(FLOOR, COMPILED * tokens**0.5) if compiled else FLOOR
+    _no_worse(op, testing.run(function, inputs, **options), rounded, exact, floor)
 
 
 def check_adapter(adapter: Any, backend: str, tokens: int = 96) -> None:
@@ -39,7 +46,7 @@ def check_adapter(adapter: Any, backend: str, tokens: int = 96) -> None:
     """
     twin = without_dropout(adapter)
     exact = run_adapter(copy.deepcopy(twin).double(), "reference", tokens)
-    _no_worse("layer", run_adapter(twin, backend, tokens), run_adapter(twin, "reference", tokens), exact)
+    _no_worse("layer", run_adapter(twin, backend, tokens), run_adapter(twin, "reference", tokens), exact, FLOOR)
 
 
 def run_adapter(adapter: Any, backend: str, tokens: int) -> Results:
@@ -84,13 +91,13 @@ def check_sides(sides: Mapping[str, Side], evaluate: Callable[[nn.Module], Tenso
                 check_adapter(adapter, name)
 
 
-def _no_worse(what: str, actual: Results, rounded: Results, exact: Results) -> None:
-    """Root mean square errors against float64, those of sums in another order forgiven."""
+def _no_worse(what: str, actual: Results, rounded: Results, exact: Results, roundings: float) -> None:
+    """Root mean square errors against float64: FACTOR times the baseline's, and so many roundings of the largest."""
     for name, truth in exact.items():
         if not truth.numel():
             continue
         ours, baseline = (float((found[name].double() - truth).square().mean().sqrt()) for found in (actual, rounded))
-        floor = ORDER * torch.finfo(torch.float32).eps * float(truth.abs().max())
+        floor = roundings * torch.finfo(torch.float32).eps * float(truth.abs().max())
         if not ours <= FACTOR * baseline + floor:
             raise WrongKernel(
                 f"{what} differs from the reference: {name}: error {ours:.1e}, plain PyTorch {baseline:.1e}"

@@ -9,6 +9,7 @@ python -m benchmarks.report --render         write the report again from the num
 import argparse
 import json
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,14 +39,19 @@ SECTION_TITLES = {
 
 
 def measure(settings: experiments.Settings, only: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Run the sections; what they found, and where. The report is written after each, so that none is lost."""
+    """Run the sections; what they found, and where. The report is written after each, and one that fails is noted."""
     start = time.perf_counter()
-    found: dict[str, Any] = {"machine": machine.describe(), "ours": ours(), "results": {}}
+    found: dict[str, Any] = {"machine": machine.describe(), "ours": ours(), "results": {}, "failed": {}}
     for name in only:
         print(f"{time.perf_counter() - start:5.0f} s  {name}", flush=True)
-        found["results"][name] = experiments.SECTIONS[name](settings)
+        try:
+            found["results"][name] = experiments.SECTIONS[name](settings)
+        except Exception as error:
+            traceback.print_exc()
+            found["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
         found["minutes"] = (time.perf_counter() - start) / 60
         write(found, folder)
+    print(f"{time.perf_counter() - start:5.0f} s  done", flush=True)
     return found
 
 
@@ -71,7 +77,7 @@ def _counted(cost: dict[str, Any] | None) -> list[str]:
     if not cost:
         return ["not seen"] * 4
     mb, gflop, saved = cost["bytes"] / 1e6, cost["flops"] / 1e9, cost["saved_bytes"] / 1e6
-    return [str(cost["launches"]), f"{mb:.1f}", f"{gflop:.2f}" + "*" * ("flops_from" in cost), f"{saved:.2f}"]
+    return [str(cost["launches"]), f"{mb:.1f}", f"{gflop:.2f}", f"{saved:.2f}"]
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -94,7 +100,7 @@ BUSY = (
     "hold; such times say little. Run it on an idle machine, or with `--threads 1`."
 )
 METHOD = """
-Wall clock, one process. Every round runs every side once and starts with another one; ratios are taken within a round.
+Wall clock, one process. Every round runs every side once, in an order drawn anew; ratios are taken within a round.
 A value is the median over rounds, in brackets its 95 % interval from order statistics (the range, where there are fewer
 than 6 rounds). All sides share base weights, rank 16 and targets (query and value), and pass through `get_peft_model`;
 PEFT's methods have no dropout, FVAE-LoRA has the 0.1 of its recipe. A step is forward, backward and AdamW.
@@ -103,8 +109,8 @@ Before a group is timed, every side must start as the base model, and our kernel
 outputs and gradients. "Beyond base": the base layer's time, measured in the same round, is taken off both.
 
 Operators are those dispatched that run a kernel (views do not), MB moved their inputs and outputs, MB saved what
-autograd keeps beyond inputs and weights; "not seen": compiled code does not pass the dispatcher; * as plain PyTorch,
-since a raw kernel's FLOPs are not counted.
+autograd keeps beyond inputs and weights, GFLOP those of matrix products; "not seen": compiled code does not pass the
+dispatcher.
 
 Peak memory is `ru_maxrss` of a process that does one step, the sides in turns, with MALLOC_MMAP_THRESHOLD_ fixed so
 that freed blocks go back at once.
@@ -117,6 +123,7 @@ def text(found: dict[str, Any], pictures: Sequence[str]) -> str:
     lines = ["# Benchmarks", "", hardware(found["machine"]) + f". Measured in {found['minutes']:.0f} minutes.", ""]
     if side == "plain":
         lines += ['There is no fused kernel of the layer here: "ours" below is plain PyTorch.', ""]
+    lines += [line for name, why in found["failed"].items() for line in (f"**`{name}` was not measured: {why}**", "")]
     if (found["machine"]["load"] or 0) > 0.5 * (found["machine"]["cores"] or 1):
         lines += [BUSY, ""]
     lines += ["## Goals", "", _row(["goal", "bound", "measured", ""]), _row(["---"] * 4)]
@@ -153,7 +160,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Measure, write, print the goals."""
+    """Measure, write, print the goals.
+
+    Raises:
+        SystemExit: if a section failed; the others are in the report.
+    """
     options = parser().parse_args(arguments)
     warnings.filterwarnings("ignore", message="FVAE: the auxiliary loss")
     if options.threads:
@@ -165,6 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         found = measure(settings, options.only or list(experiments.SECTIONS), options.out)
     path = write(found, options.out)
     print(*(goal.row() for goal in goals(found["results"], found["ours"])), f"\n{path}", sep="\n")
+    if found["failed"]:
+        raise SystemExit("failed: " + ", ".join(found["failed"]))
     return path
 
 

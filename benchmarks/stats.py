@@ -7,6 +7,7 @@ rounds is given with an interval that assumes no distribution.
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,13 +47,14 @@ def warm_up(run: Run) -> float:
 def interleave(
     runs: Mapping[str, Run], seconds: float, minimum: int = 5, maximum: int = 200, call_seconds: float = 0.01
 ) -> Seconds:
-    """Time every side once per round, each round starting with another side, until `seconds` are over.
+    """Time every side once per round, in an order drawn anew for each round, until `seconds` are over.
 
-    Each side runs before the first round, twice where that is quick; that says how many calls make up `call_seconds`.
+    In a fixed order a side would always inherit the caches of the same neighbour. Each side runs before the first
+    round, twice where that is quick; that says how many calls make up `call_seconds`.
     """
     warm = {name: warm_up(run) for name, run in runs.items()}
     calls = {name: max(1, math.ceil(call_seconds / max(one, 1e-7))) for name, one in warm.items()}
-    names = list(runs)
+    names, order = list(runs), random.Random(0)
     found: Seconds = {name: [] for name in runs}
     start, done, swept = time.perf_counter(), 0, 0.0
     while done < minimum or (done < maximum and time.perf_counter() - start < seconds):
@@ -61,8 +63,7 @@ def interleave(
             swept = time.perf_counter()
         gc.disable()
         try:
-            shift = done % len(names)
-            for name in names[shift:] + names[:shift]:
+            for name in order.sample(names, len(names)):
                 found[name].append(timed(runs[name], calls[name]))
         finally:
             gc.enable()

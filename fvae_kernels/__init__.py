@@ -12,17 +12,27 @@ from .explain import explain
 from .hooks import external_loss
 from .linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
+from .trainer import FVAETrainerMixin, prepare_trainer
 
 if TYPE_CHECKING or _find_spec("peft") is not None:
     from .peft import FVAELoraConfig, FVAELoraModel, export_for_inference
-else:
+if TYPE_CHECKING:
+    from .callback import FVAELoggingCallback
 
-    def __getattr__(name: str) -> Any:
-        if name in ("FVAELoraConfig", "FVAELoraModel", "export_for_inference"):
+
+def __getattr__(name: str) -> Any:
+    """Names that need PEFT or transformers, which may be missing; `import fvae_kernels` alone needs neither."""
+    if name in ("FVAELoraConfig", "FVAELoraModel", "export_for_inference"):
+        raise ImportError(f"fvae_kernels.{name} needs PEFT, which is not installed: pip install 'fvae_kernels[peft]'")
+    if name == "FVAELoggingCallback":
+        if _find_spec("transformers") is None:
             raise ImportError(
-                f"fvae_kernels.{name} needs PEFT, which is not installed: pip install 'fvae_kernels[peft]'"
+                f"fvae_kernels.{name} needs transformers, which is not installed: pip install 'fvae_kernels[peft]'"
             )
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from .callback import FVAELoggingCallback
+
+        return FVAELoggingCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __version__ = "0.1.0"
@@ -30,8 +40,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "FVAEConfig",
+    "FVAELoggingCallback",
     "FVAELoraConfig",
     "FVAELoraModel",
+    "FVAETrainerMixin",
     "FusedFVAELinear",
     "attach_aux_loss",
     "available_backends",
@@ -43,6 +55,7 @@ __all__ = [
     "export_for_inference",
     "external_loss",
     "interop",
+    "prepare_trainer",
     "reconstruct",
     "reference",
     "replace_linears",

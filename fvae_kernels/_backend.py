@@ -7,6 +7,7 @@ op takes the Triton kernel for CUDA tensors and the C++ kernel for CPU tensors w
 import functools
 import importlib.util
 import os
+import warnings
 from types import TracebackType
 from typing import Any
 
@@ -81,11 +82,20 @@ def _assume_constant(function: Any) -> Any:
 def _resolve(op: str, device_type: str, name: str | None) -> str:
     if name is None:
         preferred = _PREFERRED.get(device_type, "reference")
-        return preferred if _obstacle(preferred, op, device_type) is None else "reference"
+        if _obstacle(preferred, op, device_type) is None:
+            return preferred
+        if (reason := why_missing(preferred)) is not None:
+            _say_once(reason)
+        return "reference"
     obstacle = _obstacle(_known(name), op, device_type)
     if obstacle is not None:
         raise BackendUnavailable(_refusal(name, obstacle, op))
     return name
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    warnings.warn(f"fvae_kernels runs as plain PyTorch, which is slower: {reason}", RuntimeWarning, stacklevel=4)
 
 
 @functools.cache

@@ -104,14 +104,27 @@ class FVAEAdapter(nn.Module):
         """Standard normal ``[..., R]`` from torch's global generator: manual_seed and recomputation repeat it."""
         return draw_noise(x, self.B)
 
-    def infer(self, x: Tensor) -> Tensor:
-        """The inference path: ``s B mean_1``, or a sample of z_1 where the config asks for one. No dropout."""
-        z = self._mean(1, x)
+    def infer(self, x: Tensor, base: Tensor | None = None) -> Tensor:
+        """The inference path: ``base + s B mean_1``, or a sample of z_1 where the config asks for one. No dropout.
+
+        Args:
+            x: ``[..., D]`` in the adapter's dtype.
+            base: the adapted layer's own output ``[..., M]``, whose dtype the sum has; zero where it is None.
+        """
+        z, scaling = self._mean(1, x), self.config.scaling
         if self.config.sample_at_inference:
             h = mlp(x, self._hidden("encoder1_logvar" if self.config.separate_hidden else "encoder1"))
             logvar = F.linear(h, self.encoder1_logvar_weight, self.encoder1_logvar_bias)
             z = sample(z, logvar, self.draw_noise(x))
-        return self.config.scaling * F.linear(z, self.B)
+        B = self._get("B")
+        if base is None:
+            return scaling * F.linear(z, B)
+        if not base.dtype == z.dtype == B.dtype:
+            return base + (scaling * F.linear(z, B)).to(base.dtype)
+        if base.dim() == 2:
+            return torch.addmm(base, z, B.t(), alpha=scaling)  # one pass over the output instead of three
+        tokens = torch.addmm(base.reshape(-1, B.shape[0]), z.reshape(-1, B.shape[1]), B.t(), alpha=scaling)
+        return tokens.view(base.shape)
 
     def posterior_means(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mean_1 and mean_2 ``[..., R]`` of the latents, without dropout: for diagnostics and plots."""
@@ -132,29 +145,32 @@ class FVAEAdapter(nn.Module):
         wide = self.B.float() if self.B.dtype in (torch.float16, torch.bfloat16) else self.B
         return self.config.scaling * (wide @ self.encoder1_mean_weight.to(wide.dtype))
 
-    def _get(self, name: str) -> Tensor | None:
-        return self._parameters.get(name)
+    def _get(self, name: str) -> Tensor:
+        """A parameter; in a replica (DataParallel, FSDP) a plain tensor, which takes longer to find."""
+        found = self._parameters.get(name)
+        return getattr(self, name) if found is None else found
 
     def _hidden(self, stem: str) -> Linears:
         sizes = self.config.decoder_hidden if stem == "decoder" else self.config.encoder_hidden
-        names = [f"{stem}_hidden{i}" for i in range(len(sizes))]
-        return [(getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")) for name in names]
+        return [
+            (self._get(f"{stem}_hidden{i}_weight"), self._get(f"{stem}_hidden{i}_bias")) for i, _ in enumerate(sizes)
+        ]
+
+    def _mean_head(self, i: int) -> tuple[Tensor, Tensor | None]:
+        biased = self.config.encoder_hidden or i == 2  # see parameter_shapes
+        return self._get(f"encoder{i}_mean_weight"), self._get(f"encoder{i}_mean_bias") if biased else None
 
     def _mean(self, i: int, x: Tensor) -> Tensor:
-        stem = f"encoder{i}"
-        return F.linear(
-            mlp(x, self._hidden(stem)), getattr(self, f"{stem}_mean_weight"), self._get(f"{stem}_mean_bias")
-        )
+        return F.linear(mlp(x, self._hidden(f"encoder{i}")), *self._mean_head(i))
 
     def _encoder(self, i: int) -> Encoder:
         stem = f"encoder{i}"
         return Encoder(
             self._hidden(stem),
             self._hidden(f"{stem}_logvar") if self.config.separate_hidden else None,
-            getattr(self, f"{stem}_mean_weight"),
-            self._get(f"{stem}_mean_bias"),
-            getattr(self, f"{stem}_logvar_weight"),
-            getattr(self, f"{stem}_logvar_bias"),
+            *self._mean_head(i),
+            self._get(f"{stem}_logvar_weight"),
+            self._get(f"{stem}_logvar_bias"),
         )
 
     def _decoder(self) -> Decoder:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .config import FVAEConfig
+from .padding import Padding
 from .reference import Terms
 
 
@@ -122,10 +124,22 @@ class AuxLossLayer:
     aux_seed: Seed
     aux_pending: Tensor | None  # with its graph; while compiling only
     aux_collected: bool  # a model's hooks are around this forward and collect what is pending
+    aux_padding: Padding | None  # the masks of the forward that runs, or is recomputed
+    aux_mask_argument: str | None  # which of them is for this layer's tokens
+    aux_inside: bool  # a model's hooks are around this forward
     last_terms: Terms | None  # detached
 
     def _init_aux_loss(self) -> None:
         self.aux_seed, self.aux_pending, self.aux_collected, self.last_terms = Seed(), None, False, None
+        self.aux_padding, self.aux_mask_argument, self.aux_inside = None, None, False
+
+    def token_mask(self, x: Tensor, config: FVAEConfig) -> Tensor | None:
+        """Which tokens of x ``[..., D]`` enter the objective; None for all of them."""
+        if not config.mask_padding or self.aux_padding is None:
+            return None
+        if not (self.aux_inside or in_backward()):  # called alone: the masks are of some forward before
+            return None
+        return self.aux_padding.flags(self.aux_mask_argument, x)
 
     def inject(self, out: Tensor, terms: Terms, loss_weight: float) -> Tensor:
         """`out`, on whose backward the gradient of ``loss_weight * terms.loss`` arrives too."""
@@ -209,6 +223,7 @@ def _warn_unprobed() -> None:
         warnings.warn(
             "FVAE: the auxiliary loss entered the gradient with weight 1 for each forward, since the model did not "
             "compute the task loss. That is right for one forward and one unscaled backward per step; with accumulation"
-            " or a GradScaler use `loss = fvae_kernels.attach_aux_loss(model, loss)`.",
+            " or a GradScaler use `loss = fvae_kernels.attach_aux_loss(model, loss)`, or, for a trainer that computes "
+            "its own loss, `fvae_kernels.prepare_trainer(trainer)`.",
             stacklevel=2,
         )

@@ -38,6 +38,7 @@ class FVAEConfig:
         loss_weight: lambda of (6); a number, or ``{module name pattern: number}``, where the first pattern that matches
             the end of a module's name counts.
         detach_target: no gradient flows into x as the target of the reconstruction.
+        mask_padding: tokens that the model's attention_mask marks as padding stay out of the objective (`padding`).
         sample_at_inference: draw z_1 in eval mode too, instead of taking its mean.
 
     Raises:
@@ -61,13 +62,14 @@ class FVAEConfig:
     prior2_std: float = 1.0
     loss_weight: float | Mapping[str, float] = 1e-3
     detach_target: bool = False
+    mask_padding: bool = True
     sample_at_inference: bool = False
 
     def __post_init__(self) -> None:
         _integer("rank", self.rank, "it is the size of the latent space")
         for name in ("encoder_hidden", "decoder_hidden"):
             object.__setattr__(self, name, _sizes(name, getattr(self, name)))
-        for name in ("rslora", "separate_hidden", "detach_target", "sample_at_inference"):
+        for name in ("rslora", "separate_hidden", "detach_target", "mask_padding", "sample_at_inference"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "True or False")
         _choice("fusion", self.fusion, FUSIONS)

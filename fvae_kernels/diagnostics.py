@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
+from .adapter import FVAEAdapter
 from .aux_loss import AuxLossLayer
-from .reference import LOGVAR_LIMIT, gaussian_kl, token_mean, widen
+from .reference import LOGVAR_LIMIT, gaussian_kl, posterior, token_mean, widen
 
 
 def collect_terms(model: nn.Module) -> dict[str, dict[str, float]]:
@@ -18,6 +19,14 @@ def collect_terms(model: nn.Module) -> dict[str, dict[str, float]]:
         for name, layer in layers.items()
         if layer.last_terms is not None
     }
+
+
+def posteriors(adapter: FVAEAdapter, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean_1, logvar_1, mean_2 and logvar_2 ``[..., R]`` of the latents of x ``[..., D]``, without dropout."""
+    no_noise = x.new_zeros(())
+    mean1, logvar1, _ = posterior(x, adapter._encoder(1), no_noise)
+    mean2, logvar2, _ = posterior(x, adapter._encoder(2), no_noise)
+    return mean1, logvar1, mean2, logvar2
 
 
 def latent_geometry(
@@ -62,6 +71,13 @@ def latent_geometry(
     return {name: token_mean(value, mask) for name, value in terms.items()}
 
 
-def active_units(mean: Tensor, threshold: float = 1e-2) -> int:
-    """Latent entries whose mean varies over tokens by more than `threshold` (variance): those that carry anything."""
-    return int((mean.reshape(-1, mean.shape[-1]).var(0, correction=0) > threshold).sum()) if mean.numel() else 0
+def active_units(mean: Tensor, threshold: float = 1e-2, mask: Tensor | None = None) -> int:
+    """Latent entries whose mean varies over tokens by more than `threshold` (variance): those that carry anything.
+
+    Args:
+        mean: ``[..., R]``.
+        threshold: of the variance.
+        mask: tokens ``[...]`` that count.
+    """
+    rows = mean.reshape(-1, mean.shape[-1]) if mask is None else mean[mask.bool()]
+    return int((rows.var(0, correction=0) > threshold).sum()) if rows.numel() else 0

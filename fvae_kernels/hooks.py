@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .aux_loss import InjectAuxLossOnce, Seed, attach_aux_loss, aux_loss_layers, in_backward
+from .aux_loss import AuxLossLayer, InjectAuxLossOnce, Seed, attach_aux_loss, aux_loss_layers, in_backward
+from .padding import PaddingRules, mask_argument
 from .token_share import token_share
 
 
@@ -29,6 +30,10 @@ class AuxLossHooks:
     def refresh(self, model: nn.Module) -> None:
         """Look for the layers anew; they change when adapters are added."""
         self.layers = aux_loss_layers(model)
+        self.padding_rules = PaddingRules(model)
+        for name, module in model.named_modules():
+            if isinstance(module, AuxLossLayer):
+                module.aux_mask_argument = mask_argument(model, name)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -40,8 +45,13 @@ class AuxLossHooks:
         return torch.is_grad_enabled() and not in_backward() and any(layer.training for layer in self.layers)
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """A new seed for the layers of this forward."""
-        if not self.live() or self.external:
+        """The masks and a new seed for the layers of this forward."""
+        if not self.live():
+            return
+        padding = self.padding_rules.note(args, kwargs)
+        for layer in self.layers:
+            layer.aux_padding, layer.aux_inside = padding, True
+        if self.external:
             return
         for layer in self.layers:
             layer.aux_pending, layer.aux_collected = None, True
@@ -52,7 +62,13 @@ class AuxLossHooks:
 
     def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """The total loss in place of the task loss, where the forward returned one."""
-        if not self.live() or self.external:
+        if not self.live():
+            return None
+        for layer in self.layers:
+            layer.aux_inside = False
+        if not torch.compiler.is_compiling():
+            self._recall_in_backward(output)
+        if self.external:
             return None
         for layer in self.layers:
             layer.aux_collected = False
@@ -68,6 +84,18 @@ class AuxLossHooks:
             output["loss"] = loss
             return output
         return (loss, *output[1:])
+
+    def _recall_in_backward(self, output: Any) -> None:
+        """A backward that comes to this forward's outputs restores its masks and seeds, for recomputations."""
+        then = [(layer, layer.aux_padding, layer.aux_seed) for layer in self.layers]
+
+        def recall(_: Tensor) -> None:
+            for layer, padding, seed in then:
+                layer.aux_padding, layer.aux_seed = padding, seed
+
+        for value in _tensors(output):
+            if value.grad_fn is not None:
+                value.register_hook(recall)
 
     def _without_loss(self, output: Any) -> Any:
         """What compiled code recorded enters through the output, with weight 1, as in eager mode without a loss."""
@@ -118,11 +146,15 @@ def external_loss(model: nn.Module) -> Iterator[None]:
             hooks.external = False
 
 
-def _first_differentiable(output: Any) -> Tensor | None:
+def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         output = (output,)
-    values = output.values() if hasattr(output, "values") else output if isinstance(output, (tuple, list)) else ()
-    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+    values = output.values() if hasattr(output, "keys") else output if isinstance(output, (tuple, list)) else ()
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _first_differentiable(output: Any) -> Tensor | None:
+    return next((value for value in _tensors(output) if value.is_floating_point()), None)
 
 
 def _replace(output: Any, old: Tensor, new: Tensor) -> Any:

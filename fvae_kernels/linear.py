@@ -11,6 +11,7 @@ from .adapter import FVAEAdapter
 from .aux_loss import AuxLossLayer
 from .config import FVAEConfig
 from .hooks import install_hooks
+from .quantised import is_hqq, refuse_merge, stored_weight
 from .reference import Terms
 
 
@@ -21,7 +22,8 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
     with the weight that the training loop gives to the task loss (see `aux_loss`).
 
     Args:
-        base_layer: an ``nn.Linear`` or transformers' ``Conv1D``; it is kept, and frozen.
+        base_layer: an ``nn.Linear``, quantised or not, transformers' ``Conv1D`` or an ``HQQLinear``; it is kept, and
+            frozen.
         config: an FVAEConfig.
         name: the layer's name in its model, for a `loss_weight` by pattern.
         dtype: of the adapter; the base's where that is float32 or float64, else float32.
@@ -37,7 +39,7 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
         self._init_aux_loss()
         self.in_features, self.out_features, self.transposed = linear_shape(base_layer)
         self.config, self.loss_weight = config, config.loss_weight_for(name)
-        weight: Tensor = base_layer.weight  # type: ignore[assignment]
+        weight = stored_weight(base_layer)
         if dtype is None:
             dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
         self.base_layer = base_layer.requires_grad_(False)
@@ -61,13 +63,13 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., M]``, in the dtype that the base layer returns."""
+        if self._unmerged is not None:
+            return self._modules["base_layer"](x)  # type: ignore[misc]  # not self.base_layer, which takes longer to find
         check_input(x, self.in_features)
         y = self.base_layer(x)
-        if self.merged:
-            return y
         if not self.training:
-            return y + self.adapter.infer(x.to(self.adapter.B.dtype)).to(y.dtype)
-        y, terms = self.adapter(x, base=y)
+            return self.adapter.infer(x.to(self.adapter.B.dtype), base=y)
+        y, terms = self.adapter(x, mask=self.token_mask(x, self.config), base=y)
         return self.inject(y, terms, self.loss_weight)
 
     def forward_with_terms(
@@ -94,7 +96,7 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
             noise = (noise[0].to(dtype), noise[1].to(dtype))
         y, terms = self.adapter(x, noise, mask, base)
         if not (self.training or noise is not None):
-            y = base + self.adapter.infer(x.to(dtype)).to(base.dtype)
+            y = self.adapter.infer(x.to(dtype), base)
         return y, terms
 
     @property
@@ -107,11 +109,13 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
         """Add ``s B M_1`` to the base weight: exact for a linear encoder. `unmerge` restores it bit for bit.
 
         Raises:
-            ValueError: if the update depends on the input (hidden layers in the encoder) or is random.
+            ValueError: if the update depends on the input (hidden layers in the encoder) or is random, or the base
+                layer is quantised.
             RuntimeError: if it is merged already.
         """
         if self.merged:
             raise RuntimeError("the adapter is merged already; unmerge() takes it out again")
+        refuse_merge(self.base_layer)
         delta = self.adapter.delta_weight()
         weight: Any = self.base_layer.weight
         self._unmerged = weight.detach().clone()
@@ -152,6 +156,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether `linear_shape` knows it."""
+    return isinstance(module, nn.Linear) or is_conv1d(module) or is_hqq(module)
+
+
 def is_attention(module: nn.Module) -> bool:
     """Whether this is the out_proj of nn.MultiheadAttention, whose weight is read and which is never called."""
     return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -163,13 +172,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int, bool]:
     Raises:
         TypeError: for a module that is not linear.
     """
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features, False
+    if isinstance(module, nn.Linear) or is_hqq(module):
+        return module.in_features, module.out_features, False  # type: ignore[return-value]
     if is_conv1d(module):
         weight: Tensor = module.weight  # type: ignore[assignment]
         return weight.shape[0], weight.shape[1], True
     raise TypeError(
-        f"cannot adapt {type(module).__name__}: expected torch.nn.Linear or transformers' Conv1D. "
+        f"cannot adapt {type(module).__name__}: expected torch.nn.Linear, transformers' Conv1D or HQQLinear. "
         "Point target_modules at the linear layers inside it."
     )
 
@@ -212,7 +221,7 @@ def replace_linears(
 
 def find_linears(model: nn.Module, named: dict[str, nn.Module], targets: str | list[str]) -> list[str]:
     """Names of the linear layers that `targets` means, or a ValueError that lists what there is."""
-    linears = [n for n, m in named.items() if n and (isinstance(m, nn.Linear) or is_conv1d(m)) and not is_attention(m)]
+    linears = [n for n, m in named.items() if n and is_linear(m) and not is_attention(m)]
     linears = [n for n in linears if not any(isinstance(named[p], FusedFVAELinear) for p in _parents(n))]
     if targets == "all-linear":
         embeddings = getattr(model, "get_output_embeddings", lambda: None)()

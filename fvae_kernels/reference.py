@@ -66,7 +66,8 @@ def token_mean(per_token: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def mlp(x: Tensor, layers: Linears, dropout: float = 0.0) -> Tensor:
     for weight, bias in layers:
-        x = F.dropout(F.relu(F.linear(x, weight, bias)), dropout, training=dropout > 0)
+        x = F.relu(F.linear(x, weight, bias))
+        x = F.dropout(x, dropout) if dropout > 0 else x
     return x
 
 

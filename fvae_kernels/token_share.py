@@ -17,12 +17,20 @@ IGNORED_LABEL = -100
 def token_share(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
     """The share of this forward; 1 where the task loss is a plain mean."""
     items = kwargs.get("num_items_in_batch")
-    labels = kwargs.get("shift_labels", kwargs.get("labels"))
-    if items is None or not isinstance(labels, torch.Tensor) or not honours_num_items(model):
+    if items is None or not honours_num_items(model):
         return 1.0
-    if kwargs.get("shift_labels") is None and _shifts_labels(model):
+    share = labelled_share(model, kwargs, items)
+    return 1.0 if share is None else share
+
+
+def labelled_share(model: nn.Module, inputs: Any, items: Tensor | int) -> Tensor | None:
+    """Labelled tokens of `inputs` among all `items` of the step, counted as Trainer does; None without labels."""
+    labels = inputs.get("shift_labels", inputs.get("labels"))
+    if not isinstance(labels, torch.Tensor):
+        return None
+    if inputs.get("shift_labels") is None and _shifts_labels(model):
         labels = labels[..., 1:]
-    return labels.ne(IGNORED_LABEL).sum() / items
+    return labels.ne(IGNORED_LABEL).sum() / torch.as_tensor(items).clamp(min=1)
 
 
 def honours_num_items(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from hypothesis import settings
 
 from fvae_kernels import testing
 from fvae_kernels._backend import backends_for, interpreting, why_missing
+
+if TYPE_CHECKING:
+    from examples.assets import Assets
 
 settings.register_profile("kernels", max_examples=25, deadline=None)
 settings.register_profile("interpreted", max_examples=6, deadline=None)
@@ -29,6 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: too slow where Triton interprets its kernels; other cases run there")
+    config.addinivalue_line("markers", "compat(group, row): proves a row of the README's compatibility table")
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +41,21 @@ def _compiled(request: pytest.FixtureRequest) -> None:
     marked = request.node.get_closest_marker("compiled") and "backend" in request.fixturenames
     if marked and request.getfixturevalue("backend") == "triton" and interpreting():
         pytest.skip("too slow where Triton interprets its kernels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.user_properties.extend(("compat", " / ".join(mark.args)) for mark in item.iter_markers("compat"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Rows that tests carry and none of them proved in this run, as where a package is missing."""
+    rows = {
+        outcome: {row for report in terminalreporter.stats.get(outcome, []) for _, row in report.user_properties}
+        for outcome in ("passed", "skipped", "failed")
+    }
+    for row in sorted(rows["skipped"] - rows["passed"] | rows["failed"]):
+        terminalreporter.write_line(f"compatibility not proved in this run: {row}")
 
 
 def pytest_report_header() -> list[str]:
@@ -77,3 +97,14 @@ def _strict() -> contextlib.AbstractContextManager[None]:
     from triton_tools.strict import strict
 
     return strict(order="reverse")
+
+
+@pytest.fixture(scope="session")
+def files() -> "Assets":
+    """The model and the data of the demo."""
+    from examples import assets
+
+    try:
+        return assets.fetch()
+    except assets.AssetError as error:
+        pytest.skip(f"the model and the data of the demo cannot be had: {error}")

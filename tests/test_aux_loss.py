@@ -4,13 +4,23 @@ Every case is compared with a direct computation of the total loss (6): the laye
 and added to the task loss by hand, with the weights that the loop is meant to give them.
 """
 
-import shutil
 import warnings
 
-import peft
 import pytest
 import torch
-from tiny_models import TARGETS, batch, build, mlp
+from gradients import (
+    CAUSAL,
+    EXACT,
+    OPTIONS,
+    adapted,
+    assert_same,
+    checkpoint_activations,
+    direct,
+    grads,
+    own_criterion,
+    params,
+)
+from tiny_models import batch
 from torch import Tensor, nn
 from total_loss import by_hand, fix_noise
 
@@ -20,57 +30,10 @@ from fvae_kernels.aux_loss import aux_loss_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning")
 
-OPTIONS = {"encoder_hidden": (5,), "decoder_hidden": (7,), "dropout": 0.0, "loss_weight": 0.01}
-# transformers' causal LM loss is float32 whatever the model is, and so is its gradient, the weight
-EXACT, CAUSAL = 1e-9, 5e-7
-TASKS = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "vit": None}
-
 
 @pytest.fixture(autouse=True)
 def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     fix_noise(monkeypatch)
-
-
-def adapted(kind: str, dtype: torch.dtype = torch.float64, task: str | None = "auto", **options: object) -> nn.Module:
-    """A PEFT model whose adapters already change the output."""
-    torch.manual_seed(0)
-    task = TASKS[kind] if task == "auto" else task
-    config = fk.FVAELoraConfig(
-        task_type=task, r=3, target_modules=TARGETS[kind], init_weights=False, **{**OPTIONS, **options}
-    )
-    return peft.get_peft_model(build(kind).to(dtype), config, autocast_adapter_dtype=False).train()
-
-
-def params(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def grads(model: nn.Module) -> list[Tensor]:
-    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params(model)]
-
-
-def checkpoint_activations(model: nn.Module, reentrant: bool) -> None:
-    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.base_model.model.enable_input_require_grads()
-
-
-def direct(model: nn.Module, steps: list[tuple[dict[str, Tensor], float, float]]) -> list[Tensor]:
-    """Gradient of ``sum_k t_k * task_k + a_k * aux_k`` over micro-batches (inputs, t, a)."""
-    model.zero_grad()
-    for inputs, task_weight, aux_weight in steps:
-        with by_hand(model) as terms:
-            task = model(**inputs).loss
-        (task_weight * task + aux_weight * torch.stack(terms).sum()).backward()
-    expected = grads(model)
-    model.zero_grad()
-    assert all(g.abs().sum() > 0 for g in expected), "a parameter that gets no gradient proves nothing"
-    return expected
-
-
-def assert_same(model: nn.Module, expected: list[Tensor], rtol: float = EXACT) -> None:
-    got, names = grads(model), [n for n, p in model.named_parameters() if p.requires_grad]
-    for name, g, e in zip(names, got, expected, strict=True):
-        assert (g - e).norm() <= rtol * e.norm(), f"{name}: relative error {(g - e).norm() / e.norm():.2e}"
 
 
 def test_the_measure_sees_a_missing_auxiliary_loss() -> None:
@@ -87,6 +50,7 @@ def model_with(model: nn.Module, gradient: list[Tensor]) -> nn.Module:
     return model
 
 
+@pytest.mark.compat("Training loops", "plain, with gradient accumulation")
 @pytest.mark.parametrize("kind", ["bert", "vit", "llama", "gpt2"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_plain_loop(kind: str, steps: int) -> None:
@@ -124,6 +88,7 @@ def test_reported_loss_is_the_total_and_eval_loss_is_the_task() -> None:
     torch.testing.assert_close(evaluated.loss, expected)
 
 
+@pytest.mark.compat("Training loops", "gradient checkpointing, reentrant and not")
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("steps", [1, 4])
@@ -154,6 +119,7 @@ def test_checkpointing_recomputes_with_the_same_noise(reentrant: bool, monkeypat
     assert_same(model, expected)
 
 
+@pytest.mark.compat("Precision", "`GradScaler`")
 @pytest.mark.parametrize("checkpoint", [None, True, False])
 def test_grad_scaler(checkpoint: bool | None) -> None:
     model, inputs = adapted("bert"), batch("bert")
@@ -168,6 +134,7 @@ def test_grad_scaler(checkpoint: bool | None) -> None:
     assert_same(model, expected)
 
 
+@pytest.mark.compat("Precision", "autocast")
 def test_autocast_bfloat16_gradient_has_the_auxiliary_part() -> None:
     model, inputs = adapted("bert", torch.float32), batch("bert")
     expected = direct(model, [(inputs, 1.0, 1.0)])
@@ -188,12 +155,6 @@ def test_two_forwards_of_different_weight_before_one_backward() -> None:
     assert_same(model, expected)
 
 
-def own_criterion(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    inputs = dict(inputs)
-    labels = inputs.pop("labels")
-    return nn.functional.cross_entropy(model(**inputs).logits, labels)
-
-
 def test_own_criterion_counts_once_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = adapted("bert"), batch("bert")
     expected = direct(model, [(inputs, 1.0, 1.0)])
@@ -208,6 +169,7 @@ def test_own_criterion_counts_once_and_warns_once(monkeypatch: pytest.MonkeyPatc
     assert_same(model, expected)
 
 
+@pytest.mark.compat("Training loops", "a loss of your own, with `attach_aux_loss`")
 @pytest.mark.parametrize("reentrant", [None, True, False])
 def test_own_criterion_with_attach(reentrant: bool | None) -> None:
     model = adapted("bert")
@@ -227,146 +189,6 @@ def test_attach_refuses_what_it_cannot_do() -> None:
         fk.attach_aux_loss(model, loss)
     with pytest.raises(ValueError, match="expected a scalar"):
         fk.attach_aux_loss(model, loss.expand(2))
-
-
-def loss_of(criterion: str, model: nn.Module, called: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The loss that the model computes, one computed outside of it, or that with the auxiliary loss attached."""
-    if criterion == "inside":
-        return called(**inputs).loss
-    if criterion == "outside":
-        return own_criterion(called, inputs)
-    with fk.external_loss(model):
-        task = own_criterion(called, inputs)
-    return fk.attach_aux_loss(model, task)
-
-
-@pytest.mark.parametrize("criterion", ["inside", "outside", "attached"])
-def test_compiled_model(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = adapted("bert"), batch("bert")
-    expected = direct(model, [(inputs, 0.5, 0.5 if criterion != "outside" else 1.0)])
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=False)
-    (0.5 * loss_of(criterion, model, compiled, inputs)).backward()
-    assert_same(model, expected)
-    torch._dynamo.reset()
-
-
-def test_compiled_with_checkpointing() -> None:
-    model, inputs = adapted("bert"), batch("bert")
-    expected = direct(model, [(inputs, 1.0, 1.0)])
-    checkpoint_activations(model, False)
-    torch.compile(model, backend="aot_eager")(**inputs).loss.backward()
-    assert_same(model, expected)
-    torch._dynamo.reset()
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
-def test_compiled_by_inductor_as_one_graph() -> None:
-    model, inputs = adapted("bert"), batch("bert")
-    expected = direct(model, [(inputs, 0.5, 0.5)])
-    (0.5 * torch.compile(model, fullgraph=True)(**inputs).loss).backward()
-    assert_same(model, expected)
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("criterion", ["inside", "outside", "attached"])
-def test_compiled_layers_in_an_eager_model(criterion: str) -> None:
-    model, inputs = adapted("bert"), batch("bert")
-    expected = direct(model, [(inputs, 0.5, 0.5 if criterion != "outside" else 1.0)])
-    for layer in aux_loss_layers(model):
-        layer.compile(backend="aot_eager")
-    for _ in range(2):  # a second step is like the first
-        model.zero_grad()
-        (0.5 * loss_of(criterion, model, model, inputs)).backward()
-        assert_same(model, expected)
-    torch._dynamo.reset()
-
-
-def test_a_compiled_layer_called_without_its_model() -> None:
-    model = adapted("bert")
-    layer, x = aux_loss_layers(model)[0], torch.randn(2, 5, 24).double()
-    layer(x).square().sum().backward()
-    expected = [p.grad.clone() for p in layer.fvae_adapter.parameters()]
-    compiled = torch.compile(layer, backend="aot_eager")
-    for _ in range(2):
-        model.zero_grad()
-        compiled(x).square().sum().backward()
-        for p, e in zip(layer.fvae_adapter.parameters(), expected, strict=True):
-            torch.testing.assert_close(p.grad, e, rtol=1e-9, atol=1e-12)
-    torch._dynamo.reset()
-
-
-# Without PEFT: layers in any module, with and without a model that computes a loss.
-
-
-class Regressor(nn.Module):
-    """A model that computes its loss when it gets labels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = mlp()
-
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        logits = self.net(x)
-        return {"logits": logits} if labels is None else {"loss": (logits - labels).square().mean(), "logits": logits}
-
-
-def replaced() -> Regressor:
-    torch.manual_seed(0)
-    model = Regressor().double()
-    fk.replace_linears(model, fk.FVAEConfig(rank=3, **OPTIONS))
-    with torch.no_grad():
-        for p in params(model):
-            p.add_(torch.randn_like(p) * 0.1)
-    return model
-
-
-def test_replaced_linears_in_a_model_that_computes_its_loss() -> None:
-    model, x, labels = replaced(), torch.randn(5, 24).double(), torch.randn(5, 3).double()
-    with by_hand(model) as terms:
-        task = model(x, labels)["loss"]
-    (8 * (task + torch.stack(terms).sum())).backward()
-    expected = grads(model)
-    model.zero_grad()
-    (8 * model(x, labels=labels)["loss"]).backward()
-    assert_same(model, expected)
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_bare_layer_delivers_with_weight_one(compiled: bool) -> None:
-    torch.manual_seed(0)
-    layer = fk.FusedFVAELinear.from_linear(nn.Linear(24, 4).double(), fk.FVAEConfig(rank=3, **OPTIONS))
-    x = torch.randn(2, 5, 24).double()
-    y, terms = layer.forward_with_terms(x)
-    (3 * y.square().sum() + OPTIONS["loss_weight"] * terms.loss).backward()
-    expected = grads(layer)
-    layer.zero_grad()
-    called = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
-    for _ in range(2):  # a second step is like the first
-        layer.zero_grad()
-        (3 * called(x).square().sum()).backward()
-        assert_same(layer, expected)
-    torch._dynamo.reset()
-
-
-def test_a_bare_layer_with_attach_has_no_memory_of_earlier_steps() -> None:
-    torch.manual_seed(0)
-    layer = fk.FusedFVAELinear.from_linear(nn.Linear(24, 4).double(), fk.FVAEConfig(rank=3, **OPTIONS))
-    x = torch.randn(5, 24).double()
-    y, terms = layer.forward_with_terms(x)
-    total = y.square().sum() + OPTIONS["loss_weight"] * terms.loss
-    (7 * total).backward()
-    expected = grads(layer)
-    for _ in range(3):
-        layer.zero_grad()
-        loss = fk.attach_aux_loss(layer, layer(x).square().sum())
-        torch.testing.assert_close(loss, total)
-        (7 * loss).backward()
-        assert_same(layer, expected)
-    layer.zero_grad()
-    layer(x).square().sum().backward()  # not attached: weight 1, not the 7 of the step before
-    layer.zero_grad()
-    loss = fk.attach_aux_loss(layer, layer(x).square().sum())
-    torch.testing.assert_close(loss, total)
 
 
 def test_nothing_is_injected_in_eval_mode_or_without_grad() -> None:

@@ -18,7 +18,7 @@ OPS = ("encode", "divergence", "reconstruct")
 def _undo():
     yield
     fk.use_backend(None)
-    for cached in (_backend.why_missing, _backend._obstacle):
+    for cached in (_backend.why_missing, _backend._obstacle, _backend._say_once):
         cached.cache_clear()
 
 
@@ -48,7 +48,9 @@ def test_unnamed_takes_the_kernel_of_the_device(monkeypatch):
 
 def test_unnamed_takes_the_reference_where_there_is_no_kernel(monkeypatch):
     pretend(monkeypatch, {"cpp": "no compiler", "triton": "no GPU"})
-    assert [resolve("encode", device) for device in (CPU, CUDA)] == ["reference"] * 2
+    with pytest.warns(RuntimeWarning, match=r"plain PyTorch.*: no ") as said:
+        assert [resolve(op, device) for op in OPS for device in (CPU, CUDA)] == ["reference"] * 6
+    assert len(said) == 2  # once for each reason, not at every call
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fvae_kernels as fk
-from benchmarks import cost, gate, goals, memory, models, report, sides, stats
+from benchmarks import cost, experiments, gate, goals, memory, models, report, sides, stats
 from fvae_kernels import adapter, reference, testing
 
 pytestmark = pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss", "ignore::FutureWarning")
@@ -52,9 +52,12 @@ def test_power_law_finds_the_exponent() -> None:
 def test_sides_are_timed_in_turns() -> None:
     calls: list[str] = []
     runs = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    found = stats.interleave(runs, seconds=0, minimum=3, call_seconds=0)
-    assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab"
-    assert {name: len(values) for name, values in found.items()} == {"a": 3, "b": 3, "c": 3}
+    found = stats.interleave(runs, seconds=0, minimum=30, call_seconds=0)
+    assert {name: len(values) for name, values in found.items()} == {"a": 30, "b": 30, "c": 30}
+    assert "".join(calls[:6]) == "aabbcc"  # warm
+    rounds = ["".join(calls[i : i + 3]) for i in range(6, len(calls), 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds)) == 6  # each side follows every other one
 
 
 def test_counts_of_a_linear_layer() -> None:
@@ -64,6 +67,29 @@ def test_counts_of_a_linear_layer() -> None:
     assert found["flops"] == 2 * 5 * 7 * 3
     assert found["bytes"] == 4 * (35 + 21 + 15 + 15 + 15)
     assert found["saved_bytes"] == 4 * 15  # the input of the sine; x and w are there anyway
+
+
+@pytest.mark.skipif("cpp" not in fk.available_backends(), reason="the C++ kernels are missing")
+@pytest.mark.parametrize("x_needs", [True, False])
+def test_a_kernel_does_the_products_of_plain_pytorch_and_the_decoder_once_more(x_needs: bool) -> None:
+    found = sides.layer_sides(("plain", "cpp"), 8, 12, 10)
+    for side in found.values():
+        side.inputs[0].requires_grad_(x_needs)
+    (adapter,) = sides.adapters(found["cpp"].module)
+    decoder = sum(p.numel() for n, p in adapter.named_parameters() if n.startswith("decoder") and p.dim() == 2)
+    assert found["cpp"].cost()["flops"] == found["plain"].cost()["flops"] + 2 * 8 * decoder
+
+
+@pytest.mark.skipif("cpp" not in fk.available_backends(), reason="the C++ kernels are missing")
+@pytest.mark.parametrize("op", sorted(testing.INPUTS))
+def test_a_kernel_of_one_op_does_no_other_products(op: str) -> None:
+    inputs = testing.INPUTS[op]((8,))
+
+    def flops(backend: str | None) -> int:
+        return cost.count(lambda: testing.run(getattr(fk, op), inputs, backend=backend))["flops"]
+
+    once_more = 2 * 8 * inputs["w_out"].numel() if op == "reconstruct" else 0
+    assert flops("cpp") == flops("reference") + once_more
 
 
 @pytest.mark.parametrize("key", sorted(models.TINY))
@@ -101,11 +127,11 @@ def test_the_gate_refuses_a_wrong_op() -> None:
     inputs = testing.encode_inputs(dtype=torch.float32)
     gate.check_op("encode", fk.encode, inputs)
     with pytest.raises(gate.WrongKernel, match="encode differs from the reference: out2"):
-        gate.check_op("encode", lambda **kw: (*fk.encode(**kw)[:2], fk.encode(**kw)[2] * 1.001), inputs)
+        gate.check_op("encode", lambda **kw: (*fk.encode(**kw)[:2], fk.encode(**kw)[2] * (1 + 1e-6)), inputs)
 
 
 def test_the_gate_refuses_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One gradient is off by a thousandth, on the backend under test alone."""
+    """One gradient is off by two millionths, on the backend under test alone."""
     from fvae_kernels import _backend
 
     module = sides.layer_side("plain", sides.OneLinear(12, 10), torch.ones(1, 12), torch.ones(1, 10)).module
@@ -116,7 +142,7 @@ def test_the_gate_refuses_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None
     def wrong(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, reference.Terms]:
         delta, terms = right(*args, **kwargs)
         if _backend._selected == "cpp" and delta.requires_grad:
-            delta.register_hook(lambda grad: grad * 1.001)
+            delta.register_hook(lambda grad: grad * (1 + 2e-6))
         return delta, terms
 
     monkeypatch.setattr(adapter, "layer", wrong)
@@ -153,6 +179,18 @@ def test_the_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     written.unlink()
     assert report.main(["--render", "--out", str(tmp_path)]).read_text() == text
     assert "PEFT LoRA" in capsys.readouterr().out
+
+
+def test_a_section_that_fails_loses_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(settings: experiments.Settings) -> list[experiments.Group]:
+        raise gate.WrongKernel("layer differs from the reference: kl")
+
+    monkeypatch.setitem(experiments.SECTIONS, "layer", fails)
+    with pytest.raises(SystemExit, match="failed: layer"):
+        report.main(["--quick", "--only", "layer", "inference", "--out", str(tmp_path)])
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "`layer` was not measured: WrongKernel: layer differs from the reference: kl" in text
+    assert "## Inference" in text
 
 
 def test_peak_memory_is_read_from_the_process_or_its_error(monkeypatch: pytest.MonkeyPatch) -> None:

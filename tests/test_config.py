@@ -35,6 +35,7 @@ WRONG = {
     "prior2_std": ([0.0, -1.0, NAN, "1", None, True], "expected a finite number and above 0.0"),
     "loss_weight": ([-1e-3, NAN, INF, "1", None, True], NOT_NEGATIVE),
     "detach_target": ([0, 1, "yes", None], SWITCH),
+    "mask_padding": ([0, 1, "yes", None], SWITCH),
     "sample_at_inference": ([0, 1, "yes", None], SWITCH),
 }
 CASES = [(name, value, allowed) for name, (values, allowed) in WRONG.items() for value in values]
@@ -168,7 +169,7 @@ OPTIONS = {
     **{"decoder_hidden": (9,), "dropout": 0.25, "fusion": "average", "objective": "fvae", "recon_weight": 0.1},
     **{"kl_weight": 10.0, "gamma_weight": (0.5, 0.25), "gamma_estimator": "monte_carlo", "prior2_mean": -1.0},
     **{"prior2_std": 2.0, "loss_weight": {"query": 0.5, ".*": 0.25}, "detach_target": True},
-    "sample_at_inference": True,
+    **{"mask_padding": False, "sample_at_inference": True},
 }
 
 

@@ -78,7 +78,7 @@ class TestGolden:
         t, parameters, settings = case
         layer = interop.from_official(parameters, settings)
         forward = layer.adapter.forward
-        layer.adapter.forward = lambda x, base: forward(x, (t["noise_z1"], t["noise_z2"]), base=base)
+        layer.adapter.forward = lambda x, mask, base: forward(x, (t["noise_z1"], t["noise_z2"]), mask, base)
         x = t["x"].clone().requires_grad_(True)
         (layer(x) * t["grad_y"]).sum().backward()
         close(x.grad, t["grad_x"])

@@ -1,4 +1,7 @@
-"""Every Python snippet of the README runs, and its six lines are the method."""
+"""Every Python snippet of the README and of docs/ runs, unless marked as a sketch.
+
+The README's six lines are the method.
+"""
 
 import re
 from pathlib import Path
@@ -9,17 +12,32 @@ from torch.distributions import Normal, kl_divergence
 
 import fvae_kernels as fk
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-SNIPPETS = re.findall(r"(<!-- test: \w+ -->\n)?```python\n(.*?)```", README, re.DOTALL)
-USE = [code for mark, code in SNIPPETS if not mark]
-METHOD = next(code for mark, code in SNIPPETS if "method" in mark)
+ROOT = Path(__file__).parent.parent
+CONTINUES = "continues"
 
 
-@pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning")
-@pytest.mark.parametrize("code", USE, ids=[f"snippet{i}" for i in range(len(USE))])
-def test_snippet_runs_as_it_stands(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def snippets(page: Path) -> list[tuple[str, str]]:
+    """Mark and code of each; one that is marked as a continuation holds what it continues as well."""
+    found: list[tuple[str, str]] = []
+    for mark, code in re.findall(r"(?:<!-- ([\w: ]+) -->\n)?```python\n(.*?)```", page.read_text(), re.DOTALL):
+        found.append((mark, found[-1][1] + code if mark == CONTINUES else code))
+    return found
+
+
+README = snippets(ROOT / "README.md")
+USE = [code for mark, code in README if not mark]
+METHOD = next(code for mark, code in README if "method" in mark)
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+RUN = {f"README-{i}": code for i, code in enumerate(USE)} | {
+    f"{page.stem}-{i}": code for page in PAGES for i, (mark, code) in enumerate(snippets(page)) if mark != "sketch"
+}
+
+
+@pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", RUN)
+def test_snippet_runs_as_it_stands(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(RUN[name], name, "exec"), {"__name__": name})
 
 
 def test_there_is_a_snippet_for_each_way_to_use_it() -> None:

@@ -24,7 +24,9 @@ pytestmark = [
 LAYER = ["layer", "layer_base", "layer_dropout", "layer_edges", "triton_layer"]
 
 
-@pytest.mark.parametrize("name", ["encode", "divergence", "reconstruct", *LAYER, "contract", "triton_checks"])
+@pytest.mark.parametrize(
+    "name", ["encode", "divergence", "reconstruct", *LAYER, "contract", "no_waiting", "triton_checks"]
+)
 def test_interpreted(name):
     command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", f"tests/test_{name}.py"]
     done = subprocess.run(

@@ -44,13 +44,69 @@ def gpt2(**extra: Any) -> nn.Module:
     )
 
 
+def t5(**extra: Any) -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": DIM, "d_kv": 12, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": VOCAB}
+    config = T5Config(**{**sizes, "dropout_rate": 0.0, "decoder_start_token_id": 0, **extra})
+    return T5ForConditionalGeneration(config)
+
+
+def wav2vec2(**extra: Any) -> nn.Module:
+    from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+
+    names = ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout")
+    free = {**dict.fromkeys(names, 0.0), "layerdrop": 0.0, "apply_spec_augment": False}
+    convolutions = {"conv_dim": (8, 8), "conv_kernel": (4, 3), "conv_stride": (2, 2), "feat_extract_norm": "layer"}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 12}
+    config = _config(Wav2Vec2Config, **convolutions, **positions, **free, num_labels=3, **extra)
+    return Wav2Vec2ForSequenceClassification(config)
+
+
+def whisper(**extra: Any) -> nn.Module:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    stacks = {
+        f"{stack}_{size}": n
+        for stack in ("encoder", "decoder")
+        for size, n in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 32))
+    }
+    positions = {"max_source_positions": 6, "max_target_positions": 16, "num_mel_bins": 4}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    sizes = {"d_model": DIM, "vocab_size": VOCAB, "dropout": 0.0, "use_cache": False}
+    return WhisperForConditionalGeneration(WhisperConfig(**stacks, **positions, **tokens, **sizes, **extra))
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(DIM, 32), nn.ReLU(), nn.Linear(32, DIM), nn.ReLU(), nn.Linear(DIM, 3))
 
 
+class Regressor(nn.Module):
+    """A model that computes its loss when it gets labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.net(x)
+        return {"logits": logits} if labels is None else {"loss": (logits - labels).square().mean(), "logits": logits}
+
+
 VIT = ["query", "value", "q_proj", "v_proj"]  # the names of transformers 4 and 5
-TARGETS = {"bert": ["query", "value"], "vit": VIT, "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
-BUILD: dict[str, Callable[..., nn.Module]] = {"bert": bert, "vit": vit, "llama": llama, "gpt2": gpt2}
+Q_V = ["q_proj", "v_proj"]
+TARGETS = {
+    **{"bert": ["query", "value"], "vit": VIT, "llama": Q_V, "gpt2": ["c_attn"]},
+    **{"t5": ["q", "v"], "wav2vec2": Q_V, "whisper": Q_V},
+}
+TASKS = {
+    **{"bert": "SEQ_CLS", "vit": None, "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM"},
+    **{"t5": "SEQ_2_SEQ_LM", "wav2vec2": None, "whisper": None},
+}
+BUILD: dict[str, Callable[..., nn.Module]] = {
+    **{"bert": bert, "vit": vit, "llama": llama, "gpt2": gpt2},
+    **{"t5": t5, "wav2vec2": wav2vec2, "whisper": whisper},
+}
 
 
 def build(kind: str, seed: int = 0, **extra: Any) -> nn.Module:
@@ -66,7 +122,15 @@ def batch(kind: str, size: int = 2, seed: int = 0, dtype: torch.dtype = torch.fl
     if kind == "vit":
         pixels = torch.randn(size, 3, 8, 8, generator=generator).to(dtype)
         return {"pixel_values": pixels, "labels": torch.randint(3, (size,), generator=generator)}
+    if kind == "whisper":
+        features = torch.randn(size, 4, 12, generator=generator).to(dtype)
+        return {"input_features": features, "labels": torch.randint(3, VOCAB, (size, 5), generator=generator)}
+    if kind == "wav2vec2":
+        samples = torch.randn(size, 40, generator=generator).to(dtype)
+        return {"input_values": samples, "labels": torch.randint(3, (size,), generator=generator)}
     ids = torch.randint(1, VOCAB, (size, 6), generator=generator)
+    if kind == "t5":
+        return {"input_ids": ids, "labels": torch.randint(1, VOCAB, (size, 5), generator=generator)}
     if kind == "bert":
         return {"input_ids": ids, "labels": torch.randint(3, (size,), generator=generator)}
     labels = ids.clone()

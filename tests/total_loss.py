@@ -18,7 +18,7 @@ def fix_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def draw(self: FVAEAdapter, x: Tensor) -> Tensor:
         shape = torch.Size((*x.shape[:-1], self.config.rank))
-        return torch.arange(shape.numel()).to(x).sin().view(shape)
+        return torch.arange(shape.numel()).to(self.B).sin().view(shape)
 
     monkeypatch.setattr(FVAEAdapter, "draw_noise", draw)
 

@@ -1,10 +1,10 @@
 """What the launchers of the layer kernels share: the arguments of their kernels, and what the kernels can hold."""
 
+import ctypes
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ._common import Table, accumulator, blocks_for, precision, strides
@@ -42,8 +42,8 @@ def threshold(dropout: float) -> int | None:
 
 def split(table: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Two tuples whose sum is `table`: a kernel takes floats in a tuple as float32, and two of them hold a float64."""
-    high = torch.tensor(table, dtype=torch.float64).float().double().tolist()
-    return tuple(high), tuple(entry - first for entry, first in zip(table, high, strict=True))
+    high = tuple(ctypes.c_float(entry).value for entry in table)
+    return high, tuple(entry - first for entry, first in zip(table, high, strict=True))
 
 
 def options_for(

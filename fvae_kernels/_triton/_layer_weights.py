@@ -97,7 +97,7 @@ def hidden_sums(
     BLOCK_K: tl.constexpr,
     T: tl.constexpr,
 ):
-    """T rows, from `first` on, of the weight of the decoder's l-th hidden layer."""
+    """T rows, from `first` on, of the weight of the decoder's hidden layer `number`."""
     decoder = layer.decoder
     P: tl.constexpr = decoder[number][0].dtype.element_ty
     LAST: tl.constexpr = len(DECODER) - 1

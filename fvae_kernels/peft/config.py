@@ -61,6 +61,7 @@ class FVAELoraConfig(PeftConfig):
     prior2_std: float = _option("prior2_std")
     loss_weight: float | Mapping[str, float] = _option("loss_weight")
     detach_target: bool = _option("detach_target")
+    mask_padding: bool = _option("mask_padding")
     sample_at_inference: bool = _option("sample_at_inference")
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "linear layers to adapt"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to leave out"})

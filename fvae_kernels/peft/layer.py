@@ -11,6 +11,7 @@ from ..adapter import FVAEAdapter
 from ..aux_loss import AuxLossLayer
 from ..config import FVAEConfig
 from ..linear import check_input, linear_shape
+from ..quantised import refuse_merge
 
 
 class FVAELoraLayer(BaseTunerLayer, AuxLossLayer):
@@ -67,15 +68,16 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
         y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
+        adapters: Any = self.fvae_adapter
         for name in self.active_adapters:
-            if name not in self.fvae_adapter:
+            if name not in adapters:
                 continue
-            adapter: Any = self.fvae_adapter[name]
+            adapter = adapters[name]
             if self.training and not (adapter.inference_only and not adapter.B.requires_grad):
-                y, terms = adapter(x, base=y)
+                y, terms = adapter(x, mask=self.token_mask(x, adapter.config), base=y)
                 y = self.inject(y, terms, self.fvae_loss_weight[name])
             else:
-                y = y + adapter.infer(self._cast_input_dtype(x, adapter.B.dtype)).to(y.dtype)
+                y = adapter.infer(self._cast_input_dtype(x, adapter.B.dtype), base=y)
         return y
 
     def posterior_means(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +97,8 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add linear-encoder adapters to the base weight, all or none of them."""
+        """Add linear-encoder adapters to the base weight, all or none of them; a quantised one takes none."""
+        refuse_merge(self.get_base_layer())
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.fvae_adapter]
         deltas = {name: self.get_delta_weight(name) for name in names}
         weight: Any = self.get_base_layer().weight

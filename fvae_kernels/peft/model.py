@@ -13,6 +13,7 @@ from ..adapter import is_served, parameter_shapes
 from ..config import FVAEConfig
 from ..hooks import install_hooks, remove_hooks
 from ..linear import is_attention, linear_shape
+from ..quantised import refuse_merge
 from .config import FVAELoraConfig
 from .files import Shapes, check_complete, check_fits
 from .layer import FVAELoraLayer, FVAELoraLinear
@@ -141,7 +142,7 @@ class FVAELoraModel(BaseTuner):
         """Merge as PEFT does; refused, with no layer touched, where an adapter is not a matrix.
 
         Raises:
-            ValueError: for hidden layers in the encoder, or a sampled output.
+            ValueError: for hidden layers in the encoder, a sampled output, or a quantised base layer.
         """
         self._check_mergeable(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -159,11 +160,21 @@ class FVAELoraModel(BaseTuner):
         remove_hooks(model)
         return model
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> None:
+        """As PEFT's, which copies the weight of a layer into itself on the way out, and fails where there is none."""
+        if new_module is getattr(child, "base_layer", None):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():
             for name in adapter_names or layer.active_adapters:
-                if name in layer.fvae_adapter and not layer.fvae_adapter[name].config.mergeable:
+                if name not in layer.fvae_adapter:
+                    continue
+                if not layer.fvae_adapter[name].config.mergeable:
                     layer.get_delta_weight(name)  # raises
+                refuse_merge(layer.get_base_layer())
 
 
 class _Undo:

@@ -1,0 +1,60 @@
+"""FLOPs of the matrix products inside our raw kernels, by the name of the op: PyTorch's counter cannot see them.
+
+A product of N tokens with a weight is 2 N times the weight's entries, and each gradient of it as much again.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def _entries(parameters: Sequence[Tensor | None]) -> int:
+    """Of the weights in weight, bias, weight, ..."""
+    return sum(p.numel() for p in parameters if p is not None and p.dim() > 1)
+
+
+def _encode_fwd(x: Tensor, w_mean: Tensor, b_mean: Any, w_logvar: Tensor, *_: Any) -> int:
+    return 2 * x.shape[0] * _entries([w_mean, w_logvar])
+
+
+def _reconstruct_fwd(x: Tensor, g: Tensor, w_out: Tensor, *_: Any) -> int:
+    return 2 * x.shape[0] * w_out.numel()
+
+
+def _reconstruct_bwd(grad: Any, x: Tensor, g: Tensor, w_out: Tensor, *rest: Any) -> int:
+    _, need_g, need_w, _ = rest[-1]
+    return 2 * x.shape[0] * w_out.numel() * (1 + need_g + need_w)  # x_hat once more
+
+
+def _layer_fwd(base: Any, x: Tensor, encoder1: Any, encoder2: Any, decoder: Any, scale: Any, B: Tensor, *_: Any) -> int:
+    return 2 * x.shape[0] * _entries([*encoder1, *encoder2, *decoder, B])
+
+
+def _layer_bwd(*arguments: Any) -> int:
+    grad_y, grad_loss, grad_nll, _, _, x, encoder1, encoder2, decoder, _, B, *_, needs = arguments
+    need_x, need_encoders, need_decoder, _, need_B = needs
+    encoders, first = _entries([*encoder1, *encoder2]), 0 if need_x else x.shape[1]
+    unused = sum(p.numel() for p in (*encoder1, *encoder2) if p is not None and p.dim() > 1 and p.shape[1] == first)
+    entries = encoders * need_encoders + encoders - unused
+    if grad_loss is not None or grad_nll is not None:
+        entries += _entries(decoder) * (2 + need_decoder)  # its outputs once more, and gradients of its inputs
+    if grad_y is not None:
+        entries += B.numel() * (1 + need_B)
+    return 2 * x.shape[0] * entries
+
+
+def _none(*_: Any) -> int:
+    return 0
+
+
+FORMULAS: dict[str, Callable[..., int]] = {
+    "encode_fwd": _encode_fwd,
+    "encode_bwd": _none,  # its products are PyTorch's own
+    "divergence_fwd": _none,
+    "divergence_bwd": _none,
+    "reconstruct_fwd": _reconstruct_fwd,
+    "reconstruct_bwd": _reconstruct_bwd,
+    "layer_fwd": _layer_fwd,
+    "layer_bwd": _layer_bwd,
+}

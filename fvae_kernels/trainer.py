@@ -1,0 +1,145 @@
+"""Trainers that compute the task loss outside of the model: TRL's, label smoothing, a loss function of your own.
+
+The hooks on a model make the loss that it returns the total loss (6). A trainer that drops that loss and computes
+another needs the auxiliary loss added there, with the weight that its accumulation gives to one micro-batch.
+"""
+
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .aux_loss import Seed, attach_aux_loss, aux_loss_layers
+from .hooks import external_loss
+from .token_share import labelled_share
+
+
+def prepare_trainer(trainer: Any) -> Any:
+    """Make the total loss (6) what this trainer trains on, whatever its `compute_loss` does. In place.
+
+        trainer = fk.prepare_trainer(SFTTrainer(model, args, train_dataset=data, peft_config=fk.FVAELoraConfig(...)))
+        trainer.train()
+
+    The loss that `compute_loss` returns counts as the task loss. The auxiliary loss of all forwards that it made with a
+    graph is added with the weight of this micro-batch in its optimizer step: 1 where the trainer divides by the
+    accumulation steps, else the micro-batch's share of the step's labelled tokens, or 1 / steps where there are none.
+    Which of the two it is, the trainer knows: an own `compute_loss` says so with `loss_is_scaled_for_ga`, as
+    transformers asks for. Where the model computes the loss, nothing changes: there it was right before.
+
+    Args:
+        trainer: a `transformers.Trainer`, or any subclass such as TRL's.
+
+    Returns:
+        The trainer.
+
+    Raises:
+        TypeError: for an object that is no such trainer.
+    """
+    check_trainer(trainer, "in a loop of your own use fvae_kernels.attach_aux_loss(model, loss)")
+    own = trainer.compute_loss
+    if not (isinstance(own, functools.partial) and own.func is _total_loss):
+        trainer.compute_loss = functools.partial(_total_loss, trainer, own)
+    return trainer
+
+
+def check_trainer(trainer: Any, advice: str) -> None:
+    """Raise a TypeError unless this is a transformers.Trainer by what it has."""
+    if not all(hasattr(trainer, name) for name in ("compute_loss", "accelerator", "args", "model")):
+        raise TypeError(f"expected a transformers.Trainer or a subclass of it, got {type(trainer).__name__}; {advice}")
+
+
+class FVAETrainerMixin:
+    """`prepare_trainer` as a base class: ``class MyTrainer(fk.FVAETrainerMixin, SFTTrainer): ...``.
+
+    Raises:
+        TypeError: where it does not stand before the trainer among the bases; it would have no effect there.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(FVAETrainerMixin)]
+        trainer = next((c for c in before if hasattr(c, "compute_loss") and not issubclass(c, FVAETrainerMixin)), None)
+        if trainer is not None:
+            raise TypeError(
+                f"FVAETrainerMixin has no effect behind {trainer.__name__}: write "
+                f"class {cls.__name__}(FVAETrainerMixin, {trainer.__name__})"
+            )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        prepare_trainer(self)
+
+
+def _total_loss(
+    trainer: Any,
+    own: Callable[..., Any],
+    model: nn.Module,
+    inputs: Any,
+    return_outputs: bool = False,
+    num_items_in_batch: Tensor | int | None = None,
+    **options: Any,
+) -> Any:
+    """`own`, the trainer's compute_loss, with the auxiliary loss in what it returns."""
+    layers = aux_loss_layers(model)
+    compute = functools.partial(own, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **options)
+    if not (torch.is_grad_enabled() and layers) or _model_computes_loss(trainer, own):
+        return compute(model, inputs)
+    share = _share(trainer, inputs, num_items_in_batch)  # now: compute_loss may take the labels out of the inputs
+    callables = {id(m): m for m in (model, trainer.accelerator.unwrap_model(model))}.values()
+    with external_loss(model), _graphless_apart(callables, layers):
+        result = compute(model, inputs)
+    if not any(layer.aux_pending is not None or layer.aux_seed.terms for layer in layers):
+        return result  # no adapter took part: the sum over layers is empty
+    if return_outputs:
+        return (attach_aux_loss(model, result[0], share), *result[1:])
+    return attach_aux_loss(model, result, share)
+
+
+def _model_computes_loss(trainer: Any, own: Callable[..., Any]) -> bool:
+    """Whether this is transformers' own compute_loss, which then returns the loss that the model computed."""
+    stock = isinstance(own, types.MethodType) and own.__module__ == "transformers.trainer"
+    return stock and trainer.compute_loss_func is None and trainer.label_smoother is None
+
+
+def _share(trainer: Any, inputs: Any, items: Tensor | int | None) -> Tensor | float:
+    """The weight of this micro-batch's auxiliary loss beside the loss that compute_loss returns."""
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:  # the rule of Trainer.training_step
+        scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+    if not scaled:  # the loss is a mean, and Trainer divides it by the steps
+        return 1.0
+    base = trainer.accelerator.unwrap_model(trainer.model)
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    share = None if items is None else labelled_share(base, inputs, items)
+    if share is None:
+        return 1.0 / getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
+    if trainer.args.average_tokens_across_devices:  # the items are those of all processes, whose gradients DDP averages
+        share = share * trainer.accelerator.num_processes
+    return share
+
+
+@contextmanager
+def _graphless_apart(models: Iterable[nn.Module], layers: list[Any]) -> Iterator[None]:
+    """Keep the terms of a forward without a graph, for a metric or a reference, out of the loss that is reported."""
+    kept: list[list[Seed]] = []
+
+    def before(*_: Any) -> None:
+        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+            kept.append([layer.aux_seed for layer in layers])
+            for layer in layers:
+                layer.aux_seed = Seed()
+
+    def after(*_: Any) -> None:
+        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+            for layer, seed in zip(layers, kept.pop(), strict=True):
+                layer.aux_seed = seed
+
+    with ExitStack() as stack:
+        for model in models:
+            stack.callback(model.register_forward_pre_hook(before).remove)
+            stack.callback(model.register_forward_hook(after, always_call=True).remove)
+        yield
