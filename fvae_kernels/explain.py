@@ -37,7 +37,7 @@ def _reasons(adapter: FVAEAdapter) -> Iterator[str]:
     except _backend.BackendUnavailable as error:
         yield f"training will raise BackendUnavailable: {error}"
         return
-    missing = uncovered(adapter.config, dict(adapter.named_parameters()))
+    missing = uncovered(adapter.config, dict(adapter.named_parameters()), backend=backend)
     if backend != "reference" and missing is None:
         yield f"training runs the fused kernels of {backend!r}, one forward and one backward."
     elif backend != "reference" and named is not None:

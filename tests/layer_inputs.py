@@ -6,6 +6,8 @@ import torch
 
 import fvae_kernels as fk
 from fvae_kernels import reference, testing
+from fvae_kernels.ops._checks import token_flags
+from fvae_kernels.ops._layer_support import objective_table
 from fvae_kernels.ops.layer import layer
 
 SMALL = {"rank": 3, "encoder_hidden": (5,), "decoder_hidden": (6,), "dropout": 0.0, "prior2_std": 0.8}
@@ -57,10 +59,10 @@ def plain(x, encoder1, encoder2, decoder, B, noise, mask, config, dropout=0.0, b
     return delta if base is None else base + delta.to(base.dtype), *terms
 
 
-def assert_layer_no_worse(inputs, same_dtype, backend):
-    """`testing.assert_no_worse` over four seeds, of which `inputs` makes inputs: one rounding may be lucky."""
+def assert_layer_no_worse(inputs, same_dtype, backend, seeds=4):
+    """`testing.assert_no_worse` over some seeds, of which `inputs` makes inputs: one rounding may be lucky."""
     results = {"actual": [], "same_dtype": [], "exact": []}
-    for seed in range(4):
+    for seed in range(seeds):
         given = inputs(seed)
         results["actual"].append(testing.run(run_layer, given, backend=backend))
         results["same_dtype"].append(testing.run(same_dtype, given))
@@ -68,6 +70,27 @@ def assert_layer_no_worse(inputs, same_dtype, backend):
     testing.assert_no_worse(
         **{who: {name: torch.stack([r[name] for r in runs]) for name in runs[0]} for who, runs in results.items()}
     )
+
+
+def raw_layer(lead, D, M, base=False, stride="contiguous", dropout=0.0, seed=5, **options):
+    """Arguments of the raw forward, detached."""
+    inputs = testing.restride(layer_inputs(lead, D, M, **options), stride)
+    config = inputs["config"]
+
+    def flat(hidden, *rest):
+        return [t if t is None else t.detach() for t in (*itertools.chain(*hidden), *rest)]
+
+    encoders = [flat(encoder[0], *encoder[2:]) for encoder in (inputs["encoder1"], inputs["encoder2"])]
+    hidden, *output, scale = inputs["decoder"]
+    x = inputs["x"].detach()
+    return [
+        torch.randn(*lead, M, dtype=x.dtype, device=x.device) if base else None,
+        *(x, *encoders, flat(hidden, *output), scale.detach(), inputs["B"].detach(), *inputs["noise"]),
+        token_flags(inputs["mask"]),
+        torch.tensor(seed, device=x.device),
+        *(dropout, config.fusion == "average", float(config.scaling), float(config.prior2_mean)),
+        list(objective_table(config)),
+    ]
 
 
 def replaced(inputs, leaves):

@@ -12,6 +12,8 @@ from fvae_kernels import testing
 
 OP = "layer"
 
+compiled = pytest.mark.compiled
+
 OBJECTIVES = [
     {},
     {"recon_weight": 0.3, "kl_weight": 2.0, "gamma_weight": (0.5, 2.0)},
@@ -35,6 +37,7 @@ TERMS = ("delta", "loss", "nll", "kl", "gamma")
 # gradcheck
 
 
+@compiled
 @pytest.mark.parametrize("options", [*OBJECTIVES, *SHAPES[:-1]], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradcheck(backend, device, options, dropout):
@@ -46,6 +49,22 @@ def test_gradcheck(backend, device, options, dropout):
         return run_layer(**replaced(inputs, dict(zip(names, tensors, strict=True))), dropout=dropout, backend=backend)
 
     assert torch.autograd.gradcheck(function, tuple(testing.leaves(inputs).values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("options", [OBJECTIVES[2] | SHAPES[0] | {"fusion": "average"}, SHAPES[1]], ids=str)
+def test_gradcheck_of_a_sum(backend, device, options):
+    """Of all outputs, along one direction of all inputs: few enough runs for interpreted kernels, noise included."""
+    inputs = layer_inputs((4,), D=5, M=4, mask=True, device=device, **options) | {"noise": None}
+    leaves = testing.leaves(inputs)
+    direction = {name: torch.randn_like(leaf) for name, leaf in leaves.items()}
+
+    def function(step):
+        torch.manual_seed(7)
+        moved = {name: leaf.detach() + step * direction[name] for name, leaf in leaves.items()}
+        outputs = run_layer(**replaced(inputs, moved), dropout=0.4, backend=backend)
+        return sum((out * torch.ones_like(out).cumsum(0)).sum() for out in outputs)
+
+    assert torch.autograd.gradcheck(function, torch.zeros((), dtype=torch.float64, device=device, requires_grad=True))
 
 
 # hypothesis
@@ -75,10 +94,13 @@ def test_every_option_matches_reference(backend, device, options):
     testing.assert_same(testing.run(run_layer, inputs, backend=backend), testing.run(plain, inputs))
 
 
-@pytest.mark.parametrize("mask", [False, True])
-@pytest.mark.parametrize(("N", "D"), [(4001, 40), (70, 3000), (900, 700)])
-def test_many_tiles_match_reference(backend, device, N, D, mask):
-    inputs = layer_inputs((N,), D, M=50, mask=mask, device=device, encoder_hidden=(5, 4), decoder_hidden=(8, 9))
+@pytest.mark.parametrize("mask", [pytest.param(False, marks=compiled), True])
+@pytest.mark.parametrize(
+    ("N", "D"), [pytest.param(4001, 40, marks=compiled), pytest.param(70, 3000, marks=compiled), (900, 700)]
+)
+def test_many_tiles_match_reference(backend, device, many, N, D, mask):
+    sizes = {"encoder_hidden": (5, 4), "decoder_hidden": (8, 9)}
+    inputs = layer_inputs((many(N),), many(D), M=50, mask=mask, device=device, **sizes)
     testing.assert_same(testing.run(run_layer, inputs, backend=backend), testing.run(plain, inputs))
 
 
@@ -92,9 +114,9 @@ def test_each_output_alone_matches_reference(backend, device, term):
     )
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_same_inputs_give_the_same_bits(backend, device, dropout):
-    inputs = layer_inputs((4001,), 40, dtype=torch.float32, device=device)
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=compiled), 0.2])
+def test_same_inputs_give_the_same_bits(backend, device, many, dropout):
+    inputs = layer_inputs((many(1000) // 2,), 40, dtype=torch.float32, device=device)
     results = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -102,6 +124,7 @@ def test_same_inputs_give_the_same_bits(backend, device, dropout):
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+@compiled
 def test_two_threads_give_what_one_after_the_other_does(backend, device):
     cases = [layer_inputs((700,), 60 + 20 * i, dtype=torch.float32, device=device, seed=i) for i in range(2)]
     alone = [testing.run(run_layer, inputs, backend=backend) for inputs in cases]
@@ -125,10 +148,12 @@ def test_two_threads_give_what_one_after_the_other_does(backend, device):
 # low precision
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [{}, {"encoder_hidden": (), "fusion": "average"}], ids=str)
-def test_low_precision_is_no_worse(backend, device, dtype, options):
-    def inputs(seed):
-        return layer_inputs((300,), 60, 50, mask=True, dtype=dtype, device=device, rank=8, seed=seed, **options)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=compiled), torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, pytest.param({"encoder_hidden": (), "fusion": "average"}, marks=compiled)])
+def test_low_precision_is_no_worse(backend, device, many, dtype, options):
+    tokens, seeds = (300, 4) if many(300) == 300 else (12, 6)
 
-    assert_layer_no_worse(inputs, plain, backend)
+    def inputs(seed):
+        return layer_inputs((tokens,), 60, 50, mask=True, dtype=dtype, device=device, rank=8, seed=seed, **options)
+
+    assert_layer_no_worse(inputs, plain, backend, seeds)

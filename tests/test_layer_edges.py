@@ -13,6 +13,8 @@ from fvae_kernels.explain import explain
 
 OP = "layer"
 
+compiled = pytest.mark.compiled
+
 
 # edges
 
@@ -25,7 +27,7 @@ def test_zero_where_there_is_no_token(backend, device):
         assert all((result == 0).all() for result in results.values())
 
 
-@pytest.mark.parametrize("value", [-30.0, -20.0, 20.0, 30.0])
+@pytest.mark.parametrize("value", [-30.0, *(pytest.param(v, marks=compiled) for v in (-20.0, 20.0)), 30.0])
 def test_logvar_is_clamped(backend, device, value):
     inputs = layer_inputs(device=device)
     for name in ("encoder1", "encoder2"):
@@ -34,7 +36,7 @@ def test_logvar_is_clamped(backend, device, value):
     testing.assert_same(testing.run(run_layer, inputs, backend=backend), testing.run(plain, inputs))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=compiled)])
 @pytest.mark.parametrize("name", ["x", "encoder1[2]", "encoder2[5]", "decoder[0][0][1]", "decoder[3]", "B"])
 def test_nan_and_inf_travel(backend, device, name, value):
     inputs = layer_inputs((3,), device=device)
@@ -70,11 +72,12 @@ def test_frozen_inputs_get_no_gradient(backend, device, trained):
     assert needs == [trained == "x", "encoder" in trained, trained == "decoder", "decoder" in trained, trained == "B"]
 
 
-def test_saved_for_backward_at_the_recipe(backend, device):
+@pytest.mark.parametrize("N", [pytest.param(1576, marks=compiled), 32])
+def test_saved_for_backward_at_the_recipe(backend, device, N):
     if backend == "reference":
         pytest.skip("autograd keeps what it needs")
     adapter = FVAEAdapter(768, 768, fk.FVAEConfig(), device=device)
-    x = torch.randn(1576, 768, device=device, requires_grad=True)
+    x = torch.randn(N, 768, device=device, requires_grad=True)
     saved = {}
     with (
         fk.use_backend(backend),
@@ -82,7 +85,7 @@ def test_saved_for_backward_at_the_recipe(backend, device):
     ):
         adapter(x)
     own = {t.data_ptr() for t in (x, *adapter.parameters())}
-    assert 0 < sum(t.nbytes for pointer, t in saved.items() if pointer not in own) <= 1.2e6
+    assert 0 < sum(t.nbytes for pointer, t in saved.items() if pointer not in own) <= 1.2e6 * N / 1576
 
 
 def test_retain_graph_twice(backend, device):
@@ -105,7 +108,7 @@ def test_double_backward_says_no(backend, device):
 def test_autocast_does_not_reach_the_kernel(backend, device):
     if backend == "reference":
         pytest.skip("PyTorch's own matrix products do follow autocast")
-    inputs = layer_inputs((50,), 64, dtype=torch.float32, device=device)
+    inputs = layer_inputs((12,), 64, dtype=torch.float32, device=device)
     with torch.autocast(device, torch.bfloat16):
         under = testing.run(run_layer, inputs, backend=backend)
     plainly = testing.run(run_layer, inputs, backend=backend)

@@ -15,13 +15,27 @@ if not interpreting():
 
 import triton
 import triton.language as tl
+from layer_inputs import raw_layer
 from triton_tools.meter import Meter
 from triton_tools.strict import strict
 
-from fvae_kernels._triton import LAUNCHERS, _common, divergence, encode, geometry, reconstruct, reconstruct_bwd
+from fvae_kernels._triton import (
+    LAUNCHERS,
+    _common,
+    divergence,
+    encode,
+    geometry,
+    layer,
+    layer_bwd,
+    layer_grads,
+    layer_mean,
+    reconstruct,
+    reconstruct_bwd,
+)
 from fvae_kernels.ops._checks import token_flags
 
 SHAPES = [(1, 1, 1, 1), (33, 17, 3, 5), (70, 100, 17, 33), (0, 5, 2, 3)]  # N, D, R, H
+LAYER = ("layer_fwd", "layer_bwd")  # interpreted, they take seconds
 
 
 def arguments(N, D, R, H, dtype, mask=True, stride="contiguous"):
@@ -41,13 +55,37 @@ def arguments(N, D, R, H, dtype, mask=True, stride="contiguous"):
         "reconstruct_fwd": decoder,
         "reconstruct_bwd": [number, *decoder, [True] * 4],
     }
-    return {n: [a.detach() if isinstance(a, torch.Tensor) else a for a in values] for n, values in found.items()}
+    found = {n: [a.detach() if isinstance(a, torch.Tensor) else a for a in values] for n, values in found.items()}
+    return found | layer_arguments(N, D, R, H, dtype, mask, stride)
+
+
+def layer_arguments(N, D, R, H, dtype, mask=True, stride="contiguous"):
+    """Noise is given where the dtype is float64, and made elsewhere."""
+    options = {"rank": R, "encoder_hidden": (H,), "decoder_hidden": (H, H + 2)}
+    base, *inputs = raw_layer(
+        (N,), D, M=H + 1, mask=mask, base=True, stride=stride, dtype=dtype, dropout=0.3, **options
+    )
+    if dtype != torch.float64:
+        inputs[6:8] = None, None
+    wide = _library.wide_dtype(inputs[0])
+    state, unit_grad_scale = torch.randn(N, 2 * H + 4 * R, dtype=wide), torch.randn(D, dtype=wide)
+    grads = [torch.randn_like(base), *(torch.tensor(0.5, dtype=wide) for _ in range(4))]
+    return {
+        "layer_fwd": [base, *inputs],
+        "layer_bwd": [*grads, *inputs, state, unit_grad_scale, False, [True] * 5],
+    }
 
 
 def metered(name, values, **options):
     with testing.poisoned(), strict(**options), Meter() as meter:
         result = LAUNCHERS[name](*values)
-    return meter, result if isinstance(result, tuple) else (result,)
+    return meter, flat(result)
+
+
+def flat(result):
+    if isinstance(result, torch.Tensor):
+        return (result,)
+    return tuple(tensor for entry in result for tensor in flat(entry))
 
 
 def assert_clean(meter):
@@ -59,8 +97,9 @@ def assert_clean(meter):
 # accesses
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize(
+    ("name", "shape"), [(n, s) for n in LAUNCHERS for s in SHAPES if n not in LAYER or s[0] < 70], ids=str
+)
 def test_stays_inside_and_races_with_nobody(name, shape):
     for dtype, stride, order in ((torch.float64, "contiguous", "reverse"), (torch.bfloat16, "sliced", 3)):
         meter, results = metered(name, arguments(*shape, dtype, stride=stride)[name], order=order)
@@ -72,7 +111,18 @@ def test_every_kernel_runs_in_these_checks():
     with strict(), Meter() as meter:
         for name, values in arguments(33, 17, 3, 5, torch.float32).items():
             LAUNCHERS[name](*values)
-    modules = (encode, divergence, geometry, reconstruct, reconstruct_bwd, _common)
+    modules = (
+        encode,
+        divergence,
+        geometry,
+        reconstruct,
+        reconstruct_bwd,
+        layer,
+        layer_mean,
+        layer_bwd,
+        layer_grads,
+        _common,
+    )
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {launch.name for launch in meter.launches} == kernels
 
@@ -80,9 +130,9 @@ def test_every_kernel_runs_in_these_checks():
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_more_programs_than_partial_sums(name, monkeypatch):
     """Programs that walk over several blocks of tokens give what programs of one block give."""
-    values = arguments(300, 40, 3, 5, torch.float64)[name]
+    values = arguments(60 if name in LAYER else 300, 40, 3, 5, torch.float64)[name]
     _, expected = metered(name, values)
-    for module in (divergence, reconstruct):
+    for module in (divergence, reconstruct, layer_bwd):
         monkeypatch.setattr(module, "PROGRAMS", 4)
     meter, actual = metered(name, values, order="reverse")
     assert_clean(meter)
@@ -154,7 +204,7 @@ def test_the_checks_see_a_planted_bug(bug, seen):
 def test_launches():
     counts = {True: {}, False: {}}
     for mask in counts:
-        for name, values in arguments(300, 40, 3, 5, torch.float32, mask).items():
+        for name, values in arguments(40, 40, 3, 5, torch.float32, mask).items():
             counts[mask][name] = [launch.name.removesuffix("_kernel") for launch in metered(name, values)[0].launches]
     assert (
         counts[True]
@@ -167,6 +217,8 @@ def test_launches():
             "geometry_fwd": ["geometry_fwd"],
             "reconstruct_fwd": ["reconstruct_fwd", "reconstruct_mean"],
             "reconstruct_bwd": ["reconstruct_bwd_tokens", "reconstruct_bwd_features", "reduce", "reduce"],
+            "layer_fwd": ["layer_fwd", "layer_mean"],
+            "layer_bwd": ["layer_bwd", "layer_grads", "layer_reduce"],
         }
     )
 

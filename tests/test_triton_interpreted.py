@@ -21,10 +21,11 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["encode", "divergence", "geometry", "reconstruct", "contract", "no_waiting", "triton_checks", "triton_traffic"],
-)
+LAYER = ["layer", "layer_base", "layer_dropout", "layer_edges", "triton_layer", "triton_traffic"]
+OTHERS = ["encode", "divergence", "geometry", "reconstruct", "contract", "no_waiting", "triton_checks"]
+
+
+@pytest.mark.parametrize("name", [*LAYER, *OTHERS])
 def test_interpreted(name):
     command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", f"tests/test_{name}.py"]
     done = subprocess.run(

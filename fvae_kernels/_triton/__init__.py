@@ -13,7 +13,7 @@ import torch
 
 from .. import _library
 from .._backend import interpreting
-from . import divergence, encode, geometry, reconstruct, reconstruct_bwd
+from . import divergence, encode, geometry, layer, layer_bwd, reconstruct, reconstruct_bwd
 
 DEVICES = ("cpu", "cuda") if interpreting() else ("cuda",)
 
@@ -25,10 +25,18 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
     "geometry_fwd": geometry.geometry_fwd,
     "reconstruct_fwd": reconstruct.reconstruct_fwd,
     "reconstruct_bwd": reconstruct_bwd.reconstruct_bwd,
+    "layer_fwd": layer.layer_fwd,
+    "layer_bwd": layer_bwd.layer_bwd,
 }
 
 
-FIXED = ("divergence_mean", "reconstruct_mean", "reduce")  # one block shape serves for all
+FIXED = (
+    "divergence_mean",
+    "layer_mean",
+    "layer_reduce",
+    "reconstruct_mean",
+    "reduce",
+)  # one shape for all
 
 
 def tuned() -> dict[str, list[str]]:

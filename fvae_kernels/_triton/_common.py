@@ -23,7 +23,11 @@ Table = dict[tuple[int, bool], dict[str, int]]  # (bytes of an entry, few tokens
 
 def blocks(kernel: Any, table: Table, t: Tensor, **limits: int) -> dict[str, Any]:
     """Launch options of `kernel` for rows of t [N, ...]: no block wider than what it covers, as in BLOCK_D=D."""
-    options = table[t.element_size(), t.shape[0] < FEW_TOKENS] | OVERRIDES.get(kernel.__name__, {})
+    return blocks_for(kernel, table, t.element_size(), t.shape[0], **limits)
+
+
+def blocks_for(kernel: Any, table: Table, entry_size: int, tokens: int, **limits: int) -> dict[str, Any]:
+    options = table[entry_size, tokens < FEW_TOKENS] | OVERRIDES.get(kernel.__name__, {})
     return options | {name: min(options[name], padded(size)) for name, size in limits.items()}
 
 

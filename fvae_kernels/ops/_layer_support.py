@@ -16,6 +16,7 @@ STATISTICS = (
     *("one", "nll", "squares1", "from_mu1", "var1", "logvar1"),
     *("squares2", "from_mu2", "var2", "logvar2", "sampled1", "sampled2"),
 )
+WIDEST = 256  # units of a layer that the Triton kernels hold in registers
 Form = dict[str, float]  # the weight of each statistic in a term
 
 
@@ -65,8 +66,13 @@ def _kl(i: int, prior: int, config: FVAEConfig) -> Form:
     return _sum((1.0, minus_entropy), (-1.0, _expected_log_prior(i, prior, config)))
 
 
-def uncovered(config: FVAEConfig, tensors: Mapping[str, Tensor | None], noise: Iterable[Tensor] = ()) -> str | None:
-    """What no fused kernel covers, so that the reference runs instead; None where all is covered."""
+def uncovered(
+    config: FVAEConfig, tensors: Mapping[str, Tensor | None], noise: Iterable[Tensor] = (), backend: str | None = None
+) -> str | None:
+    """What the fused kernel of `backend` does not cover; None where all is covered. Without a backend: what none does.
+
+    Tensors are named as by `check_layer`, or as the parameters of an adapter.
+    """
     if config.separate_hidden:
         return "separate_hidden=True"
     if any(eps.requires_grad for eps in noise):
@@ -78,6 +84,15 @@ def uncovered(config: FVAEConfig, tensors: Mapping[str, Tensor | None], noise: I
     for name in others:
         if dtypes[name] != dtypes[first]:
             return f"more than one dtype ({first} is {dtypes[first]}, {name} is {dtypes[name]})"
+    return _too_wide(config, tensors) if backend == "triton" else None
+
+
+def _too_wide(config: FVAEConfig, tensors: Mapping[str, Tensor | None]) -> str | None:
+    if config.rank > WIDEST:
+        return f"a rank above {WIDEST} (it is {config.rank})"
+    for name, t in tensors.items():
+        if t is not None and "hidden" in name and name.endswith("weight") and t.shape[0] > WIDEST:
+            return f"a hidden layer of more than {WIDEST} units ({name} is {list(t.shape)})"
     return None
 
 

@@ -132,7 +132,7 @@ def layer(
     tensors = check_layer(x, (encoder1, encoder2), decoder, B, config, noise, dropout, mask, base)
     named = _backend._selected if backend is None else backend
     backend = resolve("layer", x.device, backend)
-    missing = None if backend == "reference" else uncovered(config, tensors, noise or ())
+    missing = None if backend == "reference" else uncovered(config, tensors, noise or (), backend)
     if missing is not None and named is not None:
         raise BackendUnavailable(
             f"backend {named!r} was asked for to run layer, but cannot: its kernel does not cover {missing}; leave "

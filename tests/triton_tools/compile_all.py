@@ -6,6 +6,7 @@ python -m tests.triton_tools.compile_all [--out FILE] [target ...]
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -51,7 +52,33 @@ def calls(
     yield "reconstruct_bwd", (number, *decoder, [not bare, True, True, not bare])
 
 
-def compiled(target: str, size: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+def layer_calls(
+    N: int, dtype: torch.dtype, D: int = 768, R: int = 16, H: int = 128, bare: bool = False, x_dtype: Any = None
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The same for the whole layer; `bare` is with linear encoders, averaged latents, and noise that is given."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def chain(*sizes: int) -> list[Tensor | None]:
+        pairs = [(empty(b, a), None if bare else empty(b)) for a, b in itertools.pairwise(sizes)]
+        return [t for pair in pairs for t in pair]
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, base = (torch.empty(N, n, dtype=x_dtype or dtype) for n in (D, D))
+    encoder = [*chain(D, R), *chain(D, R)] if bare else [*chain(D, 16), *chain(16, R), *chain(16, R)]
+    decoder = chain(R if bare else 2 * R, *(() if bare else (H, H, H)), D)
+    noise = [empty(N, R) if bare else None for _ in range(2)]
+    mask = torch.empty(N, dtype=torch.bool) if bare else None
+    inputs = (x, encoder, encoder, decoder, empty(D), empty(D, R), *noise, mask, torch.empty((), dtype=torch.int64))
+    inputs = (*inputs, 0.0 if bare else 0.1, bare, 1.0, 1.5, [0.5] * 36)
+    loss, width = torch.empty((), dtype=wide), 4 * R if bare else 32 + 4 * R
+    saved = (torch.empty(N, width, dtype=wide), torch.empty(D, dtype=wide))
+    yield "layer_fwd", (None if bare else base, *inputs)
+    yield "layer_bwd", (base, loss, *(None,) * 3, *inputs, *saved, bare, [not bare, True, True, not bare, True])
+
+
+def compiled(target: str, size: str, dtype: torch.dtype, calls: Any = calls) -> Iterator[dict[str, Any]]:
     """Metrics of every launch."""
     for name, arguments in calls(TOKENS[size], dtype):
         with compiling(target) as kernels:
@@ -65,7 +92,7 @@ def table(targets: Sequence[str]) -> Iterator[dict[str, Any]]:
     for target in targets:
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             for size in TOKENS:
-                for row in compiled(target, size, dtype):
+                for row in itertools.chain(*(compiled(target, size, dtype, of) for of in (calls, layer_calls))):
                     start = {"target": target, "dtype": str(dtype)[6:], "tokens": size}
                     yield {"kernel": row["kernel"].removesuffix("_kernel"), **start, **{c: row[c] for c in COLUMNS}}
 
