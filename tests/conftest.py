@@ -53,7 +53,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Rows that tests carry and none of them proved in this run, as where a package is missing."""
     rows = {
-        outcome: {row for report in terminalreporter.stats.get(outcome, []) for _, row in report.user_properties}
+        outcome: {
+            row
+            for report in terminalreporter.stats.get(outcome, [])  # a module that was skipped as a whole has no rows
+            for _, row in getattr(report, "user_properties", ())
+        }
         for outcome in ("passed", "skipped", "failed")
     }
     for row in sorted(rows["skipped"] - rows["passed"] | rows["failed"]):
