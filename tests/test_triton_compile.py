@@ -36,6 +36,9 @@ CASES = [
 ]
 
 
+LAYER_CASES = [("sm_90", torch.float32), ("sm_80", torch.bfloat16), ("gfx942", torch.bfloat16)]
+
+
 @pytest.mark.parametrize(("target", "size", "dtype"), CASES, ids=str)
 def test_what_the_compiler_made(target, size, dtype):
     kernels = list(compiled(target, size, dtype))
@@ -43,7 +46,7 @@ def test_what_the_compiler_made(target, size, dtype):
     assert_good(kernels, target, dtype)
 
 
-@pytest.mark.parametrize(("target", "dtype"), [("sm_90", torch.float32), ("sm_80", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(("target", "dtype"), LAYER_CASES, ids=str)
 def test_what_the_compiler_made_of_the_layer(target, dtype):
     kernels = list(compiled(target, "few", dtype, layer_calls))
     assert {k["kernel"].removesuffix("_kernel") for k in kernels} == LAYER
@@ -53,7 +56,9 @@ def test_what_the_compiler_made_of_the_layer(target, dtype):
 def assert_good(kernels, target, dtype):
     for kernel in kernels:
         name = kernel["kernel"].removesuffix("_kernel")
-        assert kernel["spills"] == 0, kernel
+        # scalar registers of the layer's many arguments may go to lanes of vector registers; nothing goes to memory
+        assert kernel["spills"] == (kernel["lanes"] if name in LAYER else 0), kernel
+        assert kernel["stack"] == 0 or kernel["lanes"] == 0, kernel
         assert kernel["atomics"] == 0, kernel
         assert kernel["shared"] <= (64 if target == "gfx942" else 99) * 1024, kernel
         assert kernel["occupancy"] >= 0.125, kernel
