@@ -36,6 +36,9 @@ CASES = [
 ]
 
 
+LAYER_CASES = [("sm_90", torch.float32), ("sm_80", torch.bfloat16), ("gfx942", torch.bfloat16)]
+
+
 @pytest.mark.parametrize(("target", "size", "dtype"), CASES, ids=str)
 def test_what_the_compiler_made(target, size, dtype):
     kernels = list(compiled(target, size, dtype))
@@ -43,7 +46,7 @@ def test_what_the_compiler_made(target, size, dtype):
     assert_good(kernels, target, dtype)
 
 
-@pytest.mark.parametrize(("target", "dtype"), [("sm_90", torch.float32), ("sm_80", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(("target", "dtype"), LAYER_CASES, ids=str)
 def test_what_the_compiler_made_of_the_layer(target, dtype):
     kernels = list(compiled(target, "few", dtype, layer_calls))
     assert {k["kernel"].removesuffix("_kernel") for k in kernels} == LAYER
@@ -53,7 +56,9 @@ def test_what_the_compiler_made_of_the_layer(target, dtype):
 def assert_good(kernels, target, dtype):
     for kernel in kernels:
         name = kernel["kernel"].removesuffix("_kernel")
-        assert kernel["spills"] == 0, kernel
+        # scalar registers of the layer's many arguments may go to lanes of vector registers; nothing goes to memory
+        assert kernel["spills"] == (kernel["lanes"] if name in LAYER else 0), kernel
+        assert kernel["stack"] == 0 or kernel["lanes"] == 0, kernel
         assert kernel["atomics"] == 0, kernel
         assert kernel["shared"] <= (64 if target == "gfx942" else 99) * 1024, kernel
         assert kernel["occupancy"] >= 0.125, kernel
@@ -101,15 +106,15 @@ def test_tf32_is_used_where_pytorch_allows_it():
 
 
 def test_the_table_is_written_and_spills_fail(tmp_path, monkeypatch, capsys):
-    def rows(target, size, dtype):
-        spills = 8 if (size, dtype) == ("few", torch.float32) else 0
+    def rows(target, size, dtype, of):
+        spills = 8 if (size, dtype, of) == ("few", torch.float32, calls) else 0
         yield dict.fromkeys(compile_all.COLUMNS, 0.125) | {"kernel": "encode_fwd_kernel", "spills": spills}
 
     monkeypatch.setattr(compile_all, "compiled", rows)
     out = tmp_path / "new" / "table.md"
     assert compile_all.main(["sm_80", "sm_90", "--out", str(out)]) == 1
     lines = out.read_text().splitlines()
-    assert len(lines) == 2 + 2 * 3 * 2, "targets, dtypes, sizes"
+    assert len(lines) == 2 + 2 * 3 * 2 * 2, "targets, dtypes, sizes, with and without the layer"
     for column in ("registers", "shared", "spills", "occupancy", "tensor_core", "share_128"):
         assert f" {column} |" in lines[0]
     printed = capsys.readouterr().out

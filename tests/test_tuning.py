@@ -17,7 +17,8 @@ if interpreting():
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from triton.runtime.jit import JITFunction
-from triton_tools.compile_all import calls
+from triton_tools.compile_all import calls, layer_calls
+from triton_tools.gpu_compile import compiling
 
 from fvae_kernels._triton import FIXED, LAUNCHERS
 
@@ -32,9 +33,10 @@ def launched(monkeypatch):
         def run(kernel, *args, grid, warmup, **options):
             found[kernel.__name__.removesuffix("_kernel")] = options
 
-        monkeypatch.setattr(JITFunction, "run", run)
-        for name, arguments in calls(100, torch.float32):
-            LAUNCHERS[name](*arguments)
+        with compiling("sm_90"), monkeypatch.context() as patch:
+            patch.setattr(JITFunction, "run", run)
+            for name, arguments in (*calls(100, torch.float32), *layer_calls(100, torch.float32)):
+                LAUNCHERS[name](*arguments)
         return found
 
     yield launch

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from .. import reference
 from .._backend import interpreting
@@ -29,6 +30,13 @@ def blocks(kernel: Any, table: Table, t: Tensor, **limits: int) -> dict[str, Any
 def blocks_for(kernel: Any, table: Table, entry_size: int, tokens: int, **limits: int) -> dict[str, Any]:
     options = table[entry_size, tokens < FEW_TOKENS] | OVERRIDES.get(kernel.__name__, {})
     return options | {name: min(options[name], padded(size)) for name, size in limits.items()}
+
+
+def by_vendor(table: Table, amd: Table) -> Table:
+    """`table`, with the entries of `amd` in it on AMD; the interpreter, which has no target, takes it as it is."""
+    if not interpreting() and driver.active.get_current_target().backend == "hip":
+        table = table | amd
+    return table
 
 
 def padded(size: int) -> int:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import wide_dtype
-from ._common import Table, clamped, counting, kept_tokens, product, strides, tile
+from ._common import Table, by_vendor, clamped, counting, kept_tokens, product, strides, tile
 from ._layer_common import (
     SAMPLED,
     SQUARES,
@@ -46,6 +46,11 @@ TABLE: Table = {
     (4, False): {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
     (8, True): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
     (8, False): {"BLOCK_N": 32, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
+}
+
+AMD: Table = {  # no spills
+    (2, False): TABLE[2, True],
+    (4, False): {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2},
 }
 
 
@@ -236,7 +241,7 @@ def layer_fwd(
     if N == 0:
         return y, *(x.new_zeros((), dtype=wide) for _ in range(4)), state, x.new_zeros(D, dtype=wide)
     dropout = dropout if seed is not None else 0.0
-    options = options_for(layer_fwd_kernel, TABLE, shapes, N, max(D, M), B, dropout)
+    options = options_for(layer_fwd_kernel, by_vendor(TABLE, AMD), shapes, N, max(D, M), B, dropout)
     programs = triton.cdiv(N, options["BLOCK_N"])
     squares, statistics = (x.new_empty((programs, n), dtype=wide) for n in (D, 16))
     layer_fwd_kernel[(programs,)](

@@ -20,10 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import wide_dtype
-from ._common import Table, accumulator, counting, kept_tokens, product, strides, tile
+from ._common import Table, accumulator, by_vendor, counting, kept_tokens, product, strides, tile
 from ._layer_common import NLL, coefficient, latents, width_of
 from ._layer_host import Arguments, Gradients, Parameter, Shapes, later_layers, options_for, split
 from ._layer_through import grad_head, through_decoder, through_encoder
+from .layer_grads import AMD as AMD_GRADS
 from .layer_grads import BLOCK_L, PROGRAMS, layer_grads_kernel, layer_reduce_kernel
 from .layer_grads import TABLE as TABLE_GRADS
 
@@ -34,6 +35,12 @@ TABLE: Table = {
     (4, False): {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
     (8, True): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
     (8, False): {"BLOCK_N": 32, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
+}
+
+AMD: Table = {  # with more tokens at once, vector registers spill to memory
+    (2, False): TABLE[2, True],
+    (4, True): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
+    (4, False): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
 }
 
 
@@ -165,7 +172,7 @@ def layer_bwd(
     dropout = dropout if seed is not None else 0.0
 
     if latents_needed or asked[2]:
-        options = options_for(layer_bwd_kernel, TABLE, shapes, N, max(D, M), B, dropout)
+        options = options_for(layer_bwd_kernel, by_vendor(TABLE, AMD), shapes, N, max(D, M), B, dropout)
         layer_bwd_kernel[(triton.cdiv(N, options["BLOCK_N"]),)](
             *arrives,
             *layer,
@@ -184,7 +191,7 @@ def layer_bwd(
             AVERAGE=average,
             **options,
         )
-    options = options_for(layer_grads_kernel, TABLE_GRADS, shapes, N, max(D, M), B, dropout)
+    options = options_for(layer_grads_kernel, by_vendor(TABLE_GRADS, AMD_GRADS), shapes, N, max(D, M), B, dropout)
     T = options["BLOCK_D"]
     which, later, later_programs = later_layers(shapes, T)
     counts = (

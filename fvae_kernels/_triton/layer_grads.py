@@ -41,6 +41,11 @@ TABLE: Table = {
     (8, False): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
 }
 
+AMD: Table = {  # 8 warps leave each 256 registers, which is not enough; 4 leave 512
+    (4, True): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
+    (4, False): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
+}
+
 
 @triton.jit
 def feature_sums(

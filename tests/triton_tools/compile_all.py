@@ -21,7 +21,7 @@ from .gpu_compile import TARGETS, compiling, metrics
 
 TOKENS = {"few": 1576, "many": 100_000}
 COLUMNS = (
-    *("registers", "shared", "spills", "stack", "occupancy", "tensor_core"),
+    *("registers", "shared", "spills", "lanes", "stack", "occupancy", "tensor_core"),
     *("loads", "loads_128", "share_128", "stores_128", "atomics"),
 )
 OUT = Path("runs/gpu-compile.md")

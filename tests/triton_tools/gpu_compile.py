@@ -82,6 +82,7 @@ def _nvidia(kernel: Any) -> dict[str, Any]:
     return {
         "registers": registers,
         "spills": _spilled_bytes(kernel.asm["ptx"], kernel.metadata.target.arch),
+        "lanes": 0,
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "tensor_core": _count(r"\b(HMMA|DMMA|HGMMA|UT[CQ]\w*MMA)", sass),
         "loads": _count(r"\bLDG\.|\bLDGSTS", sass),
@@ -125,6 +126,7 @@ def _amd(kernel: Any) -> dict[str, Any]:
     return {
         "registers": registers,
         "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "lanes": number("sgpr_spill_count"),  # of the spills: to lanes of vector registers, not to memory
         "stack": number("private_segment_fixed_size"),
         "tensor_core": _count(r"\bv_mfma", code),
         "loads": _count(r"\b(global|buffer|flat)_load", code),
