@@ -8,6 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 USE = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if "editable" not in f.__module__]  # which would find the checkout's kernels
 import torch
 import fvae_kernels as fk
 layer = fk.FusedFVAELinear.from_linear(torch.nn.Linear(6, 5), fk.FVAEConfig(rank=2, kl_weight=2.0))

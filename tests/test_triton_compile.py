@@ -119,6 +119,6 @@ def test_the_table_is_written_and_spills_fail(tmp_path, monkeypatch, capsys):
         assert f" {column} |" in lines[0]
     printed = capsys.readouterr().out
     assert printed.startswith(out.read_text())
-    assert "\n2 kernels spill registers" in printed
+    assert "\n2 kernels spill registers to memory" in printed
     with pytest.raises(SystemExit):
         compile_all.main(["sm_70"])

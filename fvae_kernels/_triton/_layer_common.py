@@ -15,7 +15,7 @@ from ._common import clamped, product, share, tile
 from ._random import noises, not_dropped
 
 STATISTICS, NLL = tl.constexpr(12), tl.constexpr(1)  # of the objective's table, in the order of ops._layer_support
-SQUARES, SAMPLED = tl.constexpr(2), tl.constexpr(10)
+SQUARES, VAR, SAMPLED = tl.constexpr(2), tl.constexpr(4), tl.constexpr(10)
 
 
 @triton.constexpr_function

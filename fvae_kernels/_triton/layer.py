@@ -124,9 +124,12 @@ def encode_side(
 
 @triton.jit
 def statistics_of(mean, logvar, std, z, counts, mu, side: tl.constexpr):
-    """Sums over the latent entries that count, each at its place in the objective's table."""
+    """Sums over the latent entries that count, each at its place in the objective's table.
+
+    Of var - 1 in place of var, so that KL is not lost in a sum near R: `layer_mean_kernel` adds R again, in float64.
+    """
     from_center = z - (mu if side == 1 else 0.0)
-    values = (mean * mean, (mean - mu) * (mean - mu), std * std, clamped(logvar), from_center * from_center)
+    values = (mean * mean, (mean - mu) * (mean - mu), std * std - 1, clamped(logvar), from_center * from_center)
     lanes, sums = tl.arange(0, 16), tl.zeros((16,), z.dtype)
     for i in tl.static_range(5):
         place = SQUARES + 4 * side + i if i < 4 else SAMPLED + side
@@ -273,6 +276,7 @@ def layer_fwd(
         programs,
         N,
         D,
+        shapes.R,
         BLOCK_P=32,
         BLOCK_D=64,
         num_warps=8,

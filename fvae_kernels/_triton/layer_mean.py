@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._common import tile, tokens
-from ._layer_common import NLL, STATISTICS, weight
+from ._layer_common import NLL, STATISTICS, VAR, weight
 from .reconstruct import HALF_LOG_2_PI
 
 
@@ -26,6 +26,7 @@ def layer_mean_kernel(
     P,
     N,
     D,
+    R,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -56,6 +57,7 @@ def layer_mean_kernel(
         sums += tl.load(tile(statistics_ptr, rows, lanes, (16, 1)), mask=here, other=0).to(tl.float64)
     means = tl.where(lanes == 0, 1.0, tl.sum(sums, 0) / over)
     means = tl.where(lanes == NLL, tl.sum(nll), means)
+    means = tl.where((lanes == VAR) | (lanes == VAR + 4), means + R, means)  # they are of var - 1
     # 3. The terms; NaN counts only where it has a weight
     tl.store(terms[1], tl.sum(nll).to(terms[1].dtype.element_ty))
     for term in tl.static_range(3):
