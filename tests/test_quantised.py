@@ -132,9 +132,6 @@ def test_gradients_are_those_on_the_weights_it_stands_for(kind: str) -> None:
         assert error < KINDS[kind][1], f"{name}: relative error {error:.1e}"
 
 
-@pytest.mark.compat(
-    "Precision", "quantised base layers: torchao int8, HQQ; bitsandbytes 8 and 4 bit where it is installed"
-)
 def test_trains_the_adapter_alone_saves_and_loads(kind: str, tmp_path: Path) -> None:
     model = adapted(quantised(kind))
     assert all("fvae_adapter" in name or "modules_to_save" in name for name in trained(model))
@@ -189,6 +186,9 @@ def test_a_layer_of_floats_is_not_quantised(dtype: torch.dtype) -> None:
     assert not is_quantised(nn.Linear(2, 3, dtype=dtype))
 
 
+@pytest.mark.compat(
+    "Precision", "quantised base layers: torchao int8, HQQ; bitsandbytes 8 and 4 bit where it is installed"
+)
 def test_with_the_packages_that_are_kept_apart() -> None:
     if not APART.is_dir() or str(APART) in sys.path:
         pytest.skip(f"there is no {APART}, or this is the process that has it")
