@@ -19,19 +19,7 @@ from layer_inputs import raw_layer
 from triton_tools.meter import Meter
 from triton_tools.strict import strict
 
-from fvae_kernels._triton import (
-    LAUNCHERS,
-    _common,
-    divergence,
-    encode,
-    geometry,
-    layer,
-    layer_bwd,
-    layer_grads,
-    layer_mean,
-    reconstruct,
-    reconstruct_bwd,
-)
+from fvae_kernels._triton import FIXED, LAUNCHERS, _common, divergence, layer_bwd, reconstruct, tuned
 from fvae_kernels.ops._checks import token_flags
 
 SHAPES = [(1, 1, 1, 1), (33, 17, 3, 5), (70, 100, 17, 33), (0, 5, 2, 3)]  # N, D, R, H
@@ -111,19 +99,7 @@ def test_every_kernel_runs_in_these_checks():
     with strict(), Meter() as meter:
         for name, values in arguments(33, 17, 3, 5, torch.float32).items():
             LAUNCHERS[name](*values)
-    modules = (
-        encode,
-        divergence,
-        geometry,
-        reconstruct,
-        reconstruct_bwd,
-        layer,
-        layer_mean,
-        layer_bwd,
-        layer_grads,
-        _common,
-    )
-    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    kernels = {f"{name}_kernel" for name in (*tuned(), *FIXED)}
     assert {launch.name for launch in meter.launches} == kernels
 
 
