@@ -21,7 +21,7 @@ def torchrun(job: str, folder: Path) -> tuple[int, str]:
     """Exit status and output of a job of distributed_worker.py in two processes."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     with subprocess.Popen(
         [*command, "tests/distributed_worker.py", job, str(folder)],
         cwd=ROOT,
