@@ -36,7 +36,10 @@ CASES = [
 ]
 
 
-LAYER_CASES = [("sm_90", torch.float32), ("sm_80", torch.bfloat16), ("gfx942", torch.bfloat16)]
+LAYER_CASES = [
+    *(("sm_90", size, torch.float32) for size in ("few", "many")),
+    *((target, "few", torch.bfloat16) for target in ("sm_80", "gfx942")),
+]
 
 
 @pytest.mark.parametrize(("target", "size", "dtype"), CASES, ids=str)
@@ -46,9 +49,9 @@ def test_what_the_compiler_made(target, size, dtype):
     assert_good(kernels, target, dtype)
 
 
-@pytest.mark.parametrize(("target", "dtype"), LAYER_CASES, ids=str)
-def test_what_the_compiler_made_of_the_layer(target, dtype):
-    kernels = list(compiled(target, "few", dtype, layer_calls))
+@pytest.mark.parametrize(("target", "size", "dtype"), LAYER_CASES, ids=str)
+def test_what_the_compiler_made_of_the_layer(target, size, dtype):
+    kernels = list(compiled(target, size, dtype, layer_calls))
     assert {k["kernel"].removesuffix("_kernel") for k in kernels} == LAYER
     assert_good(kernels, target, dtype)
 
