@@ -5,9 +5,9 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
+from peft_models import SMALL
 from tiny_models import TARGETS, VOCAB, batch, build
 from torch import Tensor, nn
-from trainer_tools import SMALL
 
 import fvae_kernels as fk
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft_models import SMALL
 from safetensors.torch import load_file, save_file
 from tiny_models import TARGETS, batch, build
 from torch import Tensor, nn
-from trainer_tools import QUIET, SMALL, Rows, params, trainer_of
+from trainer_tools import QUIET, Rows, params, trainer_of
 
 import fvae_kernels as fk
 

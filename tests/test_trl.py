@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from peft_models import SMALL
 from tiny_models import TARGETS, VOCAB, build
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from total_loss import by_hand, fix_noise
-from trainer_tools import ONE_STEP, QUIET, SIZE, SMALL, STEPS, assert_step, params, step_of
+from trainer_tools import ONE_STEP, QUIET, SIZE, STEPS, assert_step, params, step_of
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 

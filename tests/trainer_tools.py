@@ -6,21 +6,15 @@ SGD with learning rate 1 writes the gradient into the parameters, where it can b
 from pathlib import Path
 from typing import Any
 
-import peft
+import gradients
 import torch
-from tiny_models import TARGETS, batch, build
+from tiny_models import batch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from total_loss import by_hand
 from transformers import Trainer, TrainingArguments
 
-import fvae_kernels as fk
-
 STEPS, SIZE = 4, 2
-SMALL: dict[str, Any] = {
-    **{"r": 3, "encoder_hidden": (5,), "decoder_hidden": (7,)},
-    **{"dropout": 0.0, "loss_weight": 0.01},
-}
 
 
 class Rows(Dataset):
@@ -46,15 +40,8 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def adapted(kind: str, task: str | None, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
-    """A PEFT model whose adapters already change the output."""
-    torch.manual_seed(0)
-    config = fk.FVAELoraConfig(
-        task_type=task,
-        target_modules=TARGETS[kind],
-        init_weights=False,
-        **{**SMALL, **options},
-    )
-    return peft.get_peft_model(build(kind).to(dtype), config, autocast_adapter_dtype=False).train()
+    """`gradients.adapted` with the task in the second place."""
+    return gradients.adapted(kind, dtype, task, **options)
 
 
 def params(model: nn.Module) -> dict[str, Tensor]:
