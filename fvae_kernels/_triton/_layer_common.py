@@ -251,7 +251,32 @@ def standard_deviation(logvar):
 
 
 @triton.jit
-def latents(
+def latent(
+    state_ptr,
+    noise,
+    noise_strides,
+    seed_ptr,
+    rows,
+    inside,
+    side: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ENCODER: tl.constexpr,
+    R: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """mean, logvar, noise, standard deviation and sample of one latent, from the state that forward left."""
+    HEADS: tl.constexpr = hidden_column(ENCODER, len(ENCODER), 0)
+    entries = tl.arange(0, width_of(R))
+    given = inside[:, None] & (entries < R)[None, :]
+    eps = noises(noise, noise_strides, seed_ptr, rows, entries, given, R, ACC)[side]
+    mean = load_columns(state_ptr, WIDTH, rows, inside, HEADS + 2 * side * R, R)
+    logvar = load_columns(state_ptr, WIDTH, rows, inside, HEADS + (2 * side + 1) * R, R)
+    std = standard_deviation(logvar)
+    return mean, logvar, eps, std, mean + std * eps
+
+
+@triton.jit
+def samples(
     state_ptr,
     noise,
     noise_strides,
@@ -263,18 +288,7 @@ def latents(
     R: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """mean, logvar, noise, standard deviation and sample of both latents, from the state that forward left."""
-    HEADS: tl.constexpr = hidden_column(ENCODER, len(ENCODER), 0)
-    latent = tl.arange(0, width_of(R))
-    given = inside[:, None] & (latent < R)[None, :]
-    eps1, eps2 = noises(noise, noise_strides, seed_ptr, rows, latent, given, R, ACC)
-    mean1, logvar1 = head(state_ptr, rows, inside, HEADS, WIDTH, R)
-    mean2, logvar2 = head(state_ptr, rows, inside, HEADS + 2 * R, WIDTH, R)
-    std1, std2 = standard_deviation(logvar1), standard_deviation(logvar2)
-    return (mean1, logvar1, eps1, std1, mean1 + std1 * eps1), (mean2, logvar2, eps2, std2, mean2 + std2 * eps2)
-
-
-@triton.jit
-def head(state_ptr, rows, inside, first, WIDTH: tl.constexpr, R: tl.constexpr):
-    mean = load_columns(state_ptr, WIDTH, rows, inside, first, R)
-    return mean, load_columns(state_ptr, WIDTH, rows, inside, first + R, R)
+    """z_1 and z_2, from the state that forward left."""
+    latent1 = latent(state_ptr, noise, noise_strides, seed_ptr, rows, inside, 0, WIDTH, ENCODER, R, ACC)
+    latent2 = latent(state_ptr, noise, noise_strides, seed_ptr, rows, inside, 1, WIDTH, ENCODER, R, ACC)
+    return latent1[4], latent2[4]

@@ -13,8 +13,8 @@ from ._layer_common import (
     grad_activate,
     grad_linear,
     inputs_of,
-    latents,
     load_columns,
+    samples,
     sliced,
     width_of,
 )
@@ -110,10 +110,9 @@ def hidden_sums(
     for block in range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
         # 1. The decoder up to its last hidden layer, whose gradient is there
         rows, inside = rows_of(block, N, BLOCK_N)
-        latent1, latent2 = latents(
+        z1, z2 = samples(
             state_ptr, layer.noise, layer.noise_strides, layer.seed, rows, inside, WIDTH, ENCODER, R, ACC
         )
-        z1, z2 = latent1[4], latent2[4]
         h = decode(
             z1, z2, decoder, layer.seed, rows, LAST, len(ENCODER), AVERAGE, DECODER, R, THRESHOLD, PRECISION, BLOCK_K
         )
@@ -122,6 +121,7 @@ def hidden_sums(
             in_grad = inside[:, None] & (outs < DECODER[number])[None, :]
             grad = tl.load(tile(grad_hidden_ptr, rows, outs, (DECODER[number], 1)), mask=in_grad, other=0)
         else:
+            activated = sliced(h[number], first, T)  # now, for the whole of h would fill registers till it is used
             of_layer = load_columns(grad_hidden_ptr, DECODER[LAST], rows, inside, 0, DECODER[LAST])
             for i in tl.static_range(LAST, number + 1, -1):
                 of_layer = grad_linear(of_layer, decoder[i], 0, DECODER[i - 1], DECODER[i], PRECISION, BLOCK_K)
@@ -129,9 +129,16 @@ def hidden_sums(
             inside_layer, after = outs < DECODER[number], decoder[number + 1]
             grad = tl.zeros((BLOCK_N, T), ACC)
             grad = add_grad_products(grad, of_layer, after, outs, inside_layer, DECODER[number + 1], PRECISION, BLOCK_K)
-            grad = grad_activate(grad, sliced(h[number], first, T), THRESHOLD)
+            grad = grad_activate(grad, activated, THRESHOLD)
         # 3. G^T h
-        inputs = (h[number - 1],) if number > 0 else (((z1 + z2) / 2,) if AVERAGE else (z1, z2))
+        if number > 0:
+            inputs = (h[number - 1],)
+        else:
+            tl.debug_barrier()  # the latents once more: kept, they would fill registers till here
+            z1, z2 = samples(
+                state_ptr, layer.noise, layer.noise_strides, layer.seed, rows, inside, WIDTH, ENCODER, R, ACC
+            )
+            inputs = ((z1 + z2) / 2,) if AVERAGE else (z1, z2)
         added = ()
         for i in tl.static_range(PARTS):
             added = added + (product(tl.trans(grad.to(P)), inputs[i].to(P), sums[i], PRECISION),)

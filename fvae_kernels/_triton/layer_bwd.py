@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .._library import wide_dtype
 from ._common import Table, accumulator, by_vendor, counting, kept_tokens, product, strides, tile
-from ._layer_common import NLL, coefficient, latents, width_of
+from ._layer_common import NLL, coefficient, latent, samples, width_of
 from ._layer_host import Arguments, Gradients, Parameter, Shapes, later_layers, options_for, split
 from ._layer_through import grad_head, through_decoder, through_encoder
 from .layer_grads import AMD as AMD_GRADS
@@ -88,8 +88,7 @@ def layer_bwd_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
     keep = counting(mask_ptr, mask_strides, rows, N)
-    latent1, latent2 = latents(state_ptr, noise, noise_strides, seed_ptr, rows, inside, WIDTH, ENCODER, R, ACC)
-    z1, z2 = latent1[4], latent2[4]
+    z1, z2 = samples(state_ptr, noise, noise_strides, seed_ptr, rows, inside, WIDTH, ENCODER, R, ACC)
     grad_z1, grad_z2 = tl.zeros(z1.shape, ACC), tl.zeros(z2.shape, ACC)
     # 2. Through r
     if DECODE:
@@ -111,18 +110,18 @@ def layer_bwd_kernel(
                 B = tl.load(tile(up[0], cols, in_latent, up[2]), mask=in_B, other=0)
                 through_y = product(grad_y.to(B.dtype), B, through_y, PRECISION)
             grad_z1 += tl.full((), scaling, ACC) * through_y
-        # 4. Through the posteriors and their encoders
+        # 4. Through each posterior and its encoder; what it needs is loaded again, for it would fill registers till here
         mu = tl.full((), prior2_mean, ACC)
-        grad_mean, grad_logvar = grad_head(grads, table, kept_ptr, N, latent1, grad_z1, keep, mu, 0)
-        through_encoder(
-            grad_mean, grad_logvar, encoders[0], state_ptr, grad_state_ptr, rows, inside, 0, WIDTH, ENCODER, R,
-            THRESHOLD, PRECISION, BLOCK_K,
-        )  # fmt: skip
-        grad_mean, grad_logvar = grad_head(grads, table, kept_ptr, N, latent2, grad_z2, keep, mu, 1)
-        through_encoder(
-            grad_mean, grad_logvar, encoders[1], state_ptr, grad_state_ptr, rows, inside, 1, WIDTH, ENCODER, R,
-            THRESHOLD, PRECISION, BLOCK_K,
-        )  # fmt: skip
+        for side in tl.static_range(2):
+            tl.debug_barrier()
+            posterior = latent(state_ptr, noise, noise_strides, seed_ptr, rows, inside, side, WIDTH, ENCODER, R, ACC)
+            grad_mean, grad_logvar = grad_head(
+                grads, table, kept_ptr, N, posterior, (grad_z1, grad_z2)[side], keep, mu, side
+            )
+            through_encoder(
+                grad_mean, grad_logvar, encoders[side], state_ptr, grad_state_ptr, rows, inside, side, WIDTH, ENCODER,
+                R, THRESHOLD, PRECISION, BLOCK_K,
+            )  # fmt: skip
 
 
 def layer_bwd(

@@ -21,9 +21,9 @@ from ._layer_common import (
     add_grad_products,
     add_products,
     coefficient,
-    latents,
     load_columns,
     residual,
+    samples,
     width_of,
 )
 from ._layer_weights import hidden_sums, later_sums, rows_of, store_sums
@@ -145,12 +145,10 @@ def up_sums(
     sums = tl.zeros((cols.shape[0], width_of(R)), ACC)
     for block in range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
         rows, inside = rows_of(block, N, BLOCK_N)
-        latent1, _latent2 = latents(
-            state_ptr, layer.noise, layer.noise_strides, layer.seed, rows, inside, WIDTH, ENCODER, R, ACC
-        )
+        z1, _z2 = samples(state_ptr, layer.noise, layer.noise_strides, layer.seed, rows, inside, WIDTH, ENCODER, R, ACC)
         in_y = inside[:, None] & (cols < M)[None, :]
         grad_y = tl.load(tile(grad_y_ptr, rows, cols, grad_y_strides), mask=in_y, other=0)
-        sums = product(tl.trans(grad_y.to(P)), latent1[4].to(P), sums, PRECISION)
+        sums = product(tl.trans(grad_y.to(P)), z1.to(P), sums, PRECISION)
     store_sums(parts_ptr, tl.full((), scaling, ACC) * sums, cols, 0, ins, M, R, R)
 
 
