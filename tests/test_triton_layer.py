@@ -45,12 +45,12 @@ def expected_bytes(N, D, sizes, R, H=16):
     programs = 2 * -(-D // T) + 2 * 2 * -(-R // T) * -(-H // T) + 2 * -(-H // T) + sum(-(-s // T) for s in sizes)
     chunks = min(-(-N // layer_grads.TABLE[4, True]["BLOCK_N"]), layer_bwd.PROGRAMS // programs)
     return {
-        "layer_fwd_kernel": 8 + 4 * (3 * N * D + N * width + parameters + tiles * (D + 16)),
-        "layer_mean_kernel": 4 * (tiles * (D + 16) + 2 * D + 4),
+        "layer_fwd_kernel": 8 + 4 * (3 * N * D + N * width + parameters + tiles * 16),
+        "layer_mean_kernel": 4 * (tiles * 16 + D + 4),
         "layer_bwd_kernel": 8
         + 4 * (2 * N * D + 1 + heads[0] + sum(map(sum, (*hidden, output))) + D + D * R + 2 * N * (width + last)),
         "layer_grads_kernel": 8
-        + 4 * (3 * N * D + 1 + firsts[0] + sum(map(sum, (*hidden, output))) - last + 2 * D + 2 * N * (width + last))
+        + 4 * (3 * N * D + 1 + firsts[0] + sum(map(sum, (*hidden, output))) - last + D + 2 * N * (width + last))
         + 4 * chunks * parameters,
         "layer_reduce_kernel": 4 * (chunks + 1) * parameters,
     }
@@ -77,15 +77,17 @@ def test_budget_at_the_recipe():
 
 def test_gradients_that_are_not_needed_cost_nothing():
     _, *inputs = raw_layer((20,), 24, 20, dtype=torch.float32)
-    state, unit = torch.randn(20, 22), torch.randn(24)
+    state = torch.randn(20, 22)
     grads = [torch.randn(20, 20), torch.tensor(0.5), None, None, None]
     launches = {}
     for needed in range(5):
         with strict(), Meter() as meter:
-            LAUNCHERS["layer_bwd"](*grads, *inputs, state, unit, False, [i == needed for i in range(5)])
+            LAUNCHERS["layer_bwd"](*grads, *inputs, state, False, [i == needed for i in range(5)])
         launches[needed] = {launch.name: launch for launch in meter.launches}
-    assert all("layer_bwd_kernel" not in launches[needed] for needed in (3, 4))  # scale and B need no decoder
-    assert sum(launch.bytes for launch in launches[3].values()) < 4 * 24 * 8
+    assert "layer_bwd_kernel" not in launches[4], "B needs no decoder"
+    assert launches[3]["layer_bwd_kernel"].stored.keys() == {"g_ptr"}, "scale needs no way back through the decoder"
+    assert not {"x_ptr", "grad_y_ptr"} & launches[3]["layer_bwd_kernel"].loaded.keys()
+    assert not {"grad_y_ptr", "grad_state_ptr"} & launches[3]["layer_grads_kernel"].loaded.keys()
     assert "grad_y_ptr" not in launches[2]["layer_bwd_kernel"].loaded
     assert launches[0]["layer_grads_kernel"].stored.keys() == {"grad_x_ptr"}
 

@@ -52,10 +52,8 @@ class LayerFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         tensors = _grouped(encoder_size, parameters)
         options = (dropout, average, scaling, prior2_mean, table)
-        *outputs, state, unit_grad_scale = RAW[backend].layer_fwd(
-            base, x, *tensors, noise1, noise2, mask, seed, *options
-        )
-        ctx.save_for_backward(x, noise1, noise2, mask, seed, state, unit_grad_scale, *parameters)
+        *outputs, state = RAW[backend].layer_fwd(base, x, *tensors, noise1, noise2, mask, seed, *options)
+        ctx.save_for_backward(x, noise1, noise2, mask, seed, state, *parameters)
         ctx.options, ctx.detach_target, ctx.encoder_size, ctx.backend = options, detach_target, encoder_size, backend
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -63,7 +61,7 @@ class LayerFunction(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, noise1, noise2, mask, seed, state, unit_grad_scale, *parameters = ctx.saved_tensors
+        x, noise1, noise2, mask, seed, state, *parameters = ctx.saved_tensors
         grad_y, grad_loss, grad_nll, *_ = grads
         through_decoder = grad_loss is not None or grad_nll is not None
         need_base, need_x = ctx.needs_input_grad[:2]
@@ -75,7 +73,7 @@ class LayerFunction(torch.autograd.Function):
         ]
         needs = [need_x, any(asked[:encoders]), any(asked[encoders:-2]), *asked[-2:]]
         inputs = x, *_grouped(ctx.encoder_size, parameters), noise1, noise2, mask, seed, *ctx.options
-        grad_x, computed = RAW[ctx.backend].layer_bwd(*grads, *inputs, state, unit_grad_scale, ctx.detach_target, needs)
+        grad_x, computed = RAW[ctx.backend].layer_bwd(*grads, *inputs, state, ctx.detach_target, needs)
         grad_parameters = (grad if need else None for need, grad in zip(asked, computed, strict=True))
         grad_base = grad_y if need_base else None
         return grad_base, grad_x if need_x else None, *(None,) * (FIXED - 2), *grad_parameters
