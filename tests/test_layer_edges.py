@@ -88,6 +88,12 @@ def test_saved_for_backward_at_the_recipe(backend, device, N):
     assert 0 < sum(t.nbytes for pointer, t in saved.items() if pointer not in own) <= 1.2e6 * N / 1576
 
 
+def test_wide_networks(backend, device):
+    sizes = {"rank": 70, "encoder_hidden": (40,), "decoder_hidden": (130, 70)}
+    inputs = layer_inputs((9,), 20, 12, mask=True, device=device, **sizes)
+    testing.assert_same(testing.run(run_layer, inputs, backend=backend), testing.run(plain, inputs))
+
+
 def test_retain_graph_twice(backend, device):
     inputs = layer_inputs(device=device)
     loss = run_layer(**inputs, dropout=0.3, backend=backend)[1]

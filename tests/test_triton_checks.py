@@ -19,7 +19,7 @@ from layer_inputs import raw_layer
 from triton_tools.meter import Meter
 from triton_tools.strict import strict
 
-from fvae_kernels._triton import FIXED, LAUNCHERS, _common, divergence, layer_bwd, reconstruct, tuned
+from fvae_kernels._triton import FIXED, LAUNCHERS, _common, _layer_host, divergence, layer_bwd, reconstruct, tuned
 from fvae_kernels.ops._checks import token_flags
 
 SHAPES = [(1, 1, 1, 1), (33, 17, 3, 5), (70, 100, 17, 33), (0, 5, 2, 3)]  # N, D, R, H
@@ -114,6 +114,20 @@ def test_more_programs_than_partial_sums(name, monkeypatch):
     assert_clean(meter)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("needs", [[True] * 5, [True, False, False, True, False], [False, True, True, False, False]])
+def test_entries_for_wide_networks_give_the_same(needs, monkeypatch):
+    """They cut the gradients over features into programs of their own."""
+    values = arguments(33, 17, 3, 5, torch.float32)
+    values["layer_bwd"][-1] = needs
+    expected = {name: metered(name, values[name])[1] for name in LAYER}
+    monkeypatch.setattr(_layer_host, "WIDE", 0)
+    for name in LAYER:
+        meter, actual = metered(name, values[name], order="reverse")
+        assert_clean(meter)
+        for one, other in zip(actual, expected[name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_offsets_beyond_two_to_the_31():

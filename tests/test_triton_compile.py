@@ -39,6 +39,8 @@ CASES = [
 LAYER_CASES = [
     *(("sm_90", size, torch.float32) for size in ("few", "many")),
     *((target, "few", torch.bfloat16) for target in ("sm_80", "gfx942")),
+    ("sm_90", "linear", torch.float32),
+    ("sm_90", "linear", torch.bfloat16),
 ]
 
 
@@ -117,7 +119,7 @@ def test_the_table_is_written_and_spills_fail(tmp_path, monkeypatch, capsys):
     out = tmp_path / "new" / "table.md"
     assert compile_all.main(["sm_80", "sm_90", "--out", str(out)]) == 1
     lines = out.read_text().splitlines()
-    assert len(lines) == 2 + 2 * 3 * 2 * 2, "targets, dtypes, sizes, with and without the layer"
+    assert len(lines) == 2 + 2 * 3 * (2 * 2 + 2), "targets, dtypes, sizes, with and without the layer, wide layers"
     for column in ("registers", "shared", "spills", "occupancy", "tensor_core", "share_128"):
         assert f" {column} |" in lines[0]
     printed = capsys.readouterr().out

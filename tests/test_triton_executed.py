@@ -16,10 +16,11 @@ if _backend.interpreting():
 
 import triton
 import triton.language as tl
+from layer_inputs import assert_layer_no_worse, layer_inputs, plain, run_layer
 from triton_tools.executed import executed
 from ttsem.memory import MemoryFault
 
-from fvae_kernels._triton import LAUNCHERS, _common
+from fvae_kernels._triton import LAUNCHERS, _common, _random
 
 INPUTS = {
     "encode": lambda dtype: testing.encode_inputs((70,), 100, 17, dtype=dtype),
@@ -32,6 +33,7 @@ PRODUCTS = {
         "reconstruct_bwd_tokens_kernel",
         "reconstruct_bwd_features_kernel",
     },
+    "layer": {"layer_fwd_kernel", "layer_bwd_kernel", "layer_grads_kernel"},
 }
 
 
@@ -50,6 +52,7 @@ CASES = [
     *((target, "ttgir", torch.bfloat16, "many") for target in ("sm_80", "sm_90", "sm_100")),
     ("sm_90", "ttgir", torch.float16, "few"),
 ]
+LAYER_CASES = [("sm_80", torch.bfloat16, True), ("sm_90", torch.float16, False)]
 
 
 @pytest.mark.usefixtures("_triton_on_cpu")
@@ -62,9 +65,49 @@ def test_compiled_products_are_no_worse_than_pytorch(op, target, stage, dtype, s
     rounded, exact = testing.exact_and_rounded(op, inputs)
     with executed(target, stage) as ran:
         testing.assert_no_worse(testing.run(getattr(fk, op), inputs), rounded, exact)
+    assert_multiplied(ran, op)
+
+
+def assert_multiplied(ran, op):
+    """The kernels with products ran, and in matrix instructions."""
     assert PRODUCTS[op] <= set(ran)
-    if stage == "ttgir":
-        assert all("nvidia_mma" in ran[name] or "tensor_memory" in ran[name] for name in PRODUCTS[op])
+    assert all("nvidia_mma" in ran[name] or "tensor_memory" in ran[name] for name in PRODUCTS[op])
+
+
+@triton.jit
+def draw_kernel(seed_ptr, first_ptr, second_ptr, R: tl.constexpr, BLOCK: tl.constexpr):
+    rows, latent = tl.arange(0, BLOCK), tl.arange(0, R)
+    first, second = _random.normals(seed_ptr, rows, latent, R, tl.float32)
+    tl.store(first_ptr + rows[:, None] * R + latent[None, :], first)
+    tl.store(second_ptr + rows[:, None] * R + latent[None, :], second)
+
+
+@pytest.mark.usefixtures("_triton_on_cpu")
+@pytest.mark.parametrize(("target", "dtype", "given"), LAYER_CASES, ids=str)
+def test_the_compiled_layer_is_no_worse_than_pytorch(target, dtype, given):
+    """Noise is given, or made by position: then PyTorch gets the same, rounded to its dtype."""
+    N, R = 16, 8
+
+    def inputs(seed):
+        made = layer_inputs((N + 3,), 24, 20, mask=True, dtype=dtype, rank=R, seed=seed)
+        if not given:
+            torch.manual_seed(seed)
+            draws = [torch.empty(32, R) for _ in range(2)]
+            with executed(target, "ttir"):
+                draw_kernel[(1,)](torch.randint(2**63 - 1, ()), *draws, R, 32)
+            made["noise"] = tuple(draw[: N + 3] for draw in draws)
+            torch.manual_seed(seed)
+        return made
+
+    def actual(noise, **rest):
+        return run_layer(noise=noise if given else None, **rest)
+
+    def rounded(noise, **rest):
+        return plain(noise=tuple(eps.to(dtype) for eps in noise), **rest)
+
+    with executed(target, "ttgir") as ran:
+        assert_layer_no_worse(inputs, rounded, "triton", 3, actual)
+    assert_multiplied(ran, "layer")
 
 
 @triton.jit

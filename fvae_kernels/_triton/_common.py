@@ -19,7 +19,8 @@ LOGVAR_LIMIT = tl.constexpr(reference.LOGVAR_LIMIT)
 
 FEW_TOKENS = 8192  # below it blocks are small, so that every multiprocessor has one
 
-Table = dict[tuple[int, bool], dict[str, int]]  # (bytes of an entry, few tokens): blocks, num_warps, num_stages
+# (bytes of an entry, few tokens; None for any number of them and wide networks): blocks, num_warps, num_stages
+Table = dict[tuple[int, bool | None], dict[str, int]]
 
 
 def blocks(kernel: Any, table: Table, t: Tensor, **limits: int) -> dict[str, Any]:
@@ -27,8 +28,10 @@ def blocks(kernel: Any, table: Table, t: Tensor, **limits: int) -> dict[str, Any
     return blocks_for(kernel, table, t.element_size(), t.shape[0], **limits)
 
 
-def blocks_for(kernel: Any, table: Table, entry_size: int, tokens: int, **limits: int) -> dict[str, Any]:
-    options = table[entry_size, tokens < FEW_TOKENS] | OVERRIDES.get(kernel.__name__, {})
+def blocks_for(
+    kernel: Any, table: Table, entry_size: int, tokens: int, wide: bool = False, **limits: int
+) -> dict[str, Any]:
+    options = table[entry_size, None if wide else tokens < FEW_TOKENS] | OVERRIDES.get(kernel.__name__, {})
     return options | {name: min(options[name], padded(size)) for name, size in limits.items()}
 
 

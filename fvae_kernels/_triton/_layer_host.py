@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ._common import Table, accumulator, blocks_for, precision, strides
+from ._common import Table, accumulator, blocks_for, padded, precision, strides
+
+WIDE, WIDE_DECODER = 32, 384  # where wide starts: units of a layer of an encoder, and of the decoder's together
 
 Parameter = Tensor | None  # of a list weight, bias or None, weight, ...: the input's layer first
 
@@ -28,6 +30,12 @@ class Shapes(NamedTuple):
     def width(self) -> int:
         """Of the state: the outputs of all hidden layers of both encoders, mean1 | logvar1 | mean2 | logvar2."""
         return 2 * sum(self.encoder) + 4 * self.R
+
+    @property
+    def wide(self) -> bool:
+        """Whether the activations of a tile of tokens leave few registers for anything else."""
+        encoder, decoder = (tuple(map(padded, sizes)) for sizes in ((*self.encoder, self.R), self.decoder))
+        return max(encoder) > WIDE or sum(decoder) > WIDE_DECODER
 
 
 def linears(parameters: Sequence[Parameter]) -> tuple[Any, ...]:
@@ -50,7 +58,7 @@ def options_for(
     kernel: Any, table: Table, shapes: Shapes, N: int, widest: int, B: Tensor, dropout: float
 ) -> dict[str, Any]:
     """Launch options for N tokens of at most `widest` features; B stands for all parameters."""
-    options = blocks_for(kernel, table, B.element_size(), N, BLOCK_D=widest)
+    options = blocks_for(kernel, table, B.element_size(), N, shapes.wide, BLOCK_D=widest)
     constants = {"ENCODER": shapes.encoder, "DECODER": shapes.decoder, "R": shapes.R, "THRESHOLD": threshold(dropout)}
     return options | constants | {"ACC": accumulator(B), "PRECISION": precision(B)}
 
@@ -123,6 +131,16 @@ class Gradients(NamedTuple):
         firsts = tuple(encoder[2 * i] for encoder in encoders for i in range(reading))
         rest = tuple((encoders[side][2 * i], encoders[side][2 * i + 1]) for side, i in later)
         return firsts, tuple(zip(decoder[::2], decoder[1::2], strict=True)), scale, B, rest
+
+
+def feature_programs(asked: Sequence[bool], wide: bool) -> tuple[tuple[bool, ...], ...]:
+    """Which gradients (of x, the encoders, the decoder, scale) each kind of the programs over features of x makes.
+
+    One makes all of them, reading x once, unless the sums of all would not fit its registers.
+    """
+    x, encoders, decoder, scale = asked[:4]
+    apart = ((x, False, False, False), (False, encoders, False, False), (False, False, decoder, scale))
+    return tuple(kind for kind in (apart if wide else (tuple(asked[:4]),)) if any(kind))
 
 
 def later_layers(shapes: Shapes, T: int) -> tuple[list[tuple[int, int]], tuple[tuple[int, ...], ...], int]:

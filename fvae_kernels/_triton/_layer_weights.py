@@ -110,9 +110,7 @@ def hidden_sums(
     for block in range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
         # 1. The decoder up to its last hidden layer, whose gradient is there
         rows, inside = rows_of(block, N, BLOCK_N)
-        z1, z2 = samples(
-            state_ptr, layer.noise, layer.noise_strides, layer.seed, rows, inside, WIDTH, ENCODER, R, ACC
-        )
+        z1, z2 = samples(state_ptr, layer.noise, layer.noise_strides, layer.seed, rows, inside, WIDTH, ENCODER, R, ACC)
         h = decode(
             z1, z2, decoder, layer.seed, rows, LAST, len(ENCODER), AVERAGE, DECODER, R, THRESHOLD, PRECISION, BLOCK_K
         )

@@ -47,11 +47,16 @@ TABLE: Table = {
     (4, False): {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
     (8, True): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
     (8, False): {"BLOCK_N": 32, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
+    (2, None): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
+    (4, None): {"BLOCK_N": 8, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
+    (8, None): {"BLOCK_N": 8, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
 }
 
 AMD: Table = {  # no spills
     (2, False): TABLE[2, True],
     (4, False): {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2},
+    (2, None): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
+    (4, None): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
 }
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from .._library import wide_dtype
 from ._common import Table, accumulator, by_vendor, counting, kept_tokens, product, strides, tile
 from ._layer_common import NLL, coefficient, decode, latent, samples, width_of
-from ._layer_host import Arguments, Gradients, Parameter, Shapes, later_layers, options_for, split
+from ._layer_host import Arguments, Gradients, Parameter, Shapes, feature_programs, later_layers, options_for, split
 from ._layer_through import grad_head, store_inputs, through_decoder, through_encoder
 from .layer_grads import AMD as AMD_GRADS
 from .layer_grads import BLOCK_L, PROGRAMS, layer_grads_kernel, layer_reduce_kernel
@@ -35,12 +35,17 @@ TABLE: Table = {
     (4, False): {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
     (8, True): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
     (8, False): {"BLOCK_N": 32, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
+    (2, None): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
+    (4, None): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
+    (8, None): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
 }
 
 AMD: Table = {  # with more tokens at once, vector registers spill to memory
     (2, False): TABLE[2, True],
     (4, True): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
     (4, False): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
+    (2, None): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
+    (4, None): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
 }
 
 
@@ -117,7 +122,7 @@ def layer_bwd_kernel(
                 B = tl.load(tile(up[0], cols, in_latent, up[2]), mask=in_B, other=0)
                 through_y = product(grad_y.to(B.dtype), B, through_y, PRECISION)
             grad_z1 += tl.full((), scaling, ACC) * through_y
-        # 4. Through each posterior and its encoder; what it needs is loaded again, for it would fill registers till here
+        # 4. Through each posterior and its encoder. The latent is made again: kept, it would fill registers till here
         mu = tl.full((), prior2_mean, ACC)
         for side in tl.static_range(2):
             tl.debug_barrier()
@@ -198,9 +203,9 @@ def layer_bwd(
         )
     options = options_for(layer_grads_kernel, by_vendor(TABLE_GRADS, AMD_GRADS), shapes, N, max(D, M), B, dropout)
     T = options["BLOCK_D"]
-    which, later, later_programs = later_layers(shapes, T)
+    makes, (which, later, later_programs) = feature_programs(asked, shapes.wide), later_layers(shapes, T)
     counts = (
-        triton.cdiv(D, T) if latents_needed or asked[2] or asked[3] else 0,
+        triton.cdiv(D, T) * len(makes),
         triton.cdiv(M, T) if asked[4] else 0,
         later_programs if asked[1] else 0,
         sum(triton.cdiv(size, T) for size in hidden) if asked[2] else 0,
@@ -227,6 +232,7 @@ def layer_bwd(
         G=G,
         FIRST=(*shapes.encoder, shapes.R)[0],
         LATER=later,
+        MAKES=makes,
         NEEDS=tuple(asked),
         THROUGH_TARGET=target,
         WIDTH=shapes.width,

@@ -39,11 +39,16 @@ TABLE: Table = {
     (4, False): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
     (8, True): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
     (8, False): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
+    (2, None): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
+    (4, None): {"BLOCK_N": 8, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
+    (8, None): {"BLOCK_N": 8, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
 }
 
 AMD: Table = {  # 8 warps leave each 256 registers, which is not enough; 4 leave 512
     (4, True): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
     (4, False): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
+    (2, None): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
+    (4, None): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
 }
 
 
@@ -69,7 +74,7 @@ def feature_sums(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of the features of x: their grad_x, and the gradients of the weights that read or make them."""
+    """A tile of the features of x: their grad_x, and the gradients of the weights that read or make them, as needed."""
     decoder, encoders, scale = layer.decoder, layer.encoders, layer.scale
     output = decoder[len(decoder) - 1]
     P: tl.constexpr = output[0].dtype.element_ty
@@ -86,7 +91,7 @@ def feature_sums(
         in_x, counts = inside[:, None] & (cols < D)[None, :], keep[:, None] & (cols < D)[None, :]
         x = tl.load(tile(layer.x, rows, cols, layer.x_strides), mask=in_x, other=0)
         grad_x = tl.zeros((BLOCK_N, cols.shape[0]), ACC)
-        if g_ptr is not None:
+        if NEEDS[2] or NEEDS[3] or (NEEDS[0] and THROUGH_TARGET):
             # 1. r of this block, once more
             g = load_columns(g_ptr, G, rows, inside, 0, G)
             x_hat = add_products(grad_x, g, output, 0, cols, cols < D, G, PRECISION, BLOCK_K)
@@ -96,7 +101,7 @@ def feature_sums(
                 grad_bias += r
             if NEEDS[3]:
                 grad_scale += tl.where(counts, 1 - r * r, 0.0)
-            if THROUGH_TARGET:
+            if NEEDS[0] and THROUGH_TARGET:
                 grad_x -= c * r * inverse[None, :]
         # 2. What reads x
         added = ()
@@ -182,6 +187,7 @@ def layer_grads_kernel(
     G: tl.constexpr,
     FIRST: tl.constexpr,  # outputs of a layer that reads x
     LATER: tl.constexpr,  # of each later layer of an encoder: first program, columns and inputs in the state
+    MAKES: tl.constexpr,  # of each kind of the programs over features of x: which gradients it makes
     NEEDS: tl.constexpr,
     THROUGH_TARGET: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -200,12 +206,13 @@ def layer_grads_kernel(
     parts_ptr += tl.program_id(1).to(tl.int64) * length
     c = coefficient(grads, table, kept_ptr, N, NLL, ACC)
     if program < counts[0]:
-        cols = program * BLOCK_D + tl.arange(0, BLOCK_D)
-        if NEEDS[0] or NEEDS[1] or NEEDS[2] or NEEDS[3]:
-            feature_sums(
-                layer, grad_state_ptr, g_ptr, grad_x_ptr, parts_ptr, to, c, cols, N, D, G, FIRST, NEEDS,
-                THROUGH_TARGET, WIDTH, ACC, PRECISION, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
+        for i in tl.static_range(len(MAKES)):
+            if program % len(MAKES) == i:
+                cols = program // len(MAKES) * BLOCK_D + tl.arange(0, BLOCK_D)
+                feature_sums(
+                    layer, grad_state_ptr, g_ptr, grad_x_ptr, parts_ptr, to, c, cols, N, D, G, FIRST, MAKES[i],
+                    THROUGH_TARGET, WIDTH, ACC, PRECISION, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
     elif program < counts[0] + counts[1]:
         if NEEDS[4]:
             cols = (program - counts[0]) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -16,7 +16,9 @@ STATISTICS = (
     *("one", "nll", "squares1", "from_mu1", "var1", "logvar1"),
     *("squares2", "from_mu2", "var2", "logvar2", "sampled1", "sampled2"),
 )
-WIDEST = 256  # units of a layer that the Triton kernels hold in registers
+# What the Triton kernels hold in registers: units of a layer, and of all hidden layers of the decoder together, each
+# rounded up to a power of two. More would spill to memory, on every GPU.
+WIDEST, WIDEST_DECODER = 256, 768
 Form = dict[str, float]  # the weight of each statistic in a term
 
 
@@ -93,6 +95,16 @@ def _too_wide(config: FVAEConfig, tensors: Mapping[str, Tensor | None]) -> str |
     for name, t in tensors.items():
         if t is not None and "hidden" in name and name.endswith("weight") and t.shape[0] > WIDEST:
             return f"a hidden layer of more than {WIDEST} units ({name} is {list(t.shape)})"
+    sizes = [
+        t.shape[0]
+        for name, t in tensors.items()
+        if t is not None and name.startswith("decoder") and "hidden" in name and name.endswith("weight")
+    ]
+    if sum(max(1 << (size - 1).bit_length(), 16) for size in sizes) > WIDEST_DECODER:
+        return (
+            f"hidden layers of the decoder of more than {WIDEST_DECODER} units together, each rounded up to a power of "
+            f"two (they have {', '.join(map(str, sizes))})"
+        )
     return None
 
 

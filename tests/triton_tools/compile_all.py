@@ -20,6 +20,10 @@ from fvae_kernels._triton import LAUNCHERS
 from .gpu_compile import TARGETS, compiling, metrics
 
 TOKENS = {"few": 1576, "many": 100_000}
+WIDE = {  # layers that fill the registers as no other does: all hidden layers there can be, and none
+    "widest": {"R": 256, "H": 256, "E": 256},
+    "linear": {"R": 256, "H": 0, "E": 0},
+}
 COLUMNS = (
     *("registers", "shared", "spills", "lanes", "stack", "occupancy", "tensor_core"),
     *("loads", "loads_128", "share_128", "stores_128", "atomics"),
@@ -53,9 +57,19 @@ def calls(
 
 
 def layer_calls(
-    N: int, dtype: torch.dtype, D: int = 768, R: int = 16, H: int = 128, bare: bool = False, x_dtype: Any = None
+    N: int,
+    dtype: torch.dtype,
+    D: int = 768,
+    R: int = 16,
+    H: int = 128,
+    bare: bool = False,
+    x_dtype: Any = None,
+    E: int = 16,
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """The same for the whole layer; `bare` is with linear encoders, averaged latents, and noise that is given."""
+    """The same for the whole layer; E and H are units of hidden layers, 0 for none.
+
+    `bare` is without any, with averaged latents, and with noise that is given.
+    """
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -66,21 +80,22 @@ def layer_calls(
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, base = (torch.empty(N, n, dtype=x_dtype or dtype) for n in (D, D))
-    encoder = [*chain(D, R), *chain(D, R)] if bare else [*chain(D, 16), *chain(16, R), *chain(16, R)]
-    decoder = chain(R if bare else 2 * R, *(() if bare else (H, H, H)), D)
+    E, H = (0, 0) if bare else (E, H)
+    encoder = [*chain(D, E), *chain(E, R), *chain(E, R)] if E else [*chain(D, R), *chain(D, R)]
+    decoder = chain(R if bare else 2 * R, *((H, H, H) if H else ()), D)
     noise = [empty(N, R) if bare else None for _ in range(2)]
     mask = torch.empty(N, dtype=torch.bool) if bare else None
     inputs = (x, encoder, encoder, decoder, empty(D), empty(D, R), *noise, mask, torch.empty((), dtype=torch.int64))
     inputs = (*inputs, 0.0 if bare else 0.1, bare, 1.0, 1.5, [0.5] * 36)
-    loss, width = torch.empty((), dtype=wide), 4 * R if bare else 32 + 4 * R
+    loss, width = torch.empty((), dtype=wide), 2 * E + 4 * R
     state = torch.empty(N, width, dtype=wide)
     yield "layer_fwd", (None if bare else base, *inputs)
     yield "layer_bwd", (base, loss, *(None,) * 3, *inputs, state, bare, [not bare, True, True, not bare, True])
 
 
 def compiled(target: str, size: str, dtype: torch.dtype, calls: Any = calls) -> Iterator[dict[str, Any]]:
-    """Metrics of every launch."""
-    for name, arguments in calls(TOKENS[size], dtype):
+    """Metrics of every launch; `size` is one of `TOKENS`, or of `WIDE` for the layer."""
+    for name, arguments in calls(TOKENS.get(size, TOKENS["few"]), dtype, **WIDE.get(size, {})):
         with compiling(target) as kernels:
             LAUNCHERS[name](*arguments)
         for kernel in kernels:
@@ -91,9 +106,9 @@ def table(targets: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Every entry of every table."""
     for target in targets:
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
-            for size in TOKENS:
-                for row in itertools.chain(*(compiled(target, size, dtype, of) for of in (calls, layer_calls))):
-                    start = {"target": target, "dtype": str(dtype)[6:], "tokens": size}
+            for size, of in (*itertools.product(TOKENS, (calls, layer_calls)), *((size, layer_calls) for size in WIDE)):
+                for row in compiled(target, size, dtype, of):
+                    start = {"target": target, "dtype": str(dtype)[6:], "size": size}
                     yield {"kernel": row["kernel"].removesuffix("_kernel"), **start, **{c: row[c] for c in COLUMNS}}
 
 
@@ -113,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown target {', '.join(sorted(unknown))}; expected some of {', '.join(TARGETS)}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    head = ("kernel", "target", "dtype", "tokens", *COLUMNS)
+    head = ("kernel", "target", "dtype", "size", *COLUMNS)
     spilled = 0
     with options.out.open("w") as file:
         for text in (line(head), line("---" for _ in head)):

@@ -3,7 +3,7 @@
 bfloat16      computed and rounded as numbers; the interpreter works on their bits and truncates
 masked lanes  of a load without ``other=`` are NaN; the interpreter makes them 0
 overflow      of int32 raises; the interpreter wraps, as a GPU does
-tl.dot        refuses an inner dimension below 16
+tl.dot        refuses an inner dimension below 16, of numbers of 32 bits below 8, of 64 below 4
 order         of the programs may be reversed or shuffled; it is not defined on a GPU
 corners       runs the first, middle and last programs of each axis of the grid, for grids that are too large
 """
@@ -36,7 +36,7 @@ def strict(order: str | int | None = None, corners: bool = False) -> Iterator[No
         patch(stack, InterpreterBuilder, "create_masked_load", _poison_masked_lanes)
         builder: Any = interpreter.interpreter_builder
         patch(stack, builder, "options", lambda options: dataclasses.replace(options, debug=True))
-        minimum = {"min_dot_size": lambda left, right: (1, 1, 16)}
+        minimum = {"min_dot_size": lambda left, right: (1, 1, 256 // left.scalar.primitive_bitwidth)}
         patch(stack, builder, "codegen_fns", lambda functions: {**functions, **minimum})
         if order is not None:
             patch(stack, InterpreterBuilder, "set_grid_idx", lambda set_index: _in_order(set_index, order))
