@@ -43,8 +43,8 @@ SCHEMAS = {
     "reconstruct_bwd": f"(Tensor grad_nll, {_RECONSTRUCT}, bool[4] needs)"
     " -> (Tensor grad_x, Tensor grad_g, Tensor grad_w_out, Tensor grad_b_out)",
     "layer_fwd": f"(Tensor? base, {_LAYER}) -> (Tensor y, Tensor loss, Tensor nll, Tensor kl, Tensor gamma,"
-    " Tensor state, Tensor unit_grad_scale)",
-    "layer_bwd": f"({_LAYER_GRADS}, {_LAYER}, Tensor state, Tensor unit_grad_scale, bool detach_target, bool[5] needs)"
+    " Tensor state)",
+    "layer_bwd": f"({_LAYER_GRADS}, {_LAYER}, Tensor state, bool detach_target, bool[5] needs)"
     " -> (Tensor grad_x, Tensor[] grads)",
 }
 
@@ -95,9 +95,9 @@ def _layer_fwd(base: Tensor | None, x: Tensor, encoder1: list[Any], *rest: Any) 
     dtype = wide_dtype(B)
     terms = tuple(x.new_empty((), dtype=dtype) for _ in range(4))
     width = 2 * sum(weight.shape[0] for weight in encoder1[::2])
-    state, unit_grad_scale = x.new_empty(x.shape[0], width, dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
+    state = x.new_empty(x.shape[0], width, dtype=dtype)
     y = x.new_empty(x.shape[0], B.shape[0], dtype=(B if base is None else base).dtype)
-    return y, *terms, state, unit_grad_scale
+    return y, *terms, state
 
 
 def _layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
