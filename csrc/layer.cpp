@@ -11,33 +11,43 @@ namespace fvae {
 namespace {
 
 constexpr double kHalfLog2Pi = 0.91893853320467274178;
-constexpr int64_t kRun = 16;  // tokens whose squares are added in the accumulation type, before doubles take over
+// Lanes of a sum of squares over features, which keep it short in the accumulation type, and the vector units busy.
+constexpr int64_t kLanes = 64;
 
 template <typename acc_t>
-FVAE_VECTORISED static void add_squares_row(
-    acc_t* sums, const acc_t* x, const acc_t* residual, const acc_t* b, const acc_t* inverse, int64_t D) {
-  for (int64_t d = 0; d < D; ++d) {
-    const acc_t deviation = (residual[d] + b[d] - x[d]) * inverse[d];
-    sums[d] += deviation * deviation;
+FVAE_VECTORISED static double squares_of_row(
+    const acc_t* x, const acc_t* residual, const acc_t* b, const acc_t* inverse, int64_t D) {
+  acc_t lanes[kLanes] = {};
+  int64_t first = 0;
+  for (; first + kLanes <= D; first += kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const int64_t d = first + l;
+      const acc_t deviation = (residual[d] + b[d] - x[d]) * inverse[d];
+      lanes[l] += deviation * deviation;
+    }
   }
+  for (int64_t d = first; d < D; ++d) {
+    const acc_t deviation = (residual[d] + b[d] - x[d]) * inverse[d];
+    lanes[d - first] += deviation * deviation;
+  }
+  double sum = 0;
+  for (int64_t l = 0; l < kLanes; ++l) sum += lanes[l];
+  return sum;
 }
 
-// sums[d] += squares of (x_hat - x) / t over the tokens kept; the residual still lacks x and the bias.
+// Sum of the squares of (x_hat - x) / t over the tokens kept; the residual still lacks x and the bias.
 template <typename acc_t>
-void add_squares(
-    const Tensor& x, const Tensor& residual, const Decoder& decoder, const Kept& kept, const Tile& tile, double* sums) {
+double sum_of_squares(
+    const Tensor& x, const Tensor& residual, const Decoder& decoder, const Kept& kept, const Tile& tile) {
   const int64_t D = x.size(1);
   const acc_t *target = x.const_data_ptr<acc_t>(), *minus = residual.const_data_ptr<acc_t>();
   const acc_t *b = decoder.layers.back().b.const_data_ptr<acc_t>();
   const acc_t *inverse = decoder.inverse_scale.const_data_ptr<acc_t>();
-  std::vector<acc_t> run(D);
-  for (int64_t start = 0; start < tile.length; start += kRun) {
-    std::fill(run.begin(), run.end(), acc_t(0));
-    for (int64_t n = start; n < std::min(start + kRun, tile.length); ++n) {
-      if (kept[tile.start + n]) add_squares_row<acc_t>(run.data(), target + n * D, minus + n * D, b, inverse, D);
-    }
-    for (int64_t d = 0; d < D; ++d) sums[d] += run[d];
+  double sum = 0;
+  for (int64_t n = 0; n < tile.length; ++n) {
+    if (kept[tile.start + n]) sum += squares_of_row<acc_t>(target + n * D, minus + n * D, b, inverse, D);
   }
+  return sum;
 }
 
 using Statistics = std::array<double, kStatistics>;
@@ -91,8 +101,7 @@ void update(Tensor y, const Tensor& base, const Tensor& z1, const Tensor& up) {
 
 template <typename acc_t>
 Statistics forward_tile(
-    const Layer& layer, const Tile& tile, const Tensor& base, const Tensor& y, const Tensor& state_rows,
-    double* squares) {
+    const Layer& layer, const Tile& tile, const Tensor& base, const Tensor& y, const Tensor& state_rows) {
   const auto& [sample, outputs, residual] = layer.scratch[tile.worker].first(tile.length);
   const Tensor x_rows = tile.rows(layer.x, layer.type);
   const Tensor heads = layer.encoders.output(state_rows, layer.encoders.hidden());
@@ -102,14 +111,15 @@ Statistics forward_tile(
       y.narrow(0, tile.start, tile.length), base.defined() ? base.narrow(0, tile.start, tile.length) : base,
       block(sample.z, 1, 0, 2), layer.up.t());
   layer.decoder.forward<acc_t>(sample, outputs, residual, layer.dropout, tile);
-  add_squares<acc_t>(x_rows, residual, layer.decoder, layer.kept, tile, squares);
-  return latent_statistics<acc_t>(heads, sample, layer.mu, layer.kept, tile);
+  Statistics sums = latent_statistics<acc_t>(heads, sample, layer.mu, layer.kept, tile);
+  sums[kNll] = sum_of_squares<acc_t>(x_rows, residual, layer.decoder, layer.kept, tile) / 2;
+  return sums;
 }
 
 }  // namespace
 
-// y, loss, nll, kl, gamma, the encoders' state, and d nll / d scale [D], which falls out of the same sums.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_fwd(
+// y, loss, nll, kl, gamma, and the encoders' state.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_fwd(
     const OptionalTensor& base, const Tensor& x, const Parameters& encoder1, const Parameters& encoder2,
     const Parameters& decoder, const Tensor& scale, const Tensor& B, const OptionalTensor& noise1,
     const OptionalTensor& noise2, const OptionalTensor& mask, const OptionalTensor& seed, double dropout, bool average,
@@ -117,33 +127,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_fwd(
   const PlainTensors guard;
   const Layer layer(
       x, encoder1, encoder2, decoder, scale, B, noise1, noise2, mask, seed, dropout, average, scaling, prior2_mean);
-  const int64_t N = x.size(0), D = x.size(1);
+  const int64_t N = x.size(0);
   const auto options = x.options().dtype(layer.type);
   const Tensor from = base.value_or(Tensor()), state = at::empty({N, layer.encoders.width}, options);
   const Tensor y = at::empty({N, B.size(0)}, (base.has_value() ? from : B).options());
-  const Tensor squares = at::zeros({layer.tiles.count, D}, options.dtype(at::kDouble));
   std::vector<Statistics> partial(layer.tiles.count);
 
   AT_DISPATCH_FLOATING_TYPES(layer.type, "layer_fwd", [&] {
     layer.tiles.for_each([&](const Tile& tile) {
       const Tensor state_rows = state.narrow(0, tile.start, tile.length);
-      double* sums = squares.mutable_data_ptr<double>() + tile.index * D;
-      partial[tile.index] = forward_tile<scalar_t>(layer, tile, from, y, state_rows, sums);
+      partial[tile.index] = forward_tile<scalar_t>(layer, tile, from, y, state_rows);
     });
   });
 
   const Kept& kept = layer.kept;
   const auto number = [&](double value) { return at::full({}, value, options); };
-  if (kept.count == 0) return {y, number(0), number(0), number(0), number(0), state, at::zeros({D}, options)};
+  if (kept.count == 0) return {y, number(0), number(0), number(0), number(0), state};
   Statistics means{};
   for (const Statistics& sums : partial) {
     for (int i = 0; i < kStatistics; ++i) means[i] += sums[i] / kept.count;
   }
-  const Tensor q = squares.sum(0) / static_cast<double>(kept.count), t = scale.to(at::kDouble);
   means[kOne] = 1;
-  means[kNll] = (q / 2 + t.abs().log() + kHalfLog2Pi).sum().item<double>();
+  means[kNll] += (scale.to(at::kDouble).abs().log() + kHalfLog2Pi).sum().item<double>();
   const auto term = [&](Term which) { return number(total(table, which, means)); };
-  return {y, term(kLoss), number(means[kNll]), term(kKl), term(kGamma), state, ((1 - q) / t).to(layer.type)};
+  return {y, term(kLoss), number(means[kNll]), term(kKl), term(kGamma), state};
 }
 
 TORCH_LIBRARY_IMPL(fvae_cpp, CPU, m) {

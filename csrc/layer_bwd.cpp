@@ -13,27 +13,39 @@ enum Need { kX, kEncoders, kDecoder, kScale, kB, kNeeds };
 
 using Coefficients = std::array<double, kStatistics>;
 
+constexpr int64_t kRun = 16;  // tokens whose slack is added in the accumulation type, before doubles take over
+
 template <typename acc_t>
-FVAE_VECTORISED static void finish_row(acc_t* r, const acc_t* x, const acc_t* b, const acc_t* factor, int64_t D) {
-  for (int64_t d = 0; d < D; ++d) r[d] = (r[d] + b[d] - x[d]) * factor[d];
+FVAE_VECTORISED static void finish_row(
+    acc_t* r, acc_t* slack, const acc_t* x, const acc_t* b, const acc_t* inverse, const acc_t* factor, int64_t D) {
+  for (int64_t d = 0; d < D; ++d) {
+    const acc_t deviation = (r[d] + b[d] - x[d]) * inverse[d];
+    r[d] = deviation * factor[d];
+    slack[d] += 1 - deviation * deviation;
+  }
 }
 
-// residual = (x_hat - x) factor for the tokens kept: the gradient of x_hat, and less that of x as the target. It still
-// lacks x and the bias.
+// residual = (x_hat - x) / t factor for the tokens kept: the gradient of x_hat, and less that of x as the target. It
+// still lacks x and the bias. slack [D] += 1 - ((x_hat - x) / t)^2, which the gradient of t is made of.
 template <typename acc_t>
 void finish_residual(
-    const Tensor& residual, const Tensor& x, const Tensor& b, const Tensor& factor, const Kept& kept,
-    const Tile& tile) {
+    const Tensor& residual, double* slack, const Tensor& x, const Decoder& decoder, const Tensor& factor,
+    const Kept& kept, const Tile& tile) {
   const int64_t D = x.size(1);
-  acc_t* r = residual.mutable_data_ptr<acc_t>();
-  const acc_t *target = x.const_data_ptr<acc_t>(), *bias = b.const_data_ptr<acc_t>();
-  const acc_t* f = factor.const_data_ptr<acc_t>();
-  for (int64_t n = 0; n < tile.length; ++n, r += D, target += D) {
-    if (kept[tile.start + n]) {
-      finish_row<acc_t>(r, target, bias, f, D);
-    } else {
-      std::fill_n(r, D, acc_t(0));
+  const acc_t *b = decoder.layers.back().b.const_data_ptr<acc_t>(), *f = factor.const_data_ptr<acc_t>();
+  const acc_t* inverse = decoder.inverse_scale.const_data_ptr<acc_t>();
+  std::vector<acc_t> run(D);
+  for (int64_t start = 0; start < tile.length; start += kRun) {
+    std::fill(run.begin(), run.end(), acc_t(0));
+    for (int64_t n = start; n < std::min(start + kRun, tile.length); ++n) {
+      acc_t* r = residual.mutable_data_ptr<acc_t>() + n * D;
+      if (kept[tile.start + n]) {
+        finish_row<acc_t>(r, run.data(), x.const_data_ptr<acc_t>() + n * D, b, inverse, f, D);
+      } else {
+        std::fill_n(r, D, acc_t(0));
+      }
     }
+    for (int64_t d = 0; d < D; ++d) slack[d] += run[d];
   }
 }
 
@@ -90,7 +102,8 @@ struct Backward {
   Coefficients c;            // of a token's statistics, the mean over tokens included
   std::array<bool, kNeeds> needs;
   bool through_target, decode;  // whether x is differentiated as the target; whether anything arrives through nll
-  Tensor factor;                // [D]: 1 / t^2 and what arrives at nll for each token
+  Tensor factor;                // [D]: 1 / t and what arrives at nll for each token
+  Tensor slack;                 // [workers, D] in doubles
   Tensor grad_x, sums_B;        // [N, D], [workers, M, R]
   std::vector<LinearSums> encoder_sums, decoder_sums;
 
@@ -122,7 +135,9 @@ Tensor Backward::through_decoder(const Tile& tile, const Tensor& x_rows, const S
   const auto& layers = layer.decoder.layers;
   if (!decode) return at::zeros_like(memory.outputs[0]);
   layer.decoder.forward<acc_t>(memory.sample, memory.outputs, memory.residual, layer.dropout, tile);
-  finish_residual<acc_t>(memory.residual, x_rows, layers.back().b, factor, layer.kept, tile);
+  double* to_slack = slack.mutable_data_ptr<double>() + tile.worker * slack.size(1);
+  finish_residual<acc_t>(memory.residual, to_slack, x_rows, layer.decoder, factor, layer.kept, tile);
+  if (!latents() && !needs[kDecoder]) return Tensor();
   Tensor grad = memory.residual;
   for (int64_t i = layer.decoder.hidden(); i >= 0; --i) {
     if (needs[kDecoder]) decoder_sums[i].add(layers[i], grad, memory.outputs[i], tile.worker);
@@ -163,7 +178,7 @@ void Backward::tile(const Tile& tile) const {
   if (in_place) memory.residual = grad_x_rows;
   memory.sample.draw<acc_t>(heads, noise);
   const Tensor grad_z1 = through_y(tile, memory.sample);
-  if (!latents() && !needs[kDecoder]) return;
+  if (!latents() && !needs[kDecoder] && !needs[kScale]) return;
   const Tensor grad_latent = through_decoder<acc_t>(tile, x_rows, memory);
   if (!latents()) return;
   const Tensor grad_heads = at::empty({tile.length, 4 * layer.encoders.R}, layer.up.options());
@@ -196,9 +211,10 @@ std::tuple<Tensor, std::vector<Tensor>> layer_bwd(
     const OptionalTensor& grad_y, const OptionalTensor& grad_loss, const OptionalTensor& grad_nll,
     const OptionalTensor& grad_kl, const OptionalTensor& grad_gamma, const Tensor& x, const Parameters& encoder1,
     const Parameters& encoder2, const Parameters& decoder, const Tensor& scale, const Tensor& B,
-    const OptionalTensor& noise1, const OptionalTensor& noise2, const OptionalTensor& mask, const OptionalTensor& seed, double dropout, bool average,
-    double scaling, double prior2_mean, at::ArrayRef<double> table, const Tensor& state, const Tensor& unit_grad_scale,
-    bool detach_target, std::array<bool, kNeeds> needs) {
+    const OptionalTensor& noise1, const OptionalTensor& noise2, const OptionalTensor& mask,
+    const OptionalTensor& seed, double dropout, bool average, double scaling, double prior2_mean,
+    at::ArrayRef<double> table, const Tensor& state, bool detach_target,
+    std::array<bool, kNeeds> needs) {
   const PlainTensors guard;
   const Layer layer(
       x, encoder1, encoder2, decoder, scale, B, noise1, noise2, mask, seed, dropout, average, scaling, prior2_mean);
@@ -207,12 +223,13 @@ std::tuple<Tensor, std::vector<Tensor>> layer_bwd(
   const bool decode = grad_loss.has_value() || grad_nll.has_value();
   const Backward backward{
       layer, grad_y.value_or(Tensor()), state, c, needs, !detach_target, decode,
-      layer.decoder.inverse_scale.square() * c[kNll], gradient(needs[kX], x.sizes(), x.options()),
+      layer.decoder.inverse_scale * c[kNll], at::zeros({workers, x.size(1)}, layer.up.options().dtype(at::kDouble)),
+      gradient(needs[kX], x.sizes(), x.options()),
       at::zeros({needs[kB] ? workers : 0, B.size(0), B.size(1)}, layer.up.options()),
       sums_of(layer.encoders.layers, needs[kEncoders], workers),
       sums_of(layer.decoder.layers, needs[kDecoder], workers)};
 
-  if (needs[kX] || needs[kEncoders] || needs[kDecoder] || needs[kB]) {
+  if (std::any_of(needs.begin(), needs.end(), [](bool need) { return need; })) {
     AT_DISPATCH_FLOATING_TYPES(layer.type, "layer_bwd", [&] {
       layer.tiles.for_each([&](const Tile& tile) { backward.tile<scalar_t>(tile); });
     });
@@ -222,8 +239,7 @@ std::tuple<Tensor, std::vector<Tensor>> layer_bwd(
   gradients.add_encoder(backward.encoder_sums, encoder1, 0);
   gradients.add_encoder(backward.encoder_sums, encoder2, 1);
   for (size_t i = 0; i < backward.decoder_sums.size(); ++i) gradients.add(backward.decoder_sums[i], decoder, i);
-  const double tokens = std::max<int64_t>(layer.kept.count, 1);
-  gradients.add(unit_grad_scale.mul(c[kNll] * tokens).unsqueeze(0), needs[kScale]);
+  gradients.add(backward.slack * backward.factor, needs[kScale]);
   gradients.add(backward.sums_B.mul(scaling), needs[kB]);
   return {backward.grad_x, gradients.all};
 }

@@ -95,8 +95,9 @@ def _layer_fwd(base: Tensor | None, x: Tensor, encoder1: list[Any], *rest: Any) 
     dtype = wide_dtype(B)
     terms = tuple(x.new_empty((), dtype=dtype) for _ in range(4))
     width = 2 * sum(weight.shape[0] for weight in encoder1[::2])
+    state = x.new_empty(x.shape[0], width, dtype=dtype)
     y = x.new_empty(x.shape[0], B.shape[0], dtype=(B if base is None else base).dtype)
-    return y, *terms, x.new_empty(x.shape[0], width, dtype=dtype)
+    return y, *terms, state
 
 
 def _layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:

@@ -25,10 +25,11 @@ FIXED = 14  # arguments of LayerFunction.forward before the parameters
 
 
 class LayerFunction(torch.autograd.Function):
-    """(base [N, M], x [N, D], noise1, noise2 [N, R], mask bool [N], seed, options, parameters) -> y, terms
+    """(base [..., M], x [..., D], noise1, noise2 [..., R], mask bool [N], seed, options, parameters) -> y, terms
 
-    y is [N, M], and the terms are loss, nll, kl and gamma. The parameters are those of encoder1, encoder2
-    (`encoder_size` each), decoder, then scale and B.
+    y is [..., M], and the terms are loss, nll, kl and gamma. The parameters are those of encoder1, encoder2
+    (`encoder_size` each), decoder, then scale and B. Tensors become [N, D] in here, and results no views: autograd adds
+    another gradient of x to ours in place only where it holds all of its memory.
     """
 
     @staticmethod
@@ -52,11 +53,12 @@ class LayerFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         tensors = _grouped(encoder_size, parameters)
         options = (dropout, average, scaling, prior2_mean, table)
-        *outputs, state = RAW[backend].layer_fwd(base, x, *tensors, noise1, noise2, mask, seed, *options)
+        inputs = _rows(x), *tensors, _rows(noise1), _rows(noise2), mask, seed, *options
+        y, *terms, state = RAW[backend].layer_fwd(_rows(base), *inputs)
         ctx.save_for_backward(x, noise1, noise2, mask, seed, state, *parameters)
         ctx.options, ctx.detach_target, ctx.encoder_size, ctx.backend = options, detach_target, encoder_size, backend
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        return _shaped(y, x), *terms
 
     @staticmethod
     @differentiable_once
@@ -72,11 +74,23 @@ class LayerFunction(torch.autograd.Function):
             asked[-1] and grad_y is not None,  # B
         ]
         needs = [need_x, any(asked[:encoders]), any(asked[encoders:-2]), *asked[-2:]]
-        inputs = x, *_grouped(ctx.encoder_size, parameters), noise1, noise2, mask, seed, *ctx.options
-        grad_x, computed = RAW[ctx.backend].layer_bwd(*grads, *inputs, state, ctx.detach_target, needs)
+        tensors = _grouped(ctx.encoder_size, parameters)
+        inputs = _rows(x), *tensors, _rows(noise1), _rows(noise2), mask, seed, *ctx.options
+        grad_x, computed = RAW[ctx.backend].layer_bwd(
+            _rows(grad_y), *grads[1:], *inputs, state, ctx.detach_target, needs
+        )
         grad_parameters = (grad if need else None for need, grad in zip(asked, computed, strict=True))
         grad_base = grad_y if need_base else None
-        return grad_base, grad_x if need_x else None, *(None,) * (FIXED - 2), *grad_parameters
+        return grad_base, _shaped(grad_x, x) if need_x else None, *(None,) * (FIXED - 2), *grad_parameters
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    return None if t is None else rows(t)
+
+
+def _shaped(t: Tensor, x: Tensor) -> Tensor:
+    """[N, M] as [..., M] with the tokens of x, and no view."""
+    return torch.ops.aten._unsafe_view(t, (*x.shape[:-1], t.shape[-1]))
 
 
 def _grouped(encoder_size: int, parameters: Any) -> tuple[Any, ...]:
@@ -147,9 +161,9 @@ def layer(
     parameters = [*_flat(encoder1.hidden), *encoder1[2:], *_flat(encoder2.hidden), *encoder2[2:]]
     size = len(parameters) // 2
     y, *terms = LayerFunction.apply(
-        None if base is None else rows(base),
-        rows(x),
-        *((None, None) if noise is None else map(rows, noise)),
+        base,
+        x,
+        *((None, None) if noise is None else noise),
         token_flags(mask),
         _draw_seed(x.device) if dropout > 0 or noise is None else None,
         float(dropout),
@@ -165,8 +179,6 @@ def layer(
         *decoder[1:],
         B,
     )
-    shape = (*x.shape[:-1], B.shape[0])
-    y = torch.ops.aten._unsafe_view(y, shape)  # no view: whatever is written into it needs no copy of the gradient
     return y, reference.Terms(*terms)
 
 
