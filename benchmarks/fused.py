@@ -3,7 +3,7 @@
 One launch each, in this order; `tests/test_triton_traffic.py` holds it against what the meter counts.
 
     seed          one number of torch's generator
-    layer_fwd     tiles of tokens: reads base, x and the parameters; writes y, the state of the encoders, 16 sums of each
+    layer_fwd     tiles of tokens: reads base, x and the parameters; writes y, the state of the encoders, some sums
     layer_mean    makes the terms of these sums and of t
     layer_bwd     tiles of tokens: reads grad_y, x, the state, parameters; writes gradients of the state, the decoder's
                   last hidden layer and its gradient
