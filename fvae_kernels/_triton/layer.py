@@ -38,7 +38,7 @@ from ._layer_common import (
     width_of,
 )
 from ._layer_host import Arguments, Parameter, Shapes, options_for, split
-from .layer_mean import layer_mean_kernel
+from .layer_mean import OPTIONS, layer_mean_kernel
 
 TABLE: Table = {
     (2, True): {"BLOCK_N": 16, "BLOCK_D": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
@@ -277,8 +277,6 @@ def layer_fwd(
         N,
         D,
         shapes.R,
-        BLOCK_P=1024,
-        BLOCK_D=1024,
-        num_warps=16,
+        **OPTIONS,
     )
     return y, *terms, state
