@@ -3,8 +3,8 @@
 One launch each, in this order; `tests/test_triton_traffic.py` holds it against what the meter counts.
 
     seed          one number of torch's generator
-    layer_fwd     tiles of tokens: reads base, x and the parameters; writes y, the state of the encoders, partial sums
-    layer_mean    adds the partial sums up
+    layer_fwd     tiles of tokens: reads base, x and the parameters; writes y, the state of the encoders, some sums
+    layer_mean    makes the terms of these sums and of t
     layer_bwd     tiles of tokens: reads grad_y, x, the state, parameters; writes gradients of the state, the decoder's
                   last hidden layer and its gradient
     layer_grads   tiles of features: reads all of these; writes grad_x, and partial sums of all parameters' gradients

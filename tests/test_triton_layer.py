@@ -24,7 +24,8 @@ import triton.language as tl
 from triton_tools.meter import Meter
 from triton_tools.strict import strict
 
-from fvae_kernels._triton import LAUNCHERS, _random, layer, layer_bwd, layer_grads
+from fvae_kernels._triton import LAUNCHERS, _random, layer, layer_bwd, layer_grads, layer_mean
+from fvae_kernels._triton._layer_host import split
 
 # cost
 
@@ -91,6 +92,25 @@ def test_gradients_that_are_not_needed_cost_nothing():
     assert not {"grad_y_ptr", "grad_state_ptr"} & launches[3]["layer_grads_kernel"].loaded.keys()
     assert "grad_y_ptr" not in launches[2]["layer_bwd_kernel"].loaded
     assert launches[0]["layer_grads_kernel"].stored.keys() == {"grad_x_ptr"}
+
+
+def test_terms_of_more_programs_and_features_than_one_read_takes():
+    """The kernel alone, for the forward of so many tokens takes too long here."""
+    P, D = (2 * layer_mean.OPTIONS[name] + 3 for name in ("BLOCK_P", "BLOCK_D"))
+    N, R, kept = 16 * P, 7, torch.tensor(30_000)
+    statistics, scale, table = torch.rand(P, 16), torch.rand(D) + 0.5, torch.rand(3, 12, dtype=torch.float64)
+    terms = torch.empty(4, dtype=torch.float64).unbind()
+    with strict(), Meter() as meter:
+        layer_mean.layer_mean_kernel[(1,)](
+            *(statistics, (scale, scale.stride()), split(table.flatten().tolist()), kept, terms, P, N, D, R),
+            **layer_mean.OPTIONS,
+        )
+    assert (meter.launches[0].outside, meter.launches[0].races) == ([], [])
+    means = statistics.double().sum(0)[:12] / kept
+    nll = means[1] / 2 + scale.double().log().sum() + D * math.log(2 * math.pi) / 2
+    means[[0, 1, 4, 8]] = torch.stack([torch.ones_like(nll), nll, means[4] + R, means[8] + R])
+    loss, kl, gamma = table @ means
+    torch.testing.assert_close(terms, (loss, nll, kl, gamma), rtol=1e-12, atol=0)
 
 
 # normals

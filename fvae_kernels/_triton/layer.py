@@ -38,7 +38,7 @@ from ._layer_common import (
     width_of,
 )
 from ._layer_host import Arguments, Parameter, Shapes, options_for, split
-from .layer_mean import layer_mean_kernel
+from .layer_mean import OPTIONS, layer_mean_kernel
 
 TABLE: Table = {
     (2, True): {"BLOCK_N": 16, "BLOCK_D": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
@@ -201,6 +201,8 @@ def layer_fwd_kernel(
     mu = tl.full((), prior2_mean, ACC)
     statistics = statistics_of(mean1, logvar1, std1, z1, keep[:, None] & in_latent, mu, 0)
     statistics += statistics_of(mean2, logvar2, std2, z2, keep[:, None] & in_latent, mu, 1)
+    lanes = tl.arange(0, 16)  # stored now, for registers are short later; r^2 comes last
+    tl.store(statistics_ptr + 16 * program + lanes, statistics, mask=lanes != NLL)
     # 3. y = base + s B z_1
     for first in range(0, M, BLOCK_D):
         cols = first + tl.arange(0, BLOCK_D)
@@ -214,17 +216,15 @@ def layer_fwd_kernel(
     g = decode(
         z1, z2, decoder, seed_ptr, rows, len(DECODER), len(ENCODER), AVERAGE, DECODER, R, THRESHOLD, PRECISION, BLOCK_K
     )
-    squares = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    squares = tl.zeros((BLOCK_N,), ACC)
     for first in range(0, D, BLOCK_D):
         cols = first + tl.arange(0, BLOCK_D)
         counts = keep[:, None] & (cols < D)[None, :]
         x_hat = decoded(g, decoder[len(DECODER)], z1, z2, cols, cols < D, AVERAGE, DECODER, R, PRECISION, BLOCK_K)
         x = tl.load(tile(x_ptr, rows, cols, x_strides), mask=counts, other=0).to(ACC)
         r, _ = residual(x_hat, x, scale, cols, counts, D)
-        squares += r * r
-    lanes = tl.arange(0, 16)
-    statistics += tl.where(lanes == NLL, tl.sum(squares), 0.0)
-    tl.store(statistics_ptr + 16 * program + lanes, statistics)
+        squares += tl.sum(r * r, 1)
+    tl.store(statistics_ptr + 16 * program + NLL, tl.sum(squares))
 
 
 def layer_fwd(
@@ -282,8 +282,6 @@ def layer_fwd(
         N,
         D,
         shapes.R,
-        BLOCK_P=1024,
-        BLOCK_D=1024,
-        num_warps=16,
+        **OPTIONS,
     )
     return y, *terms, state

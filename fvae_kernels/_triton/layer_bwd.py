@@ -101,8 +101,6 @@ def layer_bwd_kernel(
             z1, z2, decoder, seed_ptr, rows, len(DECODER), len(ENCODER), AVERAGE, DECODER, R, THRESHOLD, PRECISION,
             BLOCK_K,
         )  # fmt: skip
-        if g_ptr is not None:
-            store_inputs(g_ptr, h, z1, z2, rows, inside, AVERAGE, DECODER, R)
         if grad_state_ptr is not None or grad_hidden_ptr is not None:
             unit1, unit2 = through_decoder(
                 x_ptr, x_strides, h, z1, z2, decoder, scale, rows, inside, keep, grad_hidden_ptr, D, AVERAGE, DECODER,
@@ -110,6 +108,8 @@ def layer_bwd_kernel(
             )  # fmt: skip
             c = coefficient(grads, table, kept_ptr, N, NLL, ACC)
             grad_z1, grad_z2 = c * unit1, c * unit2
+        if g_ptr is not None:
+            store_inputs(g_ptr, h, z1, z2, rows, inside, AVERAGE, DECODER, R)
     if grad_state_ptr is not None:
         # 3. Through y = base + s B z_1
         if grad_y_ptr is not None:

@@ -1,6 +1,7 @@
 """layer, backward, over features: grad_x and the gradients of all parameters.   Mathematics: reference.layer
 
-    grad_O = c / t (r^T g)      grad_x = G W - c r / t      grad_W = G^T x      grad_B = s grad_y^T z_1
+    grad_O = c / t (r^T g)      grad_t = c / t sum of (1 - r^2)      grad_x = G W - c r / t
+    grad_W = G^T x              grad_B = s grad_y^T z_1
 
 where G are the gradients of the encoders' first layers. One launch of four kinds of programs, each of which walks over
 a chunk of the tokens and owns its sums: tiles of the features of x; tiles of those of y, for B; tiles of the encoders'

@@ -15,6 +15,8 @@ from ._common import tile, tokens
 from ._layer_common import NLL, STATISTICS, VAR, weight
 from .reconstruct import HALF_LOG_2_PI
 
+OPTIONS = {"BLOCK_P": 1024, "BLOCK_D": 1024, "num_warps": 16}
+
 
 @triton.jit
 def layer_mean_kernel(
