@@ -89,8 +89,8 @@ def test_saved_for_backward_at_the_recipe(backend, device, N):
 
 
 def test_wide_networks(backend, device):
-    sizes = {"rank": 70, "encoder_hidden": (40,), "decoder_hidden": (130, 70)}
-    inputs = layer_inputs((9,), 20, 12, mask=True, device=device, **sizes)
+    sizes = {"rank": 20, "encoder_hidden": (17,), "decoder_hidden": (130, 16)}
+    inputs = layer_inputs((9,), 17, 12, mask=True, device=device, **sizes)
     testing.assert_same(testing.run(run_layer, inputs, backend=backend), testing.run(plain, inputs))
 
 

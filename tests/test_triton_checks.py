@@ -122,7 +122,7 @@ def test_entries_for_wide_networks_give_the_same(needs, monkeypatch):
     values = arguments(33, 17, 3, 5, torch.float32)
     values["layer_bwd"][-1] = needs
     expected = {name: metered(name, values[name])[1] for name in LAYER}
-    monkeypatch.setattr(_layer_host, "WIDE", 0)
+    monkeypatch.setattr(_layer_host, "NARROW", (0, 0, 0))
     for name in LAYER:
         meter, actual = metered(name, values[name], order="reverse")
         assert_clean(meter)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._common import Table, accumulator, blocks_for, padded, precision, strides
 
-WIDE, WIDE_DECODER = 32, 384  # where wide starts: units of a layer of an encoder, and of the decoder's together
+NARROW = 16, 128, 384  # the most units of an encoder's layer, of a decoder's, and of all hidden ones of the decoder
 
 Parameter = Tensor | None  # of a list weight, bias or None, weight, ...: the input's layer first
 
@@ -33,9 +33,10 @@ class Shapes(NamedTuple):
 
     @property
     def wide(self) -> bool:
-        """Whether the activations of a tile of tokens leave few registers for anything else."""
-        encoder, decoder = (tuple(map(padded, sizes)) for sizes in ((*self.encoder, self.R), self.decoder))
-        return max(encoder) > WIDE or sum(decoder) > WIDE_DECODER
+        """Whether it has more units than the recipe, which all but fills the registers where blocks are large."""
+        encoder, decoder = [*map(padded, self.encoder), padded(self.R)], [*map(padded, self.decoder)]
+        sizes = max(encoder), max(decoder, default=0), sum(decoder)
+        return any(size > most for size, most in zip(sizes, NARROW, strict=True))
 
 
 def linears(parameters: Sequence[Parameter]) -> tuple[Any, ...]:

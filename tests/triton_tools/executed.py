@@ -19,7 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 try:
-    from ttsem import harness
+    from ttsem import harness, mlir
 except ImportError as error:
     raise ImportError(
         "executing compiled kernels needs ttsem; it asks for newer versions than it needs, so no extra can name it: "
@@ -28,6 +28,8 @@ except ImportError as error:
 
 from .gpu_compile import TARGETS, FakeDriver
 from .strict import patch
+
+_CODES: dict[tuple[Any, ...], str] = {}  # what was compiled before
 
 
 @contextlib.contextmanager
@@ -39,8 +41,7 @@ def executed(target: str, stage: str) -> Iterator[dict[str, str]]:
         def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
             nothing_runs = lambda *_, **__: None  # noqa: E731
             record = harness.record_launch(kernel, args, options, grid, nothing_runs, "kernels").record
-            code = harness.ir_for_launch(record, stage, TARGETS[target])
-            code = code.replace('"tt.approx_divf"', '"arith.divf"')
+            code = _code(record, stage, target).replace('"tt.approx_divf"', '"arith.divf"')
             done = harness.execute(record, code, raise_faults=True)
             if done.failure is not None or done.unsupported:
                 raise RuntimeError(f"{kernel.__name__} did not run on {target}: {done.failure or done.unsupported}")
@@ -53,6 +54,16 @@ def executed(target: str, stage: str) -> Iterator[dict[str, str]]:
         patch(stack, driver, "_active", lambda _: FakeDriver(TARGETS[target]))
         patch(stack, JITFunction, "run", launch)
         yield ran
+
+
+def _code(record: Any, stage: str, target: str) -> str:
+    """From a compilation that ends at `stage`: `harness.ir_for_launch` prints every pass up to machine code."""
+    specialised = harness._specialize(record.fn, record.args, record.kwargs, TARGETS[target])
+    key = record.fn, stage, target, str(specialised)
+    if key not in _CODES:
+        mlir.enable_generic_printing()
+        _CODES[key] = mlir.to_generic(harness._stage_text(record, stage, TARGETS[target]), None)
+    return _CODES[key]
 
 
 def _write_back(record: Any, done: Any) -> None:
