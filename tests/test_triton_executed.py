@@ -52,7 +52,7 @@ CASES = [
     *((target, "ttgir", torch.bfloat16, "many") for target in ("sm_80", "sm_90", "sm_100")),
     ("sm_90", "ttgir", torch.float16, "few"),
 ]
-LAYER_CASES = [("sm_80", torch.bfloat16, True), ("sm_90", torch.float16, False)]
+LAYER_CASES = [("sm_80", torch.bfloat16, "many", "given"), ("sm_90", torch.float16, "few", "by position")]
 
 
 @pytest.mark.usefixtures("_triton_on_cpu")
@@ -83,10 +83,12 @@ def draw_kernel(seed_ptr, first_ptr, second_ptr, R: tl.constexpr, BLOCK: tl.cons
 
 
 @pytest.mark.usefixtures("_triton_on_cpu")
-@pytest.mark.parametrize(("target", "dtype", "given"), LAYER_CASES, ids=str)
-def test_the_compiled_layer_is_no_worse_than_pytorch(target, dtype, given):
+@pytest.mark.parametrize(("target", "dtype", "size", "noise"), LAYER_CASES, ids=str)
+def test_the_compiled_layer_is_no_worse_than_pytorch(target, dtype, size, noise, monkeypatch):
     """Noise is given, or made by position: then PyTorch gets the same, rounded to its dtype."""
-    N, R = 13, 8
+    N, R, given = 13, 8, noise == "given"
+    if size == "many":
+        monkeypatch.setattr(_common, "FEW_TOKENS", 0)
 
     def inputs(seed):
         made = layer_inputs((N,), 24, 20, mask=True, dtype=dtype, rank=R, seed=seed)

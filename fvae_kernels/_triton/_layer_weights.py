@@ -107,7 +107,8 @@ def hidden_sums(
     sums, grad_bias = (), tl.zeros((T,), ACC)
     for _i in tl.static_range(PARTS):
         sums = sums + (tl.zeros((T, width_of(SIZE)), ACC),)
-    for block in range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
+    # what does not change with the block is not made before the loop, where it would fill registers
+    for block in tl.range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1), disable_licm=True):
         # 1. The decoder up to its last hidden layer, whose gradient is there
         rows, inside = rows_of(block, N, BLOCK_N)
         z1, z2 = samples(state_ptr, layer.noise, layer.noise_strides, layer.seed, rows, inside, WIDTH, ENCODER, R, ACC)
