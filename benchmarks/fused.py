@@ -3,8 +3,8 @@
 One launch each, in this order; `tests/test_triton_traffic.py` holds it against what the meter counts.
 
     seed          one number of torch's generator
-    layer_fwd     tiles of tokens: reads base, x and the parameters; writes y, the state of the encoders, partial sums
-    layer_mean    adds the partial sums up
+    layer_fwd     tiles of tokens: reads base, x and the parameters; writes y, the state of the encoders, some sums
+    layer_mean    makes the terms of these sums and of t
     layer_bwd     tiles of tokens: reads grad_y, x, the state, parameters; writes gradients of the state, the decoder's
                   last hidden layer and its gradient
     layer_grads   tiles of features: reads all of these; writes grad_x, and partial sums of all parameters' gradients
@@ -24,7 +24,7 @@ from fvae_kernels.adapter import parameter_shapes
 from .cost import Launch
 
 RECIPE = FVAEConfig(rank=16, kl_weight=2.0)
-STATISTICS = 16  # sums over the latents that a program of the forward leaves
+STATISTICS = 16  # sums that a program of the forward leaves
 PROGRAMS = 264  # of layer_grads, about
 FEW = 8192  # tokens, below which blocks are small
 
@@ -133,13 +133,13 @@ def launches(layer: Layer) -> list[Launch]:
     # the decoder's hidden layers up to the last are made once more for the gradients of them all
     made = (0, *layer.config.decoder_hidden)[:-1]
     again = e["output"] + D + e["t"] + (e["hidden"] + sum(made) if len(made) > 1 else 0)
-    sums = layer.tiles * (D + STATISTICS) * wide
+    sums = layer.tiles * STATISTICS * wide
     moved = {
         "seed": seed,
         "layer_fwd": y + x + layer.parameters * p + seed + y + state + sums,
-        "layer_mean": sums + D * p + (4 + D) * wide,
+        "layer_mean": sums + D * p + 4 * wide,
         "layer_bwd": y + x + state + (decoder + e["encoders"] + e["B"]) * p + seed + wide + state + (1 + deep) * last,
-        "layer_grads": x + y + 2 * state + (1 + deep) * last + (again + e["input"]) * p + D * wide + seed + wide
+        "layer_grads": x + y + 2 * state + (1 + deep) * last + (again + e["input"]) * p + seed + wide
         + x + layer.chunks * layer.parameters * wide,
         "layer_reduce": layer.chunks * layer.parameters * wide + layer.parameters * p,
     }  # fmt: skip
@@ -172,5 +172,5 @@ def _hidden_products(layer: Layer) -> int:
 
 
 def saved(layer: Layer) -> int:
-    """Bytes kept for backward beyond x and the parameters: the state, the seed, the unit gradient of t."""
-    return layer.N * layer.state * layer.wide + 8 + layer.D * layer.wide
+    """Bytes kept for backward beyond x and the parameters: the state, and the seed."""
+    return layer.N * layer.state * layer.wide + 8

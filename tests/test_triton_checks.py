@@ -56,11 +56,11 @@ def layer_arguments(N, D, R, H, dtype, mask=True, stride="contiguous"):
     if dtype != torch.float64:
         inputs[6:8] = None, None
     wide = _library.wide_dtype(inputs[0])
-    state, unit_grad_scale = torch.randn(N, 2 * H + 4 * R, dtype=wide), torch.randn(D, dtype=wide)
+    state = torch.randn(N, 2 * H + 4 * R, dtype=wide)
     grads = [torch.randn_like(base), *(torch.tensor(0.5, dtype=wide) for _ in range(4))]
     return {
         "layer_fwd": [base, *inputs],
-        "layer_bwd": [*grads, *inputs, state, unit_grad_scale, False, [True] * 5],
+        "layer_bwd": [*grads, *inputs, state, False, [True] * 5],
     }
 
 

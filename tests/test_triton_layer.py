@@ -23,7 +23,8 @@ import triton.language as tl
 from triton_tools.meter import Meter
 from triton_tools.strict import strict
 
-from fvae_kernels._triton import LAUNCHERS, _random, layer, layer_bwd, layer_grads
+from fvae_kernels._triton import LAUNCHERS, _random, layer, layer_bwd, layer_grads, layer_mean
+from fvae_kernels._triton._layer_host import split
 
 # cost
 
@@ -45,12 +46,12 @@ def expected_bytes(N, D, sizes, R, H=16):
     programs = 2 * -(-D // T) + 2 * 2 * -(-R // T) * -(-H // T) + 2 * -(-H // T) + sum(-(-s // T) for s in sizes)
     chunks = min(-(-N // layer_grads.TABLE[4, True]["BLOCK_N"]), layer_bwd.PROGRAMS // programs)
     return {
-        "layer_fwd_kernel": 8 + 4 * (3 * N * D + N * width + parameters + tiles * (D + 16)),
-        "layer_mean_kernel": 4 * (tiles * (D + 16) + 2 * D + 4),
+        "layer_fwd_kernel": 8 + 4 * (3 * N * D + N * width + parameters + tiles * 16),
+        "layer_mean_kernel": 4 * (tiles * 16 + D + 4),
         "layer_bwd_kernel": 8
         + 4 * (2 * N * D + 1 + heads[0] + sum(map(sum, (*hidden, output))) + D + D * R + 2 * N * (width + last)),
         "layer_grads_kernel": 8
-        + 4 * (3 * N * D + 1 + firsts[0] + sum(map(sum, (*hidden, output))) - last + 2 * D + 2 * N * (width + last))
+        + 4 * (3 * N * D + 1 + firsts[0] + sum(map(sum, (*hidden, output))) - last + D + 2 * N * (width + last))
         + 4 * chunks * parameters,
         "layer_reduce_kernel": 4 * (chunks + 1) * parameters,
     }
@@ -77,17 +78,38 @@ def test_budget_at_the_recipe():
 
 def test_gradients_that_are_not_needed_cost_nothing():
     _, *inputs = raw_layer((20,), 24, 20, dtype=torch.float32)
-    state, unit = torch.randn(20, 22), torch.randn(24)
+    state = torch.randn(20, 22)
     grads = [torch.randn(20, 20), torch.tensor(0.5), None, None, None]
     launches = {}
     for needed in range(5):
         with strict(), Meter() as meter:
-            LAUNCHERS["layer_bwd"](*grads, *inputs, state, unit, False, [i == needed for i in range(5)])
+            LAUNCHERS["layer_bwd"](*grads, *inputs, state, False, [i == needed for i in range(5)])
         launches[needed] = {launch.name: launch for launch in meter.launches}
-    assert all("layer_bwd_kernel" not in launches[needed] for needed in (3, 4))  # scale and B need no decoder
-    assert sum(launch.bytes for launch in launches[3].values()) < 4 * 24 * 8
+    assert "layer_bwd_kernel" not in launches[4], "B needs no decoder"
+    assert launches[3]["layer_bwd_kernel"].stored.keys() == {"g_ptr"}, "scale needs no way back through the decoder"
+    assert not {"x_ptr", "grad_y_ptr"} & launches[3]["layer_bwd_kernel"].loaded.keys()
+    assert not {"grad_y_ptr", "grad_state_ptr"} & launches[3]["layer_grads_kernel"].loaded.keys()
     assert "grad_y_ptr" not in launches[2]["layer_bwd_kernel"].loaded
     assert launches[0]["layer_grads_kernel"].stored.keys() == {"grad_x_ptr"}
+
+
+def test_terms_of_more_programs_and_features_than_one_read_takes():
+    """The kernel alone, for the forward of so many tokens takes too long here."""
+    P, D = (2 * layer_mean.OPTIONS[name] + 3 for name in ("BLOCK_P", "BLOCK_D"))
+    N, R, kept = 16 * P, 7, torch.tensor(30_000)
+    statistics, scale, table = torch.rand(P, 16), torch.rand(D) + 0.5, torch.rand(3, 12, dtype=torch.float64)
+    terms = torch.empty(4, dtype=torch.float64).unbind()
+    with strict(), Meter() as meter:
+        layer_mean.layer_mean_kernel[(1,)](
+            *(statistics, (scale, scale.stride()), split(table.flatten().tolist()), kept, terms, P, N, D, R),
+            **layer_mean.OPTIONS,
+        )
+    assert (meter.launches[0].outside, meter.launches[0].races) == ([], [])
+    means = statistics.double().sum(0)[:12] / kept
+    nll = means[1] / 2 + scale.double().log().sum() + D * math.log(2 * math.pi) / 2
+    means[[0, 1, 4, 8]] = torch.stack([torch.ones_like(nll), nll, means[4] + R, means[8] + R])
+    loss, kl, gamma = table @ means
+    torch.testing.assert_close(terms, (loss, nll, kl, gamma), rtol=1e-12, atol=0)
 
 
 # normals

@@ -12,7 +12,6 @@ from ._layer_common import (
     SQUARES,
     add_grad_products,
     coefficient,
-    decode,
     decoded,
     grad_activate,
     grad_linear,
@@ -44,21 +43,32 @@ def add_decoded_gradient(
 
 
 @triton.jit
+def store_inputs(g_ptr, h, z1, z2, rows, inside, AVERAGE: tl.constexpr, DECODER: tl.constexpr, R: tl.constexpr):
+    """Store what the decoder's output layer reads: the last hidden layer, or both latents, or their average."""
+    if len(DECODER) > 0:
+        SIZE: tl.constexpr = inputs_of(DECODER, len(DECODER), R)
+        store_columns(g_ptr, SIZE, rows, inside, 0, h[len(DECODER) - 1], SIZE)
+    elif AVERAGE:
+        store_columns(g_ptr, R, rows, inside, 0, (z1 + z2) / 2, R)
+    else:
+        store_columns(g_ptr, 2 * R, rows, inside, 0, z1, R)
+        store_columns(g_ptr, 2 * R, rows, inside, R, z2, R)
+
+
+@triton.jit
 def through_decoder(
     x_ptr,
     x_strides,
+    h,
     z1,
     z2,
     decoder,
     scale,
-    seed_ptr,
     rows,
     inside,
     keep,
-    g_ptr,
     grad_hidden_ptr,
     D,
-    FIRST: tl.constexpr,
     AVERAGE: tl.constexpr,
     DECODER: tl.constexpr,
     R: tl.constexpr,
@@ -67,12 +77,10 @@ def through_decoder(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The unit gradients of z_1 and z_2 through r, which still lack c[nll]."""
+    """The unit gradients of z_1 and z_2 through r, which still lack c[nll]; h are the decoder's hidden layers."""
     ACC: tl.constexpr = z1.dtype
-    # 1. The decoder once more
     HIDDEN: tl.constexpr = len(DECODER)
-    h = decode(z1, z2, decoder, seed_ptr, rows, HIDDEN, FIRST, AVERAGE, DECODER, R, THRESHOLD, PRECISION, BLOCK_K)
-    # 2. r, and the gradient of what the output layer reads: the last hidden layer, or both latents
+    # 1. r, and the gradient of what the output layer reads: the last hidden layer, or both latents
     SIZE: tl.constexpr = inputs_of(DECODER, HIDDEN, R)
     PARTS: tl.constexpr = 1 if HIDDEN > 0 or AVERAGE else 2
     grads = ()
@@ -90,7 +98,7 @@ def through_decoder(
                 add_decoded_gradient(grads[i], r, decoder[HIDDEN], scale, first, i * SIZE, D, SIZE, PRECISION, BLOCK_K),
             )
         grads = added
-    # 3. Back through the hidden layers
+    # 2. Back through the hidden layers
     if HIDDEN > 0:
         grad = grad_activate(grads[0], h[HIDDEN - 1], THRESHOLD)
         if grad_hidden_ptr is not None:
@@ -101,14 +109,6 @@ def through_decoder(
         grads = ()
         for i in tl.static_range(1 if AVERAGE else 2):
             grads = grads + (grad_linear(grad, decoder[0], i * R, R, DECODER[0], PRECISION, BLOCK_K),)
-    if g_ptr is not None:
-        if HIDDEN > 0:
-            store_columns(g_ptr, SIZE, rows, inside, 0, h[HIDDEN - 1], SIZE)
-        elif AVERAGE:
-            store_columns(g_ptr, R, rows, inside, 0, (z1 + z2) / 2, R)
-        else:
-            store_columns(g_ptr, 2 * R, rows, inside, 0, z1, R)
-            store_columns(g_ptr, 2 * R, rows, inside, R, z2, R)
     half: tl.constexpr = 0.5 if AVERAGE else 1.0
     return half * grads[0], half * grads[len(grads) - 1]
 

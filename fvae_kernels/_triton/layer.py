@@ -20,6 +20,7 @@ from torch import Tensor
 from .._library import wide_dtype
 from ._common import Table, by_vendor, clamped, counting, kept_tokens, product, strides, tile
 from ._layer_common import (
+    NLL,
     SAMPLED,
     SQUARES,
     activate,
@@ -37,7 +38,7 @@ from ._layer_common import (
     width_of,
 )
 from ._layer_host import Arguments, Parameter, Shapes, options_for, split
-from .layer_mean import layer_mean_kernel
+from .layer_mean import OPTIONS, layer_mean_kernel
 
 TABLE: Table = {
     (2, True): {"BLOCK_N": 16, "BLOCK_D": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
@@ -154,7 +155,6 @@ def layer_fwd_kernel(
     seed_ptr,  # int64 [] or None
     y_ptr,  # [N, M]
     state_ptr,  # [N, WIDTH]: hidden layers, encoder 1 | 2 of each, then mean1 | logvar1 | mean2 | logvar2
-    squares_ptr,  # [programs, D]: sums of r^2
     statistics_ptr,  # [programs, 16]: sums over tokens, in the order of the objective's table
     scaling: tl.float64,
     prior2_mean: tl.float64,
@@ -196,7 +196,8 @@ def layer_fwd_kernel(
     mu = tl.full((), prior2_mean, ACC)
     statistics = statistics_of(mean1, logvar1, std1, z1, keep[:, None] & in_latent, mu, 0)
     statistics += statistics_of(mean2, logvar2, std2, z2, keep[:, None] & in_latent, mu, 1)
-    tl.store(statistics_ptr + 16 * program + tl.arange(0, 16), statistics)
+    lanes = tl.arange(0, 16)  # stored now, for registers are short later; r^2 comes last
+    tl.store(statistics_ptr + 16 * program + lanes, statistics, mask=lanes != NLL)
     # 3. y = base + s B z_1
     for first in range(0, M, BLOCK_D):
         cols = first + tl.arange(0, BLOCK_D)
@@ -206,17 +207,19 @@ def layer_fwd_kernel(
         if base_ptr is not None:
             y += tl.load(tile(base_ptr, rows, cols, base_strides), mask=in_y, other=0).to(ACC)
         tl.store(tile(y_ptr, rows, cols, (M, 1)), y.to(y_ptr.dtype.element_ty), mask=in_y)
-    # 4. Squares of r = (x_hat - x) / t
+    # 4. The sum of r^2, r = (x_hat - x) / t
     g = decode(
         z1, z2, decoder, seed_ptr, rows, len(DECODER), len(ENCODER), AVERAGE, DECODER, R, THRESHOLD, PRECISION, BLOCK_K
     )
+    squares = tl.zeros((BLOCK_N,), ACC)
     for first in range(0, D, BLOCK_D):
         cols = first + tl.arange(0, BLOCK_D)
         counts = keep[:, None] & (cols < D)[None, :]
         x_hat = decoded(g, decoder[len(DECODER)], z1, z2, cols, cols < D, AVERAGE, DECODER, R, PRECISION, BLOCK_K)
         x = tl.load(tile(x_ptr, rows, cols, x_strides), mask=counts, other=0).to(ACC)
         r, _ = residual(x_hat, x, scale, cols, counts, D)
-        tl.store(squares_ptr + program * D + cols, tl.sum(r * r, 0), mask=cols < D)
+        squares += tl.sum(r * r, 1)
+    tl.store(statistics_ptr + 16 * program + NLL, tl.sum(squares))
 
 
 def layer_fwd(
@@ -242,18 +245,17 @@ def layer_fwd(
     y = x.new_empty((N, M), dtype=B.dtype if base is None else base.dtype)
     state = x.new_empty((N, shapes.width), dtype=wide)
     if N == 0:
-        return y, *(x.new_zeros((), dtype=wide) for _ in range(4)), state, x.new_zeros(D, dtype=wide)
+        return y, *(x.new_zeros((), dtype=wide) for _ in range(4)), state
     dropout = dropout if seed is not None else 0.0
     options = options_for(layer_fwd_kernel, by_vendor(TABLE, AMD), shapes, N, max(D, M), B, dropout)
     programs = triton.cdiv(N, options["BLOCK_N"])
-    squares, statistics = (x.new_empty((programs, n), dtype=wide) for n in (D, 16))
+    statistics = x.new_empty((programs, 16), dtype=wide)
     layer_fwd_kernel[(programs,)](
         base,
         strides(base),
         *Arguments.of(x, encoder1, encoder2, decoder, scale, B, noise1, noise2, mask, seed),
         y,
         state,
-        squares,
         statistics,
         scaling,
         prior2_mean,
@@ -264,21 +266,17 @@ def layer_fwd(
         AVERAGE=average,
         **options,
     )
-    terms, unit_grad_scale = tuple(x.new_empty((), dtype=wide) for _ in range(4)), x.new_empty(D, dtype=wide)
+    terms = tuple(x.new_empty((), dtype=wide) for _ in range(4))
     layer_mean_kernel[(1,)](
-        squares,
         statistics,
         (scale, scale.stride()),
         split(objective),
         kept_tokens(mask),
         terms,
-        unit_grad_scale,
         programs,
         N,
         D,
         shapes.R,
-        BLOCK_P=32,
-        BLOCK_D=64,
-        num_warps=8,
+        **OPTIONS,
     )
-    return y, *terms, state, unit_grad_scale
+    return y, *terms, state

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .._library import wide_dtype
 from ._common import Table, accumulator, by_vendor, counting, kept_tokens, product, strides, tile
-from ._layer_common import NLL, coefficient, latents, width_of
+from ._layer_common import NLL, coefficient, decode, latents, width_of
 from ._layer_host import Arguments, Gradients, Parameter, Shapes, later_layers, options_for, split
-from ._layer_through import grad_head, through_decoder, through_encoder
+from ._layer_through import grad_head, store_inputs, through_decoder, through_encoder
 from .layer_grads import AMD as AMD_GRADS
 from .layer_grads import BLOCK_L, PROGRAMS, layer_grads_kernel, layer_reduce_kernel
 from .layer_grads import TABLE as TABLE_GRADS
@@ -93,12 +93,19 @@ def layer_bwd_kernel(
     grad_z1, grad_z2 = tl.zeros(z1.shape, ACC), tl.zeros(z2.shape, ACC)
     # 2. Through r
     if DECODE:
-        unit1, unit2 = through_decoder(
-            x_ptr, x_strides, z1, z2, decoder, scale, seed_ptr, rows, inside, keep, g_ptr, grad_hidden_ptr, D,
-            len(ENCODER), AVERAGE, DECODER, R, THRESHOLD, PRECISION, BLOCK_D, BLOCK_K,
+        h = decode(
+            z1, z2, decoder, seed_ptr, rows, len(DECODER), len(ENCODER), AVERAGE, DECODER, R, THRESHOLD, PRECISION,
+            BLOCK_K,
         )  # fmt: skip
-        c = coefficient(grads, table, kept_ptr, N, NLL, ACC)
-        grad_z1, grad_z2 = c * unit1, c * unit2
+        if grad_state_ptr is not None or grad_hidden_ptr is not None:
+            unit1, unit2 = through_decoder(
+                x_ptr, x_strides, h, z1, z2, decoder, scale, rows, inside, keep, grad_hidden_ptr, D, AVERAGE, DECODER,
+                R, THRESHOLD, PRECISION, BLOCK_D, BLOCK_K,
+            )  # fmt: skip
+            c = coefficient(grads, table, kept_ptr, N, NLL, ACC)
+            grad_z1, grad_z2 = c * unit1, c * unit2
+        if g_ptr is not None:
+            store_inputs(g_ptr, h, z1, z2, rows, inside, AVERAGE, DECODER, R)
     if grad_state_ptr is not None:
         # 3. Through y = base + s B z_1
         if grad_y_ptr is not None:
@@ -147,7 +154,6 @@ def layer_bwd(
     prior2_mean: float,
     objective: Sequence[float],
     state: Tensor,
-    unit_grad_scale: Tensor,
     detach_target: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor]]:
@@ -164,14 +170,14 @@ def layer_bwd(
     target = through_r and needs[0] and not detach_target
     G = hidden[-1] if hidden else shapes.R * (1 if average else 2)
     grad_state = x.new_empty((N, shapes.width), dtype=wide) if latents_needed else None
-    g = x.new_empty((N, G), dtype=wide) if asked[2] or target else None
+    g = x.new_empty((N, G), dtype=wide) if asked[2] or asked[3] or target else None
     grad_hidden = x.new_empty((N, G), dtype=wide) if asked[2] and hidden else None
     grads, kept = (grad_loss, grad_nll, grad_kl, grad_gamma), kept_tokens(mask)
     arrives = (grad_y, strides(grad_y), grads, split(objective))
     layer = Arguments.of(x, encoder1, encoder2, decoder, scale, B, noise1, noise2, mask, seed)
     dropout = dropout if seed is not None else 0.0
 
-    if latents_needed or asked[2]:
+    if grad_state is not None or g is not None:
         options = options_for(layer_bwd_kernel, by_vendor(TABLE, AMD), shapes, N, max(D, M), B, dropout)
         layer_bwd_kernel[(triton.cdiv(N, options["BLOCK_N"]),)](
             *arrives,
@@ -210,7 +216,6 @@ def layer_bwd(
         grad_state,
         g,
         grad_hidden,
-        unit_grad_scale,
         grad_x if needs[0] else None,
         parts,
         gradients.to(shapes, which) if latents_needed else ((), *gradients.to(shapes, which)[1:]),

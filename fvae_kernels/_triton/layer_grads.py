@@ -1,6 +1,7 @@
 """layer, backward, over features: grad_x and the gradients of all parameters.   Mathematics: reference.layer
 
-    grad_O = c / t (r^T g)      grad_x = G W - c r / t      grad_W = G^T x      grad_B = s grad_y^T z_1
+    grad_O = c / t (r^T g)      grad_t = c / t sum of (1 - r^2)      grad_x = G W - c r / t
+    grad_W = G^T x              grad_B = s grad_y^T z_1
 
 where G are the gradients of the encoders' first layers. One launch of four kinds of programs, each of which walks over
 a chunk of the tokens and owns its sums: tiles of the features of x; tiles of those of y, for B; tiles of the encoders'
@@ -14,7 +15,7 @@ the chunks, in a fixed order.
 import triton
 import triton.language as tl
 
-from ._common import Table, counting, product, tile, tokens
+from ._common import Table, counting, product, tile
 from ._layer_common import (
     NLL,
     add_bias,
@@ -75,7 +76,8 @@ def feature_sums(
     P: tl.constexpr = output[0].dtype.element_ty
     LAYERS: tl.constexpr = len(to[0]) // 2
     outs, ins = tl.arange(0, width_of(FIRST)), tl.arange(0, width_of(G))
-    grad_out, grad_bias = tl.zeros((cols.shape[0], width_of(G)), ACC), tl.zeros((cols.shape[0],), ACC)
+    grad_out = tl.zeros((cols.shape[0], width_of(G)), ACC)
+    grad_bias, grad_scale = tl.zeros((BLOCK_N, cols.shape[0]), ACC), tl.zeros((BLOCK_N, cols.shape[0]), ACC)
     grad_firsts = ()
     for _i in tl.static_range(len(to[0])):
         grad_firsts = grad_firsts + (tl.zeros((width_of(FIRST), cols.shape[0]), ACC),)
@@ -92,7 +94,9 @@ def feature_sums(
             r, inverse = residual(add_bias(x_hat, output, cols, cols < D), x.to(ACC), scale, cols, counts, D)
             if NEEDS[2]:
                 grad_out = product(tl.trans(r.to(P)), g.to(P), grad_out, PRECISION)
-                grad_bias += tl.sum(r, 0)
+                grad_bias += r
+            if NEEDS[3]:
+                grad_scale += tl.where(counts, 1 - r * r, 0.0)
             if THROUGH_TARGET:
                 grad_x -= c * r * inverse[None, :]
         # 2. What reads x
@@ -113,12 +117,15 @@ def feature_sums(
     if NEEDS[1]:
         for i in tl.static_range(len(to[0])):
             store_sums(parts_ptr + to[0][i], grad_firsts[i], outs, 0, cols, FIRST, D, D)
-    if NEEDS[2]:
+    if NEEDS[2] or NEEDS[3]:
         factor = c / tl.load(scale[0] + cols * scale[1][0], mask=cols < D, other=1).to(ACC)
+    if NEEDS[2]:
         to_w, to_b = to[1][len(decoder) - 1]
         store_sums(parts_ptr + to_w, grad_out * factor[:, None], cols, 0, ins, D, G, G)
         if output[1] is not None:
-            tl.store(parts_ptr + to_b + cols, grad_bias * factor, mask=cols < D)
+            tl.store(parts_ptr + to_b + cols, tl.sum(grad_bias, 0) * factor, mask=cols < D)
+    if NEEDS[3]:
+        tl.store(parts_ptr + to[2] + cols, tl.sum(grad_scale, 0) * factor, mask=cols < D)
 
 
 @triton.jit
@@ -166,7 +173,6 @@ def layer_grads_kernel(
     grad_state_ptr,
     g_ptr,  # [N, G] or None, as the one that follows
     grad_hidden_ptr,  # [N, last hidden layer]
-    unit_grad_scale_ptr,  # [D]
     grad_x_ptr,  # [N, D] or None
     parts_ptr,  # [chunks, length]: sums of the gradients of all parameters that need one
     to,  # where in them those of the layers that read x, of the decoder, scale, B and the encoders' later layers are
@@ -198,15 +204,11 @@ def layer_grads_kernel(
     c = coefficient(grads, table, kept_ptr, N, NLL, ACC)
     if program < counts[0]:
         cols = program * BLOCK_D + tl.arange(0, BLOCK_D)
-        if NEEDS[0] or NEEDS[1] or NEEDS[2]:
+        if NEEDS[0] or NEEDS[1] or NEEDS[2] or NEEDS[3]:
             feature_sums(
                 layer, grad_state_ptr, g_ptr, grad_x_ptr, parts_ptr, to, c, cols, N, D, G, FIRST, NEEDS,
                 THROUGH_TARGET, WIDTH, ACC, PRECISION, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-        if NEEDS[3]:
-            unit = tl.load(unit_grad_scale_ptr + cols, mask=cols < D, other=0).to(ACC)
-            of_scale = tl.where(tl.program_id(1) == 0, unit * c * tl.maximum(tokens(kept_ptr, N, ACC), 1.0), 0.0)
-            tl.store(parts_ptr + to[2] + cols, of_scale, mask=cols < D)
     elif program < counts[0] + counts[1]:
         if NEEDS[4]:
             cols = (program - counts[0]) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -73,9 +73,9 @@ def layer_calls(
     inputs = (x, encoder, encoder, decoder, empty(D), empty(D, R), *noise, mask, torch.empty((), dtype=torch.int64))
     inputs = (*inputs, 0.0 if bare else 0.1, bare, 1.0, 1.5, [0.5] * 36)
     loss, width = torch.empty((), dtype=wide), 4 * R if bare else 32 + 4 * R
-    saved = (torch.empty(N, width, dtype=wide), torch.empty(D, dtype=wide))
+    state = torch.empty(N, width, dtype=wide)
     yield "layer_fwd", (None if bare else base, *inputs)
-    yield "layer_bwd", (base, loss, *(None,) * 3, *inputs, *saved, bare, [not bare, True, True, not bare, True])
+    yield "layer_bwd", (base, loss, *(None,) * 3, *inputs, state, bare, [not bare, True, True, not bare, True])
 
 
 def compiled(target: str, size: str, dtype: torch.dtype, calls: Any = calls) -> Iterator[dict[str, Any]]:
