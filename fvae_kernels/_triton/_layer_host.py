@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ._common import Table, accumulator, blocks_for, precision, strides
@@ -47,12 +48,19 @@ def split(table: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def options_for(
-    kernel: Any, table: Table, shapes: Shapes, N: int, widest: int, B: Tensor, dropout: float
+    kernel: Any,
+    table: Table,
+    shapes: Shapes,
+    N: int,
+    widest: int,
+    B: Tensor,
+    dropout: float,
+    products: torch.dtype | None,
 ) -> dict[str, Any]:
     """Launch options for N tokens of at most `widest` features; B stands for all parameters."""
     options = blocks_for(kernel, table, B.element_size(), N, BLOCK_D=widest)
     constants = {"ENCODER": shapes.encoder, "DECODER": shapes.decoder, "R": shapes.R, "THRESHOLD": threshold(dropout)}
-    return options | constants | {"ACC": accumulator(B), "PRECISION": precision(B)}
+    return options | constants | {"ACC": accumulator(B), "PRECISION": precision(B, products)}
 
 
 class Arguments(NamedTuple):

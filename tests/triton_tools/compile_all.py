@@ -71,7 +71,7 @@ def layer_calls(
     noise = [empty(N, R) if bare else None for _ in range(2)]
     mask = torch.empty(N, dtype=torch.bool) if bare else None
     inputs = (x, encoder, encoder, decoder, empty(D), empty(D, R), *noise, mask, torch.empty((), dtype=torch.int64))
-    inputs = (*inputs, 0.0 if bare else 0.1, bare, 1.0, 1.5, [0.5] * 36)
+    inputs = (*inputs, 0.0 if bare else 0.1, bare, 1.0, 1.5, [0.5] * 36, None)
     loss, width = torch.empty((), dtype=wide), 4 * R if bare else 32 + 4 * R
     state = torch.empty(N, width, dtype=wide)
     yield "layer_fwd", (None if bare else base, *inputs)
