@@ -123,8 +123,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_fwd(
     const OptionalTensor& base, const Tensor& x, const Parameters& encoder1, const Parameters& encoder2,
     const Parameters& decoder, const Tensor& scale, const Tensor& B, const OptionalTensor& noise1,
     const OptionalTensor& noise2, const OptionalTensor& mask, const OptionalTensor& seed, double dropout, bool average,
-    double scaling, double prior2_mean, at::ArrayRef<double> table) {
+    double scaling, double prior2_mean, at::ArrayRef<double> table,
+    std::optional<at::ScalarType> products) {
   const PlainTensors guard;
+  in_own_precision(products);
   const Layer layer(
       x, encoder1, encoder2, decoder, scale, B, noise1, noise2, mask, seed, dropout, average, scaling, prior2_mean);
   const int64_t N = x.size(0);

@@ -23,6 +23,12 @@ enum Term { kLoss, kKl, kGamma, kTerms };  // rows of the table [kTerms, kStatis
 constexpr int64_t kLayerTile = 1 << 18, kTokens = 128;
 constexpr int64_t kWork = 64;  // of a token for each entry of x, against a simple loop
 
+inline void in_own_precision(const std::optional<at::ScalarType>& products) {
+  TORCH_CHECK(
+      !products.has_value(), "layer: the C++ kernel multiplies in the dtype of its parameters, and got products=",
+      *products, "; expected none");
+}
+
 inline Tensor block(const Tensor& t, int64_t dim, int64_t i, int64_t blocks) {
   const int64_t size = t.size(dim) / blocks;
   return t.narrow(dim, i * size, size);

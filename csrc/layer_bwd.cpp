@@ -213,9 +213,10 @@ std::tuple<Tensor, std::vector<Tensor>> layer_bwd(
     const Parameters& encoder2, const Parameters& decoder, const Tensor& scale, const Tensor& B,
     const OptionalTensor& noise1, const OptionalTensor& noise2, const OptionalTensor& mask,
     const OptionalTensor& seed, double dropout, bool average, double scaling, double prior2_mean,
-    at::ArrayRef<double> table, const Tensor& state, bool detach_target,
+    at::ArrayRef<double> table, std::optional<at::ScalarType> products, const Tensor& state, bool detach_target,
     std::array<bool, kNeeds> needs) {
   const PlainTensors guard;
+  in_own_precision(products);
   const Layer layer(
       x, encoder1, encoder2, decoder, scale, B, noise1, noise2, mask, seed, dropout, average, scaling, prior2_mean);
   const int64_t workers = layer.tiles.workers;

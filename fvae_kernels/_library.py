@@ -26,7 +26,7 @@ _RECONSTRUCT = "Tensor x, Tensor g, Tensor w_out, Tensor? b_out, Tensor scale, T
 _LAYER = (
     "Tensor x, Tensor?[] encoder1, Tensor?[] encoder2, Tensor?[] decoder, Tensor scale, Tensor B, Tensor? noise1,"
     " Tensor? noise2, Tensor? mask, Tensor? seed, float dropout, bool average, float scaling, float prior2_mean,"
-    " float[] objective"
+    " float[] objective, ScalarType? products"
 )
 _LAYER_GRADS = "Tensor? grad_y, Tensor? grad_loss, Tensor? grad_nll, Tensor? grad_kl, Tensor? grad_gamma"
 

@@ -90,6 +90,7 @@ def raw_layer(lead, D, M, base=False, stride="contiguous", dropout=0.0, seed=5, 
         torch.tensor(seed, device=x.device),
         *(dropout, config.fusion == "average", float(config.scaling), float(config.prior2_mean)),
         list(objective_table(config)),
+        None,
     ]
 
 

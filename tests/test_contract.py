@@ -73,7 +73,7 @@ def _layer(tokens, everything, dtype):
     mask = token_flags(inputs["mask"])
     base = torch.randn(tokens, inputs["B"].shape[0], dtype=dtype) if everything else None
     given = [base, inputs["x"], *encoders, flat(hidden, *output), scale, inputs["B"], *inputs["noise"], mask, seed]
-    return [*given, 0.25, everything, 2.0, 1.5, list(objective_table(inputs["config"]))]
+    return [*given, 0.25, everything, 2.0, 1.5, list(objective_table(inputs["config"])), None]
 
 
 def _layer_bwd(tokens, everything, dtype):

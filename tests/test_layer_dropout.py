@@ -72,7 +72,7 @@ def first_hidden(inputs, dropout, seed, backend):
     state = RAW[backend].layer_fwd(
         None, inputs["x"], flat(inputs["encoder1"]), flat(inputs["encoder2"]), [*decoder_hidden, *out], scale,
         inputs["B"], *inputs["noise"], None, torch.tensor(seed, device=inputs["x"].device), dropout, False, 1.0, 0.0,
-        objective_table(config),
+        objective_table(config), None,
     )[5]  # fmt: skip
     return state[:, :hidden].detach()
 

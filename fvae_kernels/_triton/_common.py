@@ -52,8 +52,10 @@ def accumulator(t: Tensor) -> tl.dtype:
     return tl.float64 if t.dtype == torch.float64 else tl.float32
 
 
-def precision(t: Tensor) -> str:
-    """Of products of float32: as PyTorch's own are set."""
+def precision(t: Tensor, products: torch.dtype | None = None) -> str:
+    """Of products of float32: in another dtype where that is asked for, else as PyTorch's own are set."""
+    if products is not None:
+        return str(products).removeprefix("torch.")
     return "tf32" if t.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
@@ -115,10 +117,15 @@ def clamp_passes(logvar):
 
 @triton.jit
 def product(a, b, sums, PRECISION: tl.constexpr):
-    """sums + a b. The interpreter would multiply the bits of bfloat16."""
-    if INTERPRET:
+    """sums + a b, whose entries are rounded first where PRECISION is a dtype of 16 bits."""
+    if PRECISION == "bfloat16":
+        a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
+    elif PRECISION == "float16":
+        a, b = a.to(tl.float16), b.to(tl.float16)
+    if INTERPRET:  # it would multiply the bits of bfloat16
         a, b = a.to(sums.dtype), b.to(sums.dtype)
-    return tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=sums.dtype)
+    of_float32: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
+    return tl.dot(a, b, sums, input_precision=of_float32, out_dtype=sums.dtype)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ._common import Table, accumulator, blocks_for, padded, precision, strides
@@ -56,12 +57,21 @@ def split(table: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def options_for(
-    kernel: Any, table: Table, shapes: Shapes, N: int, widest: int, B: Tensor, dropout: float
+    kernel: Any,
+    table: Table,
+    shapes: Shapes,
+    N: int,
+    widest: int,
+    B: Tensor,
+    dropout: float,
+    products: torch.dtype | None,
 ) -> dict[str, Any]:
     """Launch options for N tokens of at most `widest` features; B stands for all parameters."""
-    options = blocks_for(kernel, table, B.element_size(), N, shapes.wide, BLOCK_D=widest)
+    # products of 16 bits, which add up 16 numbers at least, take blocks that are made for them where those are smaller
+    entry_size = 2 if shapes.wide and products is not None else B.element_size()
+    options = blocks_for(kernel, table, entry_size, N, shapes.wide, BLOCK_D=widest)
     constants = {"ENCODER": shapes.encoder, "DECODER": shapes.decoder, "R": shapes.R, "THRESHOLD": threshold(dropout)}
-    return options | constants | {"ACC": accumulator(B), "PRECISION": precision(B)}
+    return options | constants | {"ACC": accumulator(B), "PRECISION": precision(B, products)}
 
 
 class Arguments(NamedTuple):

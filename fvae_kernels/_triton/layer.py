@@ -13,6 +13,7 @@ computes exists in registers alone; backward makes it once more.
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -244,6 +245,7 @@ def layer_fwd(
     scaling: float,
     prior2_mean: float,
     objective: Sequence[float],
+    products: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
     (N, D), M, shapes = x.shape, B.shape[0], Shapes.of(encoder1, decoder)
     wide = wide_dtype(B)
@@ -252,7 +254,7 @@ def layer_fwd(
     if N == 0:
         return y, *(x.new_zeros((), dtype=wide) for _ in range(4)), state
     dropout = dropout if seed is not None else 0.0
-    options = options_for(layer_fwd_kernel, by_vendor(TABLE, AMD), shapes, N, max(D, M), B, dropout)
+    options = options_for(layer_fwd_kernel, by_vendor(TABLE, AMD), shapes, N, max(D, M), B, dropout, products)
     programs = triton.cdiv(N, options["BLOCK_N"])
     statistics = x.new_empty((programs, 16), dtype=wide)
     layer_fwd_kernel[(programs,)](

@@ -15,6 +15,7 @@ features, and makes grad_x and the parameters' gradients of these.
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -157,6 +158,7 @@ def layer_bwd(
     scaling: float,
     prior2_mean: float,
     objective: Sequence[float],
+    products: torch.dtype | None,
     state: Tensor,
     detach_target: bool,
     needs: Sequence[bool],
@@ -179,10 +181,10 @@ def layer_bwd(
     grads, kept = (grad_loss, grad_nll, grad_kl, grad_gamma), kept_tokens(mask)
     arrives = (grad_y, strides(grad_y), grads, split(objective))
     layer = Arguments.of(x, encoder1, encoder2, decoder, scale, B, noise1, noise2, mask, seed)
-    dropout = dropout if seed is not None else 0.0
+    sizes = shapes, N, max(D, M), B, dropout if seed is not None else 0.0, products
 
     if grad_state is not None or g is not None:
-        options = options_for(layer_bwd_kernel, by_vendor(TABLE, AMD), shapes, N, max(D, M), B, dropout)
+        options = options_for(layer_bwd_kernel, by_vendor(TABLE, AMD), *sizes)
         layer_bwd_kernel[(triton.cdiv(N, options["BLOCK_N"]),)](
             *arrives,
             *layer,
@@ -201,7 +203,7 @@ def layer_bwd(
             AVERAGE=average,
             **options,
         )
-    options = options_for(layer_grads_kernel, by_vendor(TABLE_GRADS, AMD_GRADS), shapes, N, max(D, M), B, dropout)
+    options = options_for(layer_grads_kernel, by_vendor(TABLE_GRADS, AMD_GRADS), *sizes)
     T = options["BLOCK_D"]
     makes, (which, later, later_programs) = feature_programs(asked, shapes.wide), later_layers(shapes, T)
     counts = (

@@ -108,6 +108,19 @@ def _too_wide(config: FVAEConfig, tensors: Mapping[str, Tensor | None]) -> str |
     return None
 
 
+def autocast_products(B: Tensor, backend: str) -> torch.dtype | None:
+    """What the factors of products are rounded to, as autocast rounds those of PyTorch's; None where nothing is.
+
+    Products alone: sums, latents and the objective keep the parameters' float32. The C++ kernels have no products of 16
+    bits, and stay exact.
+    """
+    device = B.device.type
+    if backend != "triton" or B.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
 def composable(tensors: Mapping[str, Tensor | None]) -> bool:
     """Whether the smaller ops run what the fused kernel does not cover: they take one dtype, autocast or not."""
     dtypes = {t.dtype for name, t in tensors.items() if t is not None and name != "x"}

@@ -18,10 +18,10 @@ from .._library import RAW
 from ..config import FVAEConfig
 from ._checks import rows, token_flags
 from ._composed import composed
-from ._layer_support import check_layer, composable, objective_table, uncovered
+from ._layer_support import autocast_products, check_layer, composable, objective_table, uncovered
 from ._once import differentiable_once
 
-FIXED = 14  # arguments of LayerFunction.forward before the parameters
+FIXED = 15  # arguments of LayerFunction.forward before the parameters
 
 
 class LayerFunction(torch.autograd.Function):
@@ -46,13 +46,14 @@ class LayerFunction(torch.autograd.Function):
         scaling: float,
         prior2_mean: float,
         table: tuple[float, ...],
+        products: torch.dtype | None,
         detach_target: bool,
         encoder_size: int,
         backend: str,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         tensors = _grouped(encoder_size, parameters)
-        options = (dropout, average, scaling, prior2_mean, table)
+        options = (dropout, average, scaling, prior2_mean, table, products)
         inputs = _rows(x), *tensors, _rows(noise1), _rows(noise2), mask, seed, *options
         y, *terms, state = RAW[backend].layer_fwd(_rows(base), *inputs)
         ctx.save_for_backward(x, noise1, noise2, mask, seed, state, *parameters)
@@ -171,6 +172,7 @@ def layer(
         float(config.scaling),
         float(config.prior2_mean),
         objective_table(config),
+        autocast_products(B, backend),
         config.detach_target,
         size,
         backend,

@@ -65,8 +65,9 @@ def layer_calls(
     bare: bool = False,
     x_dtype: Any = None,
     E: int = 16,
+    products: torch.dtype | None = None,
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """The same for the whole layer; E and H are units of hidden layers, 0 for none.
+    """The same for the whole layer; E and H are units of hidden layers, 0 for none, `products` what autocast asks for.
 
     `bare` is without any, with averaged latents, and with noise that is given.
     """
@@ -86,7 +87,7 @@ def layer_calls(
     noise = [empty(N, R) if bare else None for _ in range(2)]
     mask = torch.empty(N, dtype=torch.bool) if bare else None
     inputs = (x, encoder, encoder, decoder, empty(D), empty(D, R), *noise, mask, torch.empty((), dtype=torch.int64))
-    inputs = (*inputs, 0.0 if bare else 0.1, bare, 1.0, 1.5, [0.5] * 36)
+    inputs = (*inputs, 0.0 if bare else 0.1, bare, 1.0, 1.5, [0.5] * 36, products)
     loss, width = torch.empty((), dtype=wide), 2 * E + 4 * R
     state = torch.empty(N, width, dtype=wide)
     yield "layer_fwd", (None if bare else base, *inputs)
