@@ -40,7 +40,7 @@ LAYER_CASES = [
     *(("sm_90", size, torch.float32) for size in ("few", "many")),
     *((target, "few", torch.bfloat16) for target in ("sm_80", "gfx942")),
     ("sm_90", "linear", torch.float32),
-    ("sm_90", "linear", torch.bfloat16),
+    ("gfx942", "linear", torch.bfloat16),
 ]
 
 

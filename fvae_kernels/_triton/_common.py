@@ -25,12 +25,10 @@ Table = dict[tuple[int, bool | None], dict[str, int]]
 
 def blocks(kernel: Any, table: Table, t: Tensor, **limits: int) -> dict[str, Any]:
     """Launch options of `kernel` for rows of t [N, ...]: no block wider than what it covers, as in BLOCK_D=D."""
-    return blocks_for(kernel, table, t.element_size(), t.shape[0], **limits)
+    return blocks_for(kernel, table, t.element_size(), t.shape[0], False, **limits)
 
 
-def blocks_for(
-    kernel: Any, table: Table, entry_size: int, tokens: int, wide: bool = False, **limits: int
-) -> dict[str, Any]:
+def blocks_for(kernel: Any, table: Table, entry_size: int, tokens: int, wide: bool, **limits: int) -> dict[str, Any]:
     options = table[entry_size, None if wide else tokens < FEW_TOKENS] | OVERRIDES.get(kernel.__name__, {})
     return options | {name: min(options[name], padded(size)) for name, size in limits.items()}
 
