@@ -5,9 +5,9 @@
     with fk.tuning.override("encode_fwd", BLOCK_N=32): ...     # for the block
     fk.tuning.override("encode_fwd")                           # back to the table
 
-The tables choose by dtype and number of tokens, without running anything, and every entry of theirs is compiled by
-``make gpu-compile``. An override holds for every dtype and size, and nobody has compiled it: a block that is too large
-raises in Triton, at the first launch.
+The tables choose by dtype, number of tokens and, for the whole layer, its width, without running anything, and every
+entry of theirs is compiled by ``make gpu-compile``. An override holds for every dtype and size, and nobody has compiled
+it: a block that is too large raises in Triton, at the first launch.
 """
 
 import contextlib
