@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from .flops import FORMULAS
 
 FREE = (  # no kernel runs, though they are not marked as views
-    *("aten::detach", "aten::_unsafe_view", "aten::lift_fresh"),
+    *("aten::detach", "aten::_unsafe_view", "aten::lift_fresh", "prim::device"),
     *("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"),
 )
 PACKAGES = ("torch", "peft", "transformers", "triton")

@@ -9,10 +9,12 @@ the device's peak bandwidth and of computing its FLOPs at the device's peak rate
 import functools
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import fused, sides
 from .cost import Cost, Launch
@@ -56,11 +58,12 @@ SHAPES = (
     Shape("Wav2Vec2-large, 16 x 10 s", 16 * 499, 1024, 1024),
 )
 
-# dtype of the base layer and its activations, dtype of the adapter
+# dtype of the base layer and its activations, dtype of the adapter, dtype of autocast
 PRECISIONS = {
-    "float32": (torch.float32, torch.float32),
-    "bf16, adapter float32": (torch.bfloat16, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
+    "float32": (torch.float32, torch.float32, None),
+    "bf16, adapter float32": (torch.bfloat16, torch.float32, None),
+    "bf16, adapter float32, autocast": (torch.bfloat16, torch.float32, torch.bfloat16),
+    "bf16": (torch.bfloat16, torch.bfloat16, None),
 }
 
 
@@ -76,22 +79,27 @@ def predicted(launches: Sequence[Launch], device: Device) -> float:
 
 def dispatched(side: str, shape: Shape, precision: str = "float32") -> list[Launch]:
     """The operators of a side's forward and backward, base layer included; on tensors without memory."""
-    base, adapter = PRECISIONS[precision]
-    with torch.device("meta"), warnings.catch_warnings():
+    base, adapter, autocast = PRECISIONS[precision]
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = sides.OneLinear(shape.D, shape.M, base, "meta")
-        x, grad_y = torch.empty(shape.N, shape.D, dtype=base), torch.empty(shape.N, shape.M, dtype=base)
-        built = sides.layer_side(side, model, x.requires_grad_(), grad_y, adapter=adapter)
-        with Cost() as cost:
+        with fake:
+            x, grad_y = torch.empty(shape.N, shape.D, dtype=base), torch.empty(shape.N, shape.M, dtype=base)
+        model = sides.OneLinear(shape.D, shape.M, base)
+        built = sides.layer_side(side, model, x.requires_grad_(), grad_y, adapter=adapter, autocast=autocast)
+        for module in built.module.modules():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(fake.from_tensor(p.detach()), p.requires_grad))
+        with fake, Cost() as cost:
             built.run()
     return cost.operators
 
 
 def fused_launches(shape: Shape, precision: str = "float32") -> list[Launch]:
     """Those of our Triton layer, beyond the base layer."""
-    base, adapter = PRECISIONS[precision]
+    base, adapter, autocast = PRECISIONS[precision]
     layer = fused.Layer(shape.N, shape.D, shape.M, x_bytes=base.itemsize, p_bytes=adapter.itemsize)
-    return fused.launches(layer)
+    return [replace(one, dtype=autocast or one.dtype) for one in fused.launches(layer)]
 
 
 def beyond_base(side: str, shape: Shape, precision: str, device: Device) -> float:

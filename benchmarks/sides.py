@@ -153,6 +153,7 @@ def layer_side(
     grad_y: Tensor,
     compiler: str = "inductor",
     adapter: torch.dtype | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Side:
     """Forward and backward of one adapted layer: gradients of its parameters and of x.
 
@@ -163,6 +164,7 @@ def layer_side(
         grad_y: gradient of the output.
         compiler: backend of torch.compile for the compiled side.
         adapter: dtype of what is trained; None is PEFT's choice, float32 at least.
+        autocast: dtype that the forward runs under; None is without.
     """
     module: Any = layer_module(name, model)
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -173,13 +175,14 @@ def layer_side(
         call = torch.compile(module, dynamic=False, backend=compiler)
 
     def forward() -> Tensor:
-        return call(x)
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            return call(x)
 
     def step() -> None:
         x.grad = None
         for p in trained:
             p.grad = None
-        call(x).backward(grad_y)
+        forward().backward(grad_y)
 
     return Side(name, module, within(name, step), within(name, forward), (x,))
 

@@ -51,6 +51,8 @@ def test_precisions_reach_the_operators() -> None:
 
     assert dtypes("bf16") == {torch.bfloat16}
     assert dtypes("bf16, adapter float32") == {torch.bfloat16, torch.float32}
+    products = {one.dtype for one in roofline.dispatched("lora", SMALL, "bf16, adapter float32, autocast") if one.flops}
+    assert products == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(

@@ -142,10 +142,12 @@ def layer(p: Plan) -> Found:
     """A whole adapted layer, forward and backward, for every shape and precision of the roofline."""
     found: Found = {"groups": [], "errors": {}}
     for shape in p.shapes:
-        for precision, (dtype, adapter) in roofline.PRECISIONS.items():
+        for precision, (dtype, adapter, autocast) in roofline.PRECISIONS.items():
 
-            def build(side: str, shape=shape, dtype=dtype, adapter=adapter) -> Callable[[], Any]:
-                where = {"dtype": dtype, "adapter": adapter, "device": p.device, "compiler": p.compiler}
+            where = {"dtype": dtype, "adapter": adapter, "autocast": autocast}
+
+            def build(side: str, shape=shape, where=where) -> Callable[[], Any]:
+                where = where | {"device": p.device, "compiler": p.compiler}
                 return experiments.checked_layer((side,), shape.N, shape.D, shape.M, **where)[side].run
 
             title = f"{shape.title} ({shape.N}, {shape.D}, {shape.M}), {precision}"

@@ -118,7 +118,8 @@ def layer(
 
     Equivalent to ``base + delta`` with ``delta, terms = reference.layer(...)``, which is the definition. With dropout
     a kernel draws one seed from torch's generator and drops by position, so it drops other activations than the
-    reference, with the same probability up to 2^-17.
+    reference, with the same probability up to 2^-17. Under autocast the Triton kernels round the factors of products of
+    float32 parameters to its dtype; the C++ kernels do not.
 
     Args:
         x: input ``[..., D]``, of the parameters' dtype or, where that is float32, of half precision.
