@@ -28,7 +28,11 @@ STATISTICS = 16  # sums that a program of the forward leaves
 PROGRAMS = 264  # of layer_grads, about
 FEW = 8192  # tokens, below which blocks are small
 
-# (bytes of a parameter, few tokens): tokens of a program of layer_fwd; tokens and features of a block of layer_grads
+# more units than in a layer of an encoder, in one of the decoder, in all hidden ones of the decoder, are many
+NARROW = (16, 128, 384)
+
+# (bytes of a parameter, few tokens or None for many units): tokens of a program of layer_fwd; tokens and features of a
+# block of layer_grads
 CUTS = {
     (2, True): (16, 16, 32),
     (2, False): (64, 16, 32),
@@ -36,6 +40,9 @@ CUTS = {
     (4, False): (32, 16, 32),
     (8, True): (16, 16, 16),
     (8, False): (32, 16, 16),
+    (2, None): (16, 16, 16),
+    (4, None): (8, 8, 16),
+    (8, None): (8, 8, 16),
 }
 
 
@@ -86,14 +93,26 @@ class Layer:
         return ((2 if self.config.fusion == "concat" else 1) * self.config.rank,)
 
     @property
+    def many_units(self) -> bool:
+        """Whether registers do not hold all sums over tokens at once: layer_grads then walks over them three times."""
+        encoder = [_padded(size) for size in (*self.config.encoder_hidden, self.config.rank)]
+        decoder = [_padded(size) for size in self.config.decoder_hidden]
+        sizes = max(encoder), max(decoder, default=0), sum(decoder)
+        return any(size > most for size, most in zip(sizes, NARROW, strict=True))
+
+    @property
+    def cuts(self) -> tuple[int, int, int]:
+        return CUTS[self.p_bytes, None if self.many_units else self.N < FEW]
+
+    @property
     def tiles(self) -> int:
         """Programs of layer_fwd."""
-        return -(-self.N // CUTS[self.p_bytes, self.N < FEW][0])
+        return -(-self.N // self.cuts[0])
 
     @property
     def features(self) -> int:
         """Of a block of layer_grads, and rows of its tiles of a weight."""
-        return min(CUTS[self.p_bytes, self.N < FEW][2], max(2 ** (max(self.D, self.M) - 1).bit_length(), 16))
+        return min(self.cuts[2], _padded(max(self.D, self.M)))
 
     @property
     def later(self) -> int:
@@ -107,10 +126,16 @@ class Layer:
     def chunks(self) -> int:
         """Of the tokens, for each of which layer_grads leaves sums."""
         programs = sum(map(self._blocks, (self.D, self.M, *self.config.decoder_hidden))) + self.later
-        return max(min(-(-self.N // CUTS[self.p_bytes, self.N < FEW][1]), PROGRAMS // programs), 1)
+        programs += 2 * self._blocks(self.D) if self.many_units else 0
+        return max(min(-(-self.N // self.cuts[1]), PROGRAMS // programs), 1)
 
     def _blocks(self, size: int) -> int:
         return -(-size // self.features)
+
+
+def _padded(size: int) -> int:
+    """A power of two, at least the 16 entries of a matrix instruction."""
+    return max(1 << (size - 1).bit_length(), 16)
 
 
 def _part(name: str, first: tuple[str, ...]) -> str:
@@ -148,7 +173,7 @@ def launches(layer: Layer) -> list[Launch]:
         # the decoder once more, and back through all of it, B and the encoders
         "layer_bwd": 2 * (e["hidden"] + e["output"]) + e["B"] + e["encoders"],
         # x_hat once more, and the gradients of O, of what reads x, of x; the encoders' small layers in whole tiles
-        "layer_grads": 2 * e["output"]
+        "layer_grads": (3 if layer.many_units else 2) * e["output"]
         + 2 * e["input"]
         + e["B"]
         + layer.later * layer.features**2

@@ -68,8 +68,10 @@ def test_many_tokens_begin_where_the_tables_say():
 
 @needs_the_layer
 def test_the_blocks_are_those_of_the_tables():
-    from fvae_kernels._triton import layer, layer_grads
+    from fvae_kernels._triton import _layer_host, layer, layer_grads
 
+    assert fused.NARROW == _layer_host.NARROW
+    assert fused.CUTS.keys() == layer.TABLE.keys()
     assert fused.PROGRAMS == layer_grads.PROGRAMS
     for key, cuts in fused.CUTS.items():
         grads = layer_grads.TABLE[key]

@@ -32,7 +32,7 @@ from .layer_grads import TABLE as TABLE_GRADS
 TABLE: Table = {
     (2, True): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1},
     (2, False): {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1},
-    (4, True): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2},
+    (4, True): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
     (4, False): {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
     (8, True): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
     (8, False): {"BLOCK_N": 32, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
