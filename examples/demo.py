@@ -60,8 +60,8 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=number(int, 0), metavar="S", help="of everything random: sample, order, start, noise (0)"
     )
     out.add_argument("--seeds", type=count, default=1, metavar="N", help="repeat with N seeds, S, S + 1, ... (1)")
-    out.add_argument("--lr", type=number(float, 0, above=True), help="learning rate (5e-3)")
-    out.add_argument("--lr-fvae", type=number(float, 0, above=True), metavar="LR", help="another one for FVAE-LoRA")
+    out.add_argument("--lr", type=number(float, 0, above=True), help="learning rate of LoRA (5e-3)")
+    out.add_argument("--lr-fvae", type=number(float, 0, above=True), metavar="LR", help="of FVAE-LoRA (1e-2)")
     out.add_argument(
         "--loss-weight",
         type=weight,
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         help="lambda, of each layer's auxiliary loss (1 / (1000 * adapted layers))",
     )
     out.add_argument("--recon-weight", type=weight, metavar="W", help="alpha, of the reconstruction (1)")
-    out.add_argument("--kl-weight", type=weight, metavar="W", help="beta, of KL(q_1 || p_1) (10)")
+    out.add_argument("--kl-weight", type=weight, metavar="W", help="beta, of KL(q_1 || p_1) (3)")
     out.add_argument("--gamma-weight", type=weight, metavar="W", help="delta, of Gamma (1)")
     out.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="where results go (runs/demo)")
     out.add_argument("--quick", action="store_true", help="a few steps on little data, to see that everything works")
