@@ -143,7 +143,6 @@ def layer(p: Plan) -> Found:
     found: Found = {"groups": [], "errors": {}}
     for shape in p.shapes:
         for precision, (dtype, adapter, autocast) in roofline.PRECISIONS.items():
-
             where = {"dtype": dtype, "adapter": adapter, "autocast": autocast}
 
             def build(side: str, shape=shape, where=where) -> Callable[[], Any]:
