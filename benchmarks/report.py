@@ -103,7 +103,8 @@ METHOD = """
 Wall clock, one process. Every round runs every side once, in an order drawn anew; ratios are taken within a round.
 A value is the median over rounds, in brackets its 95 % interval from order statistics (the range, where there are fewer
 than 6 rounds). All sides share base weights, rank 16 and targets (query and value), and pass through `get_peft_model`;
-PEFT's methods have no dropout, FVAE-LoRA has the 0.1 of its recipe. A step is forward, backward and AdamW.
+PEFT's methods have no dropout, FVAE-LoRA has the 0.1 of its recipe. A step is forward, backward and AdamW,
+fused, which is `Trainer`'s default.
 
 Before a group is timed, every side must start as the base model, and our kernels must agree with the reference in
 outputs and gradients. "Beyond base": the base layer's time, measured in the same round, is taken off both.
