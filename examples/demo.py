@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--seeds", type=count, default=1, metavar="N", help="repeat with N seeds, S, S + 1, ... (1)")
     out.add_argument("--lr", type=number(float, 0, above=True), help="learning rate of LoRA (5e-3)")
-    out.add_argument("--lr-fvae", type=number(float, 0, above=True), metavar="LR", help="of FVAE-LoRA (1e-2)")
+    out.add_argument("--lr-fvae", type=number(float, 0, above=True), metavar="LR", help="of FVAE-LoRA (5e-3)")
     out.add_argument(
         "--loss-weight",
         type=weight,

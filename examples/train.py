@@ -43,7 +43,7 @@ class Settings:
     rank: int = 16
     alpha: float = 16.0
     lr: float = 5e-3
-    lr_fvae: float = 1e-2
+    lr_fvae: float = 5e-3
     loss_weight: float | None = None  # lambda; 1 / (1000 * adapted layers)
     kl_weight: float = 3.0
     gamma_weight: float = 1.0
