@@ -19,6 +19,7 @@ from functools import cached_property
 import torch
 
 from fvae_kernels import FVAEConfig
+from fvae_kernels._library import padded
 from fvae_kernels.adapter import parameter_shapes
 
 from .cost import Launch
@@ -95,8 +96,8 @@ class Layer:
     @property
     def many_units(self) -> bool:
         """Whether registers do not hold all sums over tokens at once: layer_grads then walks over them three times."""
-        encoder = [_padded(size) for size in (*self.config.encoder_hidden, self.config.rank)]
-        decoder = [_padded(size) for size in self.config.decoder_hidden]
+        encoder = [padded(size) for size in (*self.config.encoder_hidden, self.config.rank)]
+        decoder = [padded(size) for size in self.config.decoder_hidden]
         sizes = max(encoder), max(decoder, default=0), sum(decoder)
         return any(size > most for size, most in zip(sizes, NARROW, strict=True))
 
@@ -112,7 +113,7 @@ class Layer:
     @property
     def features(self) -> int:
         """Of a block of layer_grads, and rows of its tiles of a weight."""
-        return min(self.cuts[2], _padded(max(self.D, self.M)))
+        return min(self.cuts[2], padded(max(self.D, self.M)))
 
     @property
     def later(self) -> int:
@@ -131,11 +132,6 @@ class Layer:
 
     def _blocks(self, size: int) -> int:
         return -(-size // self.features)
-
-
-def _padded(size: int) -> int:
-    """A power of two, at least the 16 entries of a matrix instruction."""
-    return max(1 << (size - 1).bit_length(), 16)
 
 
 def _part(name: str, first: tuple[str, ...]) -> str:

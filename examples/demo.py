@@ -60,8 +60,8 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=number(int, 0), metavar="S", help="of everything random: sample, order, start, noise (0)"
     )
     out.add_argument("--seeds", type=count, default=1, metavar="N", help="repeat with N seeds, S, S + 1, ... (1)")
-    out.add_argument("--lr", type=number(float, 0, above=True), help="learning rate of LoRA (5e-3)")
-    out.add_argument("--lr-fvae", type=number(float, 0, above=True), metavar="LR", help="of FVAE-LoRA (5e-3)")
+    out.add_argument("--lr", type=number(float, 0, above=True), help="learning rate (5e-3)")
+    out.add_argument("--lr-fvae", type=number(float, 0, above=True), metavar="LR", help="another one for FVAE-LoRA")
     out.add_argument(
         "--loss-weight",
         type=weight,

@@ -43,7 +43,7 @@ class Settings:
     rank: int = 16
     alpha: float = 16.0
     lr: float = 5e-3
-    lr_fvae: float = 5e-3
+    lr_fvae: float | None = None  # as lr
     loss_weight: float | None = None  # lambda; 1 / (1000 * adapted layers)
     kl_weight: float = 3.0
     gamma_weight: float = 1.0
@@ -111,7 +111,7 @@ class Run:
         base = base_model(folder, settings.seed)
         self.model = peft.get_peft_model(base, adapter_config(method, settings, base)).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        lr = settings.lr_fvae if method == "fvae" else settings.lr
+        lr = settings.lr_fvae if method == "fvae" and settings.lr_fvae else settings.lr
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, linear_schedule(settings.total_steps))
 

@@ -54,6 +54,11 @@ def wide_dtype(t: Tensor) -> torch.dtype:
     return torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else t.dtype
 
 
+def padded(size: int) -> int:
+    """What registers hold for so many entries: a power of two, at least the 16 of a matrix instruction."""
+    return max(1 << (size - 1).bit_length(), 16)
+
+
 def _needed(needs: list[bool], *like: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(shape if need else (0,)) for need, (t, shape) in zip(needs, like, strict=True))
 

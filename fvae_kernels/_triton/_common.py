@@ -12,6 +12,7 @@ from triton.runtime import driver
 
 from .. import reference
 from .._backend import interpreting
+from .._library import padded
 from ..tuning import OVERRIDES
 
 INTERPRET = tl.constexpr(interpreting())
@@ -38,11 +39,6 @@ def by_vendor(table: Table, amd: Table) -> Table:
     if not interpreting() and driver.active.get_current_target().backend == "hip":
         table = table | amd
     return table
-
-
-def padded(size: int) -> int:
-    """A power of two, at least the 16 entries of a matrix instruction."""
-    return max(triton.next_power_of_2(size), 16)
 
 
 def accumulator(t: Tensor) -> tl.dtype:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import Table, accumulator, blocks_for, padded, precision, strides
+from .._library import padded
+from ._common import Table, accumulator, blocks_for, precision, strides
 
 NARROW = 16, 128, 384  # the most units of an encoder's layer, of a decoder's, and of all hidden ones of the decoder
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from .._library import padded
 from ..config import FVAEConfig
 from ..reference import Decoder, Encoder, Linears
 from ._checks import check_features, check_mask, check_shape, check_tensors, check_weight
@@ -100,7 +101,7 @@ def _too_wide(config: FVAEConfig, tensors: Mapping[str, Tensor | None]) -> str |
         for name, t in tensors.items()
         if t is not None and name.startswith("decoder") and "hidden" in name and name.endswith("weight")
     ]
-    if sum(max(1 << (size - 1).bit_length(), 16) for size in sizes) > WIDEST_DECODER:
+    if sum(map(padded, sizes)) > WIDEST_DECODER:
         return (
             f"hidden layers of the decoder of more than {WIDEST_DECODER} units together, each rounded up to a power of "
             f"two (they have {', '.join(map(str, sizes))})"

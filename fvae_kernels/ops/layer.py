@@ -165,7 +165,7 @@ def layer(
     y, *terms = LayerFunction.apply(
         base,
         x,
-        *((None, None) if noise is None else noise),
+        *(noise or (None, None)),
         token_flags(mask),
         _draw_seed(x.device) if dropout > 0 or noise is None else None,
         float(dropout),
