@@ -17,7 +17,7 @@ test: $(READY)  ## the whole test suite, kernels on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 conformance: $(READY)  ## the tests of the PEFT plug-in under peft 0.18.1 to 0.21.2; table in .conformance/RESULTS.md
-	$(BIN)/python -m tests.conformance $(ARGS)
+	$(BIN)/python -m tests.tools.conformance $(ARGS)
 
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .
@@ -28,7 +28,7 @@ bench: $(READY)  ## time all sides in turns, write benchmarks/results/REPORT.md;
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
 sanitize: $(READY)  ## the C++ kernels once more, under AddressSanitizer and UBSan (Linux, gcc; 3 minutes)
-	$(BIN)/python -m tests.sanitize $(ARGS)
+	$(BIN)/python -m tests.tools.sanitize $(ARGS)
 
 gpu: $(READY)  ## on a GPU: whole suite, timings, prediction against measurement, one report; ARGS="--dry-run" without one
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
@@ -38,7 +38,7 @@ tables: $(READY)  ## count launches and bytes: the README's cost table, and the 
 	$(BIN)/python -m benchmarks.roofline
 
 gpu-compile: $(READY)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942; registers, spills, tensor cores
-	$(BIN)/python -m tests.triton_tools.compile_all $(ARGS)
+	$(BIN)/python -m tests.tools.triton.compile_all $(ARGS)
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build *.egg-info fvae_kernels/*.so

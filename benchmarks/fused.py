@@ -1,6 +1,6 @@
 """The launches of the fused Triton layer in closed form: distinct bytes that each reads and writes, and its FLOPs.
 
-One launch each, in this order; `tests/test_triton_traffic.py` holds it against what the meter counts.
+One launch each, in this order; `tests/triton/test_traffic.py` holds it against what the meter counts.
 
     seed          one number of torch's generator
     layer_fwd     tiles of tokens: reads base, x and the parameters; writes y, the state of the encoders, some sums
@@ -19,8 +19,8 @@ from functools import cached_property
 import torch
 
 from fvae_kernels import FVAEConfig
-from fvae_kernels._library import padded
-from fvae_kernels.adapter import parameter_shapes
+from fvae_kernels.nn.adapter import parameter_shapes
+from fvae_kernels.ops._raw import padded
 
 from .cost import Launch
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import fvae_kernels as fk
-from fvae_kernels._backend import backends_for, interpreting
+from fvae_kernels.ops._backend import backends_for, interpreting
 
 from .cost import count
 

@@ -4,20 +4,20 @@ from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING, Any
 
 from . import diagnostics, interop, reference, tuning
-from ._backend import BackendUnavailable, available_backends, use_backend
-from .aux_loss import attach_aux_loss
 from .config import FVAEConfig
 from .diagnostics import collect_terms
-from .explain import explain
-from .hooks import external_loss
-from .linear import FusedFVAELinear, replace_linears
+from .nn.explain import explain
+from .nn.linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
-from .trainer import FVAETrainerMixin, prepare_trainer
+from .ops._backend import BackendUnavailable, available_backends, use_backend
+from .training.aux_loss import attach_aux_loss
+from .training.hooks import external_loss
+from .training.trainer import FVAETrainerMixin, prepare_trainer
 
 if TYPE_CHECKING or _find_spec("peft") is not None:
     from .peft import FVAELoraConfig, FVAELoraModel, export_for_inference
 if TYPE_CHECKING:
-    from .callback import FVAELoggingCallback
+    from .training.callback import FVAELoggingCallback
 
 
 def __getattr__(name: str) -> Any:
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
             raise ImportError(
                 f"fvae_kernels.{name} needs transformers, which is not installed: pip install 'fvae_kernels[peft]'"
             )
-        from .callback import FVAELoggingCallback
+        from .training.callback import FVAELoggingCallback
 
         return FVAELoggingCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import parameter_shapes
 from .config import FVAEConfig
+from .nn.adapter import parameter_shapes
 
 RANK_EPSILON = 1e-5  # added by their code to the rank
 SCALE_EPSILON = float(torch.tensor(1e-5))  # and to the decoder's scale, there in float32 whatever the scale's dtype

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from . import _backend
-from ._library import RAW
-from .adapter import FVAEAdapter
-from .aux_loss import AuxLossLayer
+from .nn.adapter import FVAEAdapter
+from .ops import _backend
 from .ops._checks import rows, token_flags
+from .ops._raw import RAW
 from .ops.divergence import check_posteriors
 from .reference import LOGVAR_LIMIT, gaussian_kl, posterior, token_mean, widen
+from .training.aux_loss import AuxLossLayer
 
 
 def collect_terms(model: nn.Module) -> dict[str, dict[str, float]]:

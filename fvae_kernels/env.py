@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__
-from ._backend import BACKENDS, why_missing
+from .ops._backend import BACKENDS, why_missing
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "accelerate", "safetensors", "numpy")
 VARIABLES = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._official import FIRST_BIAS, SCALE, SCALE_EPSILON, config_from_official, group, official_names, to_ours
 from .config import FIELDS
-from .linear import FusedFVAELinear
+from .nn.linear import FusedFVAELinear
 
 PREFIX = "base_model.model."  # PEFT's, before the name of a module of the base model
 

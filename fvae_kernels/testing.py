@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import reference
-from ._backend import interpreting
+from .ops._backend import interpreting
 
 Inputs = dict[str, Any]
 Results = dict[str, Tensor]

@@ -13,7 +13,7 @@ it: a block that is too large raises in Triton, at the first launch.
 import contextlib
 from types import TracebackType
 
-from . import _backend, _library
+from .ops import _backend, _raw
 
 OVERRIDES: dict[str, dict[str, int]] = {}  # by the name of a kernel on the device: what replaces entries of its table
 
@@ -26,7 +26,7 @@ def kernels() -> dict[str, tuple[str, ...]]:
     Raises:
         BackendUnavailable: Triton is not installed.
     """
-    error = _library.load("triton")
+    error = _raw.load("triton")
     if error is not None:
         raise _backend.BackendUnavailable(f"the Triton kernels do not load: {error}")
     from . import _triton

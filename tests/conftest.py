@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 
 from fvae_kernels import testing
-from fvae_kernels._backend import backends_for, interpreting, why_missing
+from fvae_kernels.ops._backend import backends_for, interpreting, why_missing
 from fvae_kernels.testing import device_of
 
 # On a machine with a GPU: PyTorch's own products repeat bit for bit, so that nothing warns under `poisoned`; and
@@ -100,7 +100,7 @@ def _poison(request: pytest.FixtureRequest):
 
 def _strict() -> contextlib.AbstractContextManager[None]:
     """Interpreted kernels compute as on a GPU, and their programs run from the last to the first."""
-    from triton_tools.strict import strict
+    from tests.tools.triton.strict import strict
 
     return strict(order="reverse")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from fvae_kernels._backend import interpreting
+from fvae_kernels.ops._backend import interpreting
 
 from ..machine import ROOT
 from . import report

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fvae_kernels._backend import backends_for, interpreting
+from fvae_kernels.ops._backend import backends_for, interpreting
 
 from .. import experiments, gate, machine, roofline, sides
 from ..sides import TITLES
@@ -72,7 +72,7 @@ def plan(folder: Path, dry: bool) -> Plan:
     if not dry:
         return full
     tiny = (replace(full.shapes[0], N=24, D=12, M=10),)
-    few = ("tests/test_divergence.py", "-k", "triton and standard_normal", "-p", "no:cacheprovider")
+    few = ("tests/ops/test_divergence.py", "-k", "triton and standard_normal", "-p", "no:cacheprovider")
     return Plan(folder, "cpu", (24,), tuple(OPS_TINY.items()), tiny, stand_in, "eager", 16, few)
 
 
@@ -208,7 +208,7 @@ def _as_on_a_gpu() -> Iterator[None]:
     if not interpreting():
         yield
         return
-    from tests.triton_tools.strict import strict
+    from tests.tools.triton.strict import strict
 
     sides.METHOD["decoder_hidden"], gate.TOKENS = (16,), 16
     with strict():

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from .. import _library
-from .._backend import interpreting
-from . import divergence, encode, geometry, layer, layer_bwd, reconstruct, reconstruct_bwd
+from ..ops import _raw
+from ..ops._backend import interpreting
+from . import divergence, encode, geometry, reconstruct, reconstruct_bwd
+from .layer import backward as layer_bwd
+from .layer import forward as layer
 
 DEVICES = ("cpu", "cuda") if interpreting() else ("cuda",)
 
@@ -59,4 +61,4 @@ def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _name, _launcher in LAUNCHERS.items():
-    torch.library.impl(f"{_library.NAMESPACES['triton']}::{_name}", DEVICES, _on_its_device(_launcher))
+    torch.library.impl(f"{_raw.NAMESPACES['triton']}::{_name}", DEVICES, _on_its_device(_launcher))

@@ -11,8 +11,8 @@ from torch import Tensor
 from triton.runtime import driver
 
 from .. import reference
-from .._backend import interpreting
-from .._library import padded
+from ..ops._backend import interpreting
+from ..ops._raw import padded
 from ..tuning import OVERRIDES
 
 INTERPRET = tl.constexpr(interpreting())

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._library import wide_dtype
+from ..ops._raw import wide_dtype
 from ._common import (
     Table,
     accumulator,

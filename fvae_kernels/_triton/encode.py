@@ -9,17 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import (
-    Table,
-    accumulator,
-    blocks,
-    clamp_passes,
-    clamped,
-    precision,
-    product,
-    strides,
-    tile,
-)
+from ._common import Table, accumulator, blocks, clamp_passes, clamped, precision, product, strides, tile
 
 TABLE: Table = {  # of the forward
     (2, True): {"BLOCK_N": 16, "BLOCK_D": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},

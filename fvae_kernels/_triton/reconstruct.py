@@ -14,19 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._library import wide_dtype
-from ._common import (
-    Table,
-    accumulator,
-    blocks,
-    counting,
-    kept_tokens,
-    precision,
-    product,
-    strides,
-    tile,
-    tokens,
-)
+from ..ops._raw import wide_dtype
+from ._common import Table, accumulator, blocks, counting, kept_tokens, precision, product, strides, tile, tokens
 
 HALF_LOG_2_PI = tl.constexpr(0.91893853320467274178)
 PROGRAMS = 512  # where tokens are summed over: about as many, and as many partial sums as that leaves for each feature

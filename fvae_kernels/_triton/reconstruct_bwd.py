@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._library import wide_dtype
+from ..ops._raw import wide_dtype
 from ._common import Table, counting, kept_tokens, product, reduced, share, strides, tile
 from .reconstruct import chunks_of, options_for, residual
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from .._library import padded
 from ..config import FVAEConfig
 from ..reference import Decoder, Encoder, Linears
 from ._checks import check_features, check_mask, check_shape, check_tensors, check_weight
+from ._raw import padded
 
 # Means over tokens, in the order of the kernels. "one" is 1; squares are sums over latent entries of mean^2, from_mu of
 # (mean - mu)^2, sampled1 of z_1^2, sampled2 of (z_2 - mu)^2, where mu is the mean of prior 2.

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import resolve
-from .._library import RAW
+from ._backend import resolve
 from ._checks import check_features, check_shape, check_tensors, check_weight, rows
 from ._once import differentiable_once
+from ._raw import RAW
 
 
 class EncodeFunction(torch.autograd.Function):

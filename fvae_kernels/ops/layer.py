@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
-from .._backend import BackendUnavailable, resolve
-from .._library import RAW
+from .. import reference
 from ..config import FVAEConfig
+from . import _backend
+from ._backend import BackendUnavailable, resolve
 from ._checks import rows, token_flags
-from ._composed import composed
+from ._layer_composed import composed
 from ._layer_support import autocast_products, check_layer, composable, objective_table, uncovered
 from ._once import differentiable_once
+from ._raw import RAW
 
 FIXED = 15  # arguments of LayerFunction.forward before the parameters
 

@@ -172,7 +172,7 @@ def export_for_inference(model: Any, folder: str | Path, adapter_name: str = "de
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    from ..adapter import is_served
+    from ..nn.adapter import is_served
     from .config import FVAELoraConfig
 
     config = getattr(model, "peft_config", {}).get(adapter_name)

@@ -7,11 +7,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..adapter import FVAEAdapter
-from ..aux_loss import AuxLossLayer
 from ..config import FVAEConfig
-from ..linear import check_input, linear_shape
-from ..quantised import refuse_merge
+from ..nn.adapter import FVAEAdapter
+from ..nn.linear import check_input, linear_shape
+from ..nn.quantised import refuse_merge
+from ..training.aux_loss import AuxLossLayer
 
 
 class FVAELoraLayer(BaseTunerLayer, AuxLossLayer):

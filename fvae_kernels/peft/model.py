@@ -9,11 +9,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..adapter import is_served, parameter_shapes
 from ..config import FVAEConfig
-from ..hooks import install_hooks, remove_hooks
-from ..linear import is_attention, linear_shape
-from ..quantised import refuse_merge
+from ..nn.adapter import is_served, parameter_shapes
+from ..nn.linear import is_attention, linear_shape
+from ..nn.quantised import refuse_merge
+from ..training.hooks import install_hooks, remove_hooks
 from .config import FVAELoraConfig
 from .files import Shapes, check_complete, check_fits
 from .layer import FVAELoraLayer, FVAELoraLinear

@@ -1,0 +1,1 @@
+"""The whole adapted layer: forward, backward by tokens, backward by features."""

@@ -1,0 +1,217 @@
+"""FVAEAdapter: the parameters of one adapted layer, and what it computes in training and at inference.
+
+Every parameter is registered on this module itself, never on a child. PEFT strips the adapter's name from a key only
+where it stands last or second to last (``...fvae_adapter.<adapter>.<parameter>``), so a nested layout loses weights.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import FVAEConfig
+from ..ops._backend import resolve
+from ..ops.layer import draw_noise, layer
+from ..reference import Decoder, Encoder, Linears, Terms, mlp, sample
+
+
+class FVAEAdapter(nn.Module):
+    """Encoders, decoder and B of one layer (paper, figure 1).
+
+    Args:
+        in_features: D, size of the layer's input.
+        out_features: M, size of its output.
+        config: an FVAEConfig.
+        inference_only: hold encoder 1's mean path and B alone; such an adapter serves and does not train.
+    """
+
+    B: Tensor
+    encoder1_mean_weight: Tensor
+    encoder1_logvar_weight: Tensor
+    encoder1_logvar_bias: Tensor
+    decoder_out_weight: Tensor
+    decoder_out_bias: Tensor
+    decoder_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: FVAEConfig,
+        inference_only: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not inference_only:
+            config.warn_if_unheld()
+        self.in_features, self.out_features = in_features, out_features
+        self.config, self.inference_only = config, inference_only
+        for name, shape in parameter_shapes(in_features, out_features, config):
+            if inference_only and not is_served(name, config):
+                continue
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The authors' start: heads zero, so eval mode begins as the base layer; B normal(0, 0.02); scale one."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name == "B":
+                nn.init.normal_(parameter, std=0.02)
+            elif name == "decoder_scale":
+                nn.init.ones_(parameter)
+            elif "_mean_" in name or name.endswith(("1_logvar_weight", "2_logvar_weight", "_logvar_bias")):
+                nn.init.zeros_(parameter)
+            elif name.endswith("_weight"):
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+            else:
+                fan_in = getattr(self, name.removesuffix("bias") + "weight").shape[1]
+                nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def forward(
+        self,
+        x: Tensor,
+        noise: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        base: Tensor | None = None,
+    ) -> tuple[Tensor, Terms]:
+        """The training path: ``base + s B z_1`` for each token, and the terms of the objective.
+
+        Args:
+            x: ``[..., D]``.
+            noise: two standard normal tensors ``[..., R]``; drawn from torch's generator where it is None.
+            mask: tokens ``[...]`` that enter the objective.
+            base: the adapted layer's own output ``[..., M]``; zero where it is None.
+
+        Raises:
+            RuntimeError: if this adapter was exported for inference.
+        """
+        if self.inference_only:
+            raise RuntimeError(
+                "this FVAE adapter was exported for inference: encoder 2 and the decoder, which training needs, are "
+                "not in it. Call model.eval() to serve it, or load the full adapter to train it."
+            )
+        if noise is None and resolve("layer", x.device) != "triton":  # its kernels make noise by position
+            noise = self.draw_noise(x), self.draw_noise(x)
+        dropout = self.config.dropout if self.training else 0.0
+        parameters = self._encoder(1), self._encoder(2), self._decoder(), self.B
+        return layer(x, *parameters, self.config, noise, dropout, mask, base=base)
+
+    def draw_noise(self, x: Tensor) -> Tensor:
+        """Standard normal ``[..., R]`` from torch's global generator: manual_seed and recomputation repeat it."""
+        return draw_noise(x, self.B)
+
+    def infer(self, x: Tensor, base: Tensor | None = None) -> Tensor:
+        """The inference path: ``base + s B mean_1``, or a sample of z_1 where the config asks for one. No dropout.
+
+        Args:
+            x: ``[..., D]`` in the adapter's dtype.
+            base: the adapted layer's own output ``[..., M]``, whose dtype the sum has; zero where it is None.
+        """
+        z, scaling = self._mean(1, x), self.config.scaling
+        if self.config.sample_at_inference:
+            h = mlp(x, self._hidden("encoder1_logvar" if self.config.separate_hidden else "encoder1"))
+            logvar = F.linear(h, self.encoder1_logvar_weight, self.encoder1_logvar_bias)
+            z = sample(z, logvar, self.draw_noise(x))
+        B = self._get("B")
+        if base is None:
+            return scaling * F.linear(z, B)
+        if not base.dtype == z.dtype == B.dtype:
+            return base + (scaling * F.linear(z, B)).to(base.dtype)
+        if base.dim() == 2:
+            return torch.addmm(base, z, B.t(), alpha=scaling)  # one pass over the output instead of three
+        tokens = torch.addmm(base.reshape(-1, B.shape[0]), z.reshape(-1, B.shape[1]), B.t(), alpha=scaling)
+        return tokens.view(base.shape)
+
+    def posterior_means(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """mean_1 and mean_2 ``[..., R]`` of the latents, without dropout: for diagnostics and plots."""
+        return self._mean(1, x), self._mean(2, x)
+
+    def delta_weight(self) -> Tensor:
+        """``s B M_1 [M, D]``, the matrix that equals the mean path of a linear encoder (exactly: it has no bias)."""
+        if not self.config.mergeable:
+            why = (
+                "sample_at_inference=True makes its output random"
+                if self.config.sample_at_inference
+                else f"encoder_hidden={self.config.encoder_hidden} makes the update a non-linear function of the input"
+            )
+            raise ValueError(
+                f"cannot merge this FVAE adapter: {why}, so no weight matrix equals it. Train with encoder_hidden=() "
+                "to be able to merge, or keep the adapter beside the base layer."
+            )
+        wide = self.B.float() if self.B.dtype in (torch.float16, torch.bfloat16) else self.B
+        return self.config.scaling * (wide @ self.encoder1_mean_weight.to(wide.dtype))
+
+    def _get(self, name: str) -> Tensor:
+        """A parameter; in a replica (DataParallel, FSDP) a plain tensor, which takes longer to find."""
+        found = self._parameters.get(name)
+        return getattr(self, name) if found is None else found
+
+    def _hidden(self, stem: str) -> Linears:
+        sizes = self.config.decoder_hidden if stem == "decoder" else self.config.encoder_hidden
+        return [
+            (self._get(f"{stem}_hidden{i}_weight"), self._get(f"{stem}_hidden{i}_bias")) for i, _ in enumerate(sizes)
+        ]
+
+    def _mean_head(self, i: int) -> tuple[Tensor, Tensor | None]:
+        biased = self.config.encoder_hidden or i == 2  # see parameter_shapes
+        return self._get(f"encoder{i}_mean_weight"), self._get(f"encoder{i}_mean_bias") if biased else None
+
+    def _mean(self, i: int, x: Tensor) -> Tensor:
+        return F.linear(mlp(x, self._hidden(f"encoder{i}")), *self._mean_head(i))
+
+    def _encoder(self, i: int) -> Encoder:
+        stem = f"encoder{i}"
+        return Encoder(
+            self._hidden(stem),
+            self._hidden(f"{stem}_logvar") if self.config.separate_hidden else None,
+            *self._mean_head(i),
+            self._get(f"{stem}_logvar_weight"),
+            self._get(f"{stem}_logvar_bias"),
+        )
+
+    def _decoder(self) -> Decoder:
+        return Decoder(self._hidden("decoder"), self.decoder_out_weight, self.decoder_out_bias, self.decoder_scale)
+
+    def extra_repr(self) -> str:
+        served = ", inference_only" if self.inference_only else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.config.rank}{served}"
+
+
+def is_served(name: str, config: FVAEConfig) -> bool:
+    """Whether inference needs this parameter: encoder 1 (its mean path alone, unless z_1 is sampled) and B."""
+    return (
+        name.startswith("encoder1_" if config.sample_at_inference else ("encoder1_hidden", "encoder1_mean"))
+        or name == "B"
+    )
+
+
+def parameter_shapes(D: int, M: int, config: FVAEConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every parameter of an adapter; the names are the state dict's."""
+
+    def linear(name: str, fan_in: int, fan_out: int, bias: bool = True) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{name}_weight", (fan_out, fan_in)
+        if bias:
+            yield f"{name}_bias", (fan_out,)
+
+    def hidden(stem: str, fan_in: int, sizes: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for i, (last, size) in enumerate(zip((fan_in, *sizes), sizes, strict=False)):
+            yield from linear(f"{stem}_hidden{i}", last, size)
+
+    R, sizes = config.rank, config.encoder_hidden
+    top = sizes[-1] if sizes else D
+    for stem in ("encoder1", "encoder2"):
+        yield from hidden(stem, D, sizes)
+        if config.separate_hidden:
+            yield from hidden(f"{stem}_logvar", D, sizes)
+        # a linear encoder's mean path has no bias: it is LoRA's A, and s B M_1 is the whole of it
+        yield from linear(f"{stem}_mean", top, R, bias=bool(sizes) or stem == "encoder2")
+        yield from linear(f"{stem}_logvar", top, R)
+    fused = 2 * R if config.fusion == "concat" else R
+    yield from hidden("decoder", fused, config.decoder_hidden)
+    yield from linear("decoder_out", config.decoder_hidden[-1] if config.decoder_hidden else fused, D)
+    yield "decoder_scale", (D,)
+    yield "B", (M, R)

@@ -1,0 +1,244 @@
+"""FusedFVAELinear: an adapted nn.Linear that needs no PEFT."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import FVAEConfig
+from ..reference import Terms
+from ..training.aux_loss import AuxLossLayer
+from ..training.hooks import install_hooks
+from .adapter import FVAEAdapter
+from .quantised import is_hqq, refuse_merge, stored_weight
+
+
+class FusedFVAELinear(nn.Module, AuxLossLayer):
+    """A frozen linear layer with an FVAE-LoRA adapter beside it: ``y = W x + b + s B z_1``.
+
+    Calling it gives y alone. In training the gradient of ``loss_weight * terms.loss`` arrives in the backward of y,
+    with the weight that the training loop gives to the task loss (see `aux_loss`).
+
+    Args:
+        base_layer: an ``nn.Linear``, quantised or not, transformers' ``Conv1D`` or an ``HQQLinear``; it is kept, and
+            frozen.
+        config: an FVAEConfig.
+        name: the layer's name in its model, for a `loss_weight` by pattern.
+        dtype: of the adapter; the base's where that is float32 or float64, else float32.
+
+    Raises:
+        TypeError: for another kind of layer.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, config: FVAEConfig, name: str = "", dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self._init_aux_loss()
+        self.in_features, self.out_features, self.transposed = linear_shape(base_layer)
+        self.config, self.loss_weight = config, config.loss_weight_for(name)
+        weight = stored_weight(base_layer)
+        if dtype is None:
+            dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+        self.base_layer = base_layer.requires_grad_(False)
+        self.adapter = FVAEAdapter(self.in_features, self.out_features, config, device=weight.device, dtype=dtype)
+        self._unmerged: Tensor | None = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, config: FVAEConfig, **kwargs: Any) -> "FusedFVAELinear":
+        """An adapted layer around `linear`, in its mode (train or eval); in eval it starts as `linear` itself."""
+        return cls(linear, config, **kwargs).train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, as code that looks at a linear layer expects."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D] -> [..., M]``, in the dtype that the base layer returns."""
+        if self._unmerged is not None:
+            return self._modules["base_layer"](x)  # type: ignore[misc]  # not self.base_layer, which takes longer to find
+        check_input(x, self.in_features)
+        y = self.base_layer(x)
+        if not self.training:
+            return self.adapter.infer(x.to(self.adapter.B.dtype), base=y)
+        y, terms = self.adapter(x, mask=self.token_mask(x, self.config), base=y)
+        return self.inject(y, terms, self.loss_weight)
+
+    def forward_with_terms(
+        self, x: Tensor, noise: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Terms]:
+        """y and the terms of the objective, differentiable; nothing is injected, the caller adds ``terms.loss``.
+
+        y takes z_1 in training, or where `noise` is given, and mean_1 otherwise.
+
+        Args:
+            x: ``[..., D]``.
+            noise: two standard normal tensors ``[..., R]``, in place of torch's generator.
+            mask: tokens ``[...]`` that enter the terms.
+
+        Returns:
+            y ``[..., M]``, and ``Terms(loss, nll, kl, gamma)``: 0-dim, nats, means over tokens, with
+            ``loss = recon_weight nll + kl_weight kl - gamma_weight gamma`` for the objective (4).
+        """
+        check_input(x, self.in_features)
+        if self.merged:
+            raise RuntimeError("the adapter is merged into the base layer: call unmerge() before asking for its terms")
+        base, dtype = self.base_layer(x), self.adapter.B.dtype
+        if noise is not None:
+            noise = (noise[0].to(dtype), noise[1].to(dtype))
+        y, terms = self.adapter(x, noise, mask, base)
+        if not (self.training or noise is not None):
+            y = self.adapter.infer(x.to(dtype), base)
+        return y, terms
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds the adapter."""
+        return self._unmerged is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add ``s B M_1`` to the base weight: exact for a linear encoder. `unmerge` restores it bit for bit.
+
+        Raises:
+            ValueError: if the update depends on the input (hidden layers in the encoder) or is random, or the base
+                layer is quantised.
+            RuntimeError: if it is merged already.
+        """
+        if self.merged:
+            raise RuntimeError("the adapter is merged already; unmerge() takes it out again")
+        refuse_merge(self.base_layer)
+        delta = self.adapter.delta_weight()
+        weight: Any = self.base_layer.weight
+        self._unmerged = weight.detach().clone()
+        weight.copy_(weight.to(delta.dtype) + (delta.T if self.transposed else delta))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Undo `merge`."""
+        if self._unmerged is None:
+            raise RuntimeError("the adapter is not merged; there is nothing to take out")
+        weight: Any = self.base_layer.weight
+        weight.copy_(self._unmerged)
+        self._unmerged = None
+
+    def posterior_means(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """mean_1 and mean_2 ``[..., R]`` of the latents of x."""
+        return self.adapter.posterior_means(x.to(self.adapter.B.dtype))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, loss_weight={self.loss_weight:g}"
+
+
+def check_input(x: Tensor, in_features: int) -> None:
+    """Raise unless x can go through a layer of this size.
+
+    Raises:
+        TypeError: not floating point.
+        ValueError: another last dimension.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}; expected a floating-point tensor of shape [..., {in_features}]")
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [..., {in_features}], the layer's in_features last")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D (GPT-2), a linear layer that keeps its weight as ``[D, M]``."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `linear_shape` knows it."""
+    return isinstance(module, nn.Linear) or is_conv1d(module) or is_hqq(module)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether this is the out_proj of nn.MultiheadAttention, whose weight is read and which is never called."""
+    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int, bool]:
+    """in_features, out_features, and whether the weight is kept transposed.
+
+    Raises:
+        TypeError: for a module that is not linear.
+    """
+    if isinstance(module, nn.Linear) or is_hqq(module):
+        return module.in_features, module.out_features, False  # type: ignore[return-value]
+    if is_conv1d(module):
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight.shape[0], weight.shape[1], True
+    raise TypeError(
+        f"cannot adapt {type(module).__name__}: expected torch.nn.Linear, transformers' Conv1D or HQQLinear. "
+        "Point target_modules at the linear layers inside it."
+    )
+
+
+def replace_linears(
+    model: nn.Module, config: FVAEConfig, target_modules: str | Iterable[str] = "all-linear", freeze: bool = True
+) -> list[str]:
+    """Put a FusedFVAELinear in place of every linear layer of `model` that `target_modules` names. In place.
+
+    Args:
+        model: any module. Its loss, if it returns one, will be the total loss (6) in training.
+        config: an FVAEConfig.
+        target_modules: ends of module names ("query", "layer.0.attention.query"), a regular expression for whole names,
+            or "all-linear" (all but the output embeddings).
+        freeze: freeze every other parameter too. Switch a new head back on with ``head.requires_grad_(True)``.
+
+    Returns:
+        The names of the layers that were replaced.
+
+    Raises:
+        ValueError: if a target matches no linear layer, or the layers and the patterns of loss_weight do not fit; the
+            model is as it was.
+    """
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    named = dict(model.named_modules(remove_duplicate=False))
+    names = find_linears(model, named, targets)
+    config.check_loss_weight_patterns(names)
+    if freeze:
+        model.requires_grad_(False)
+    wrappers: dict[int, FusedFVAELinear] = {}  # a layer that stands in two places stays one layer
+    for name in names:
+        old = named[name]
+        if id(old) not in wrappers:
+            wrappers[id(old)] = FusedFVAELinear.from_linear(old, config, name=name)
+        parent, _, child = name.rpartition(".")
+        setattr(named[parent], child, wrappers[id(old)])
+    install_hooks(model)
+    return names
+
+
+def find_linears(model: nn.Module, named: dict[str, nn.Module], targets: str | list[str]) -> list[str]:
+    """Names of the linear layers that `targets` means, or a ValueError that lists what there is."""
+    linears = [n for n, m in named.items() if n and is_linear(m) and not is_attention(m)]
+    linears = [n for n in linears if not any(isinstance(named[p], FusedFVAELinear) for p in _parents(n))]
+    if targets == "all-linear":
+        embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+        found = [n for n in linears if named[n] is not embeddings]
+        missing = [] if found else ["all-linear"]
+    elif isinstance(targets, str):
+        found = [n for n in linears if re.fullmatch(targets, n)]
+        missing = [] if found else [targets]
+    else:
+        found = [n for n in linears if any(n == t or n.endswith(f".{t}") for t in targets)]
+        missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in linears)]
+    if missing:
+        ends = sorted({n.rpartition(".")[2] for n in linears})
+        raise ValueError(f"target_modules {missing} match no linear layer of {type(model).__name__}; it has {ends}")
+    return found
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]

@@ -1,0 +1,1 @@
+"""How the objective reaches the gradient: masks, weights, hooks, trainers and logs."""

@@ -1,0 +1,162 @@
+"""FVAELoggingCallback: what the adapters do, per layer, to the reports of a transformers.Trainer and to a file."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import IntervalStrategy
+
+from ..diagnostics import active_units, collect_terms, latent_geometry, posteriors
+from ..nn.adapter import FVAEAdapter
+from .aux_loss import AuxLossLayer, aux_loss_layers, in_backward
+from .trainer import check_trainer
+
+Values = dict[str, float]
+
+
+class FVAELoggingCallback(TrainerCallback):
+    """Logs every adapted layer, at the steps at which the trainer logs, and costs nothing at the others.
+
+        trainer = Trainer(model=model, args=TrainingArguments(..., report_to="tensorboard"), train_dataset=data)
+        trainer.add_callback(fk.FVAELoggingCallback(trainer, "runs/layers.jsonl"))
+
+    Of each layer, over the tokens of the step's last micro-batch: ``loss``, ``nll``, ``kl`` and ``gamma`` of the
+    training forward (`collect_terms`); ``Lambda``, ``Delta``, ``Gamma``, ``W2_squared`` and ``delta_bound`` of the two
+    posteriors (`latent_geometry`) and ``active_units_z1``, ``active_units_z2`` (`active_units`), from both encoders
+    run once more on the layer's input, without dropout. Nats, but for W2 and the counts.
+
+    They go to what `report_to` names (TensorBoard, Weights & Biases, ...) as ``fvae/<layer>/<value>``, and to a file
+    with one JSON object a line: ``{"step", "epoch", "loss", ..., "layers": {<layer>: {<value>: number}}}``, whose
+    first entries are the trainer's own log. Not-a-number and infinity stand as null. Lines are appended: after a
+    resume, steps that were lost come again, and the last line of a step counts.
+
+    In compiled layers there is nothing to see, and they are left out. Where another callback asks for a log at a step
+    that the arguments do not name, the line holds the terms alone.
+
+    Args:
+        trainer: the trainer it is added to.
+        path: the file, whose folder is made where it is missing; None for the reports alone.
+
+    Raises:
+        TypeError: for an object that is no trainer.
+        ValueError: if its model has no FVAE layer.
+    """
+
+    def __init__(self, trainer: Any, path: str | os.PathLike[str] | None = None) -> None:
+        check_trainer(trainer, "pass the trainer first: FVAELoggingCallback(trainer, path)")
+        if not aux_loss_layers(trainer.model):
+            raise ValueError(
+                f"{type(trainer.model).__name__} has no FVAE layer to log: adapt the model before the trainer is made, "
+                "or pass the trainer a peft_config if it takes one"
+            )
+        self.trainer = trainer
+        self.path = None if path is None else Path(path)
+        self.armed = False
+        self.seen: dict[str, dict[str, Tensor | int]] = {}
+        self.handles: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the layers from here on."""
+        self.on_train_end(args, state, control)
+        if not state.is_world_process_zero:
+            return
+        for name, layer in self._layers().items():
+            self.handles.append(layer.register_forward_pre_hook(self._watcher(name)))
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the layers as they were."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.armed, self.seen = [], False, {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at this step if the trainer will log it."""
+        self.armed = bool(self.handles) and will_log(args, state, kwargs.get("train_dataloader"))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Send the values of the step that the trainer has just logged."""
+        if logs is None or "loss" not in logs or not self.handles:  # an evaluation, or the summary at the end
+            return
+        layers = self._take()
+        flat = {f"fvae/{layer}/{name}": value for layer, values in layers.items() for name, value in values.items()}
+        reporters = tuple(get_reporting_integration_callbacks(args.report_to))
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, reporters):
+                callback.on_log(args, state, control, logs=dict(flat), **kwargs)
+        if self.path is not None:
+            row = {"step": state.global_step, "epoch": state.epoch, **logs, "layers": layers}
+            with self.path.open("a") as file:
+                file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+
+    def _layers(self) -> dict[str, Any]:
+        modules = self.trainer.model.named_modules()
+        return {name: module for name, module in modules if isinstance(module, AuxLossLayer)}
+
+    def _watcher(self, name: str) -> Any:
+        def watch(layer: Any, args: tuple[Tensor, ...]) -> None:
+            if not torch.compiler.is_compiling() and self.armed and layer.training and not in_backward():
+                adapter = active_adapter(layer)
+                if adapter is not None:
+                    self.seen[name] = geometry(adapter, args[0], layer.token_mask(args[0], adapter.config))
+
+        return watch
+
+    def _take(self) -> dict[str, Values]:
+        seen, self.seen, self.armed = self.seen, {}, False
+        terms = collect_terms(self.trainer.model)
+        return {
+            name: {**terms.get(name, {}), **{key: float(value) for key, value in seen.get(name, {}).items()}}
+            for name in self._layers()
+            if name in terms or name in seen
+        }
+
+
+def will_log(args: Any, state: Any, data: Any) -> bool:
+    """Whether the trainer will log the step that begins, by its arguments."""
+    step = state.global_step + 1
+    if step == 1 and args.logging_first_step:
+        return True
+    if args.logging_strategy == IntervalStrategy.STEPS:
+        return bool(step % state.logging_steps == 0)
+    if args.logging_strategy != IntervalStrategy.EPOCH or step == state.max_steps:
+        return bool(args.logging_strategy == IntervalStrategy.EPOCH)
+    try:
+        steps = -(-len(data) // args.gradient_accumulation_steps)
+    except TypeError:  # data of unknown length: any step may end the epoch
+        return True
+    return bool(step % steps == 0)
+
+
+def active_adapter(layer: Any) -> FVAEAdapter | None:
+    """The adapter that a layer trains (PEFT: the first active one), if there is one with both encoders."""
+    if isinstance(getattr(layer, "adapter", None), FVAEAdapter):
+        return layer.adapter
+    found = [layer.fvae_adapter[name] for name in layer.active_adapters if name in layer.fvae_adapter]
+    return next((adapter for adapter in found if not adapter.inference_only), None)
+
+
+@torch.no_grad()
+def geometry(adapter: FVAEAdapter, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor | int]:
+    """`latent_geometry` and `active_units` of both latents of x, over the tokens that `mask` keeps."""
+    with torch.autocast(x.device.type, enabled=False):
+        mean1, logvar1, mean2, logvar2 = posteriors(adapter, x.to(adapter.B.dtype))
+    config = adapter.config
+    return {
+        **latent_geometry(mean1, logvar1, mean2, logvar2, config.prior2_mean, config.prior2_std, mask),
+        "active_units_z1": active_units(mean1, mask=mask),
+        "active_units_z2": active_units(mean2, mask=mask),
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,5 @@
+"""The tests, in folders as the package is: what they share is in `helpers`, what is run by name in `tools`."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent

@@ -1,0 +1,142 @@
+"""One name, one contract: every raw op in every namespace that implements it, through torch.library.opcheck."""
+
+import inspect
+
+import pytest
+import torch
+
+import fvae_kernels as fk
+from fvae_kernels import reference, testing
+from fvae_kernels.ops import _raw
+from fvae_kernels.ops._backend import why_missing
+from fvae_kernels.ops._checks import token_flags
+from fvae_kernels.ops._layer_support import objective_table
+from tests.helpers.layer_inputs import layer_inputs
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def implemented():
+    return [
+        (backend, name)
+        for backend in _raw.NAMESPACES
+        if why_missing(backend) is None
+        for name in _raw.implemented(backend, testing.device_of(backend))
+    ]
+
+
+def samples(name, dtype):
+    """Arguments of a raw op: everything given, nothing optional given, no tokens."""
+    for tokens, everything in ((5, True), (3, False), (0, True)):
+        yield ARGUMENTS[name](tokens, everything, dtype)
+
+
+def _encode(tokens, everything, dtype):
+    return list(testing.encode_inputs((tokens,), bias=everything, dtype=dtype).values())
+
+
+def _divergence(tokens, everything, dtype):
+    *inputs, mask = testing.divergence_inputs((tokens,), mask=everything, dtype=dtype).values()
+    return [*inputs, token_flags(mask)]
+
+
+def _reconstruct(tokens, everything, dtype):
+    inputs = testing.reconstruct_inputs((tokens,), hidden=(), bias=everything, mask=everything, dtype=dtype)
+    return [inputs[n] for n in ("x", "latent", "w_out", "b_out", "scale")] + [token_flags(inputs["mask"])]
+
+
+def _encode_bwd(tokens, everything, dtype):
+    logvar, *grads, noise = (torch.randn(tokens, 3, dtype=dtype) for _ in range(5))
+    return [*(grads if everything else [None, None, grads[0]]), logvar, noise]
+
+
+def _divergence_bwd(tokens, everything, dtype):
+    inputs = _divergence(tokens, everything, dtype)
+    grads = [torch.tensor(0.5, dtype=_raw.wide_dtype(inputs[0])), None]
+    return [*(grads if everything else grads[::-1]), *inputs, [True, everything, False, True]]
+
+
+def _reconstruct_bwd(tokens, everything, dtype):
+    inputs = _reconstruct(tokens, everything, dtype)
+    return [torch.tensor(0.5, dtype=_raw.wide_dtype(inputs[0])), *inputs, [everything, True, True, everything]]
+
+
+def _layer(tokens, everything, dtype):
+    options = {"fusion": "average", "encoder_hidden": (5, 4)} if everything else {"encoder_hidden": ()}
+    inputs = layer_inputs((tokens,), bias=everything, mask=everything, dtype=dtype, **options)
+
+    def flat(hidden, *rest):
+        return [t for layer in hidden for t in layer] + list(rest)
+
+    encoders = [flat(encoder[0], *encoder[2:]) for encoder in (inputs["encoder1"], inputs["encoder2"])]
+    hidden, *output, scale = inputs["decoder"]
+    seed = torch.tensor(5) if everything else None
+    mask = token_flags(inputs["mask"])
+    base = torch.randn(tokens, inputs["B"].shape[0], dtype=dtype) if everything else None
+    given = [base, inputs["x"], *encoders, flat(hidden, *output), scale, inputs["B"], *inputs["noise"], mask, seed]
+    return [*given, 0.25, everything, 2.0, 1.5, list(objective_table(inputs["config"])), None]
+
+
+def _layer_bwd(tokens, everything, dtype):
+    forward = _layer(tokens, everything, dtype)
+    _, *inputs = forward
+    x, B = inputs[0], inputs[5]
+    wide = _raw.wide_dtype(x)
+    grad_y, grad_loss = torch.randn(tokens, B.shape[0], dtype=dtype), torch.tensor(0.5, dtype=wide)
+    grads = [grad_y, grad_loss, grad_loss, None, grad_loss] if everything else [None, None, None, grad_loss, None]
+    *_, state = _raw.FAKES["layer_fwd"](*forward)
+    return [*grads, *inputs, torch.randn_like(state), not everything, [True, everything, True, everything, everything]]
+
+
+ARGUMENTS = {
+    "encode_fwd": _encode,
+    "encode_bwd": _encode_bwd,
+    "divergence_fwd": _divergence,
+    "divergence_bwd": _divergence_bwd,
+    "geometry_fwd": _divergence,
+    "reconstruct_fwd": _reconstruct,
+    "reconstruct_bwd": _reconstruct_bwd,
+    "layer_fwd": _layer,
+    "layer_bwd": _layer_bwd,
+}
+
+
+def plain(argument, device):
+    if isinstance(argument, list):
+        return [plain(entry, device) for entry in argument]
+    return argument.detach().to(device) if isinstance(argument, torch.Tensor) else argument
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "name"), implemented())
+def test_opcheck(backend, name, dtype):
+    operator = getattr(_raw.RAW[backend], name).default
+    for arguments in samples(name, dtype):
+        torch.library.opcheck(operator, tuple(plain(a, testing.device_of(backend)) for a in arguments))
+
+
+def test_every_raw_op_is_sampled_and_faked():
+    assert set(ARGUMENTS) == set(_raw.SCHEMAS) == set(_raw.FAKES)
+
+
+@pytest.mark.parametrize("name", _raw.SCHEMAS)
+def test_schemas_agree_between_namespaces(name):
+    schemas = {str(getattr(raw, name).default._schema).partition("::")[2] for raw in _raw.RAW.values()}
+    assert len(schemas) == 1
+
+
+@pytest.mark.parametrize("backend", _raw.NAMESPACES)
+def test_a_forward_comes_with_its_backward(backend):
+    for device in ("cpu", "cuda"):
+        names = set(_raw.implemented(backend, device)) - {"geometry_fwd"}  # a diagnostic
+        assert {n.replace("_fwd", "_bwd") for n in names if n.endswith("_fwd")} == {
+            n for n in names if n.endswith("_bwd")
+        }
+
+
+@pytest.mark.parametrize("op", testing.INPUTS)
+def test_public_op_reads_as_its_reference(op):
+    public, plain = (inspect.signature(getattr(module, op)).parameters for module in (fk, reference))
+    assert list(public) == [*plain, "backend"]
+    assert [p.default for p in public.values()][:-1] == [p.default for p in plain.values()]
+    assert public["backend"].kind is inspect.Parameter.KEYWORD_ONLY

@@ -1,0 +1,85 @@
+"""``make sanitize``: the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+Builds them once more, apart from the installed ones, checks that a planted read past an end is seen, and then runs the
+kernels' tests, those of odd shapes above all. Linux with gcc.
+"""
+
+import os
+import subprocess
+import sys
+
+from tests import ROOT
+
+BUILT = ROOT / "build" / "sanitize"
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
+TESTS = ("cpp_shapes", "encode", "divergence", "reconstruct", "layer", "layer_dropout", "layer_edges")
+WANTED = "(cpp or every_dtype) and not distribution and not compiles"  # statistics and torch.compile: slow, no new code
+
+PLANTED = """
+import torch
+from fvae_kernels import _C
+assert "sanitize" in _C.__file__, f"the wrong build was loaded: {_C.__file__}"
+long, short = torch.zeros(5, 3), torch.zeros(5, 2)
+torch.ops.fvae_cpp.divergence_fwd(long, long, long, long, 1.5, 1.0, None)
+print("before", flush=True)
+torch.ops.fvae_cpp.divergence_fwd(long, long, short, long, 1.5, 1.0, None)
+"""
+
+
+def build() -> None:
+    """Compile into a folder of its own; what has not changed stays."""
+    flags = {"CXXFLAGS": FLAGS, "LDFLAGS": FLAGS}
+    command = [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(BUILT), "--build-lib", str(BUILT)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | flags, check=True)
+    if not list(BUILT.glob("fvae_kernels/_C*")):
+        sys.exit("the sanitized library was not built; see above")
+
+
+def environment() -> dict[str, str]:
+    """The sanitizer's library comes first in the process; Python's own leaks are not ours."""
+    libraries = [_library("libasan.so"), _library("libstdc++.so")]
+    return os.environ | {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def _library(name: str) -> str:
+    found = subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+def check_that_errors_are_seen() -> None:
+    """A raw op is handed a tensor that is too short: it must stop there, or the rest of the run shows nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", PLANTED], cwd=BUILT, env=environment(), capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0 or done.stdout != "before\n" or "heap-buffer-overflow" not in done.stderr:
+        sys.exit(f"the planted read past the end of a tensor was not seen:\n{done.stdout}{done.stderr}")
+
+
+def main() -> int:
+    """Build, check, test."""
+    build()
+    check_that_errors_are_seen()
+    files = [str(ROOT / "tests" / "ops" / f"test_{name}.py") for name in TESTS]
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "--capture=sys",
+        "-k",
+        WANTED,
+        *files,
+        *sys.argv[1:],
+    ]
+    # Imports come from the working folder; a sanitizer that ends the process writes where pytest must not capture.
+    return subprocess.run(pytest, cwd=BUILT, env=environment(), check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Every kernel, at every entry of its table, for every target: a table of what the compiler made of it.
+
+It is printed and written to a file; the exit status is 1 where a kernel spills.
+
+python -m tests.tools.triton.compile_all [--out FILE] [target ...]
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fvae_kernels._triton import LAUNCHERS
+from tests.tools.triton.gpu_compile import TARGETS, compiling, metrics
+
+TOKENS = {"few": 1576, "many": 100_000}
+WIDE = {  # layers that fill the registers as no other does: all hidden layers there can be, and none
+    "widest": {"R": 256, "H": 256, "E": 256},
+    "linear": {"R": 256, "H": 0, "E": 0},
+}
+COLUMNS = (
+    *("registers", "shared", "spills", "lanes", "stack", "occupancy", "tensor_core"),
+    *("loads", "loads_128", "share_128", "stores_128", "atomics"),
+)
+OUT = Path("runs/gpu-compile.md")
+
+
+def calls(
+    N: int, dtype: torch.dtype, D: int = 768, R: int = 16, H: int = 128, bare: bool = False
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Name and arguments of every launcher; `bare` is with a mask, and without whatever else may be None."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def optional(t: Tensor) -> Tensor | None:
+        return None if bare else t
+
+    mask = torch.empty(N, dtype=torch.bool) if bare else None
+    x, latent, w, b = empty(N, D), empty(N, R), empty(R, D), optional(empty(R))
+    decoder = (x, empty(N, H), empty(D, H), optional(empty(D)), empty(D), mask)
+    posteriors = (latent, latent, latent, latent, 1.5, 1.0, mask)
+    number = empty().to(torch.float64 if dtype == torch.float64 else torch.float32)
+    yield "encode_fwd", (x, w, b, w, b, latent)
+    yield "encode_bwd", (optional(latent), latent, optional(latent), latent, latent)
+    yield "divergence_fwd", posteriors
+    yield "divergence_bwd", (optional(number), number, *posteriors, [not bare, True, not bare, True])
+    yield "geometry_fwd", posteriors
+    yield "reconstruct_fwd", decoder
+    yield "reconstruct_bwd", (number, *decoder, [not bare, True, True, not bare])
+
+
+def layer_calls(
+    N: int,
+    dtype: torch.dtype,
+    D: int = 768,
+    R: int = 16,
+    H: int = 128,
+    bare: bool = False,
+    x_dtype: Any = None,
+    E: int = 16,
+    products: torch.dtype | None = None,
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The same for the whole layer; E and H are units of hidden layers, 0 for none, `products` what autocast asks for.
+
+    `bare` is without any, with averaged latents, and with noise that is given.
+    """
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def chain(*sizes: int) -> list[Tensor | None]:
+        pairs = [(empty(b, a), None if bare else empty(b)) for a, b in itertools.pairwise(sizes)]
+        return [t for pair in pairs for t in pair]
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, base = (torch.empty(N, n, dtype=x_dtype or dtype) for n in (D, D))
+    E, H = (0, 0) if bare else (E, H)
+    encoder = [*chain(D, E), *chain(E, R), *chain(E, R)] if E else [*chain(D, R), *chain(D, R)]
+    decoder = chain(R if bare else 2 * R, *((H, H, H) if H else ()), D)
+    noise = [empty(N, R) if bare else None for _ in range(2)]
+    mask = torch.empty(N, dtype=torch.bool) if bare else None
+    inputs = (x, encoder, encoder, decoder, empty(D), empty(D, R), *noise, mask, torch.empty((), dtype=torch.int64))
+    inputs = (*inputs, 0.0 if bare else 0.1, bare, 1.0, 1.5, [0.5] * 36, products)
+    loss, width = torch.empty((), dtype=wide), 2 * E + 4 * R
+    state = torch.empty(N, width, dtype=wide)
+    yield "layer_fwd", (None if bare else base, *inputs)
+    yield "layer_bwd", (base, loss, *(None,) * 3, *inputs, state, bare, [not bare, True, True, not bare, True])
+
+
+def compiled(target: str, size: str, dtype: torch.dtype, calls: Any = calls) -> Iterator[dict[str, Any]]:
+    """Metrics of every launch; `size` is one of `TOKENS`, or of `WIDE` for the layer."""
+    for name, arguments in calls(TOKENS.get(size, TOKENS["few"]), dtype, **WIDE.get(size, {})):
+        with compiling(target) as kernels:
+            LAUNCHERS[name](*arguments)
+        for kernel in kernels:
+            yield metrics(kernel)
+
+
+def table(targets: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Every entry of every table."""
+    for target in targets:
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            wide = ("linear",) if dtype == torch.float64 else tuple(WIDE)  # the widest takes minutes to compile
+            for size, of in (*itertools.product(TOKENS, (calls, layer_calls)), *((size, layer_calls) for size in wide)):
+                for row in compiled(target, size, dtype, of):
+                    start = {"target": target, "dtype": str(dtype)[6:], "size": size}
+                    yield {"kernel": row["kernel"].removesuffix("_kernel"), **start, **{c: row[c] for c in COLUMNS}}
+
+
+def line(cells: Iterable[Any]) -> str:
+    """Of the table in markdown, readable as it is."""
+    texts = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells]
+    return f"| {texts[0]:26} | " + " | ".join(f"{text:>9}" for text in texts[1:]) + " |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """1 where a kernel spills to memory; float64, which is there for gradcheck, may."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", metavar="target", help=f"some of {', '.join(TARGETS)} (all)")
+    parser.add_argument("--out", type=Path, default=OUT, help="where the table goes (%(default)s)")
+    options = parser.parse_args(arguments)
+    unknown = set(options.targets) - set(TARGETS)
+    if unknown:
+        parser.error(f"unknown target {', '.join(sorted(unknown))}; expected some of {', '.join(TARGETS)}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    head = ("kernel", "target", "dtype", "size", *COLUMNS)
+    spilled = 0
+    with options.out.open("w") as file:
+        for text in (line(head), line("---" for _ in head)):
+            print(text, file=file)
+            print(text)
+        for row in table(options.targets or list(TARGETS)):
+            spilled += row["spills"] > row["lanes"] and row["dtype"] != "float64"
+            print(line(row.values()), file=file, flush=True)
+            print(line(row.values()), flush=True)
+    print(f"{spilled} kernels spill registers to memory; the table is in {options.out}")
+    return int(spilled > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""transformers.Trainer with gradient accumulation: one optimizer step is the step of the total loss (6)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.total_loss import fix_noise
+from tests.helpers.trainer_tools import (
+    QUIET,
+    STEPS,
+    Rows,
+    adapted,
+    assert_step,
+    params,
+    terms_of,
+    train_one_step,
+    trainer_of,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.compat("Trainers", "`transformers.Trainer`: accumulation, `num_items_in_batch`, checkpointing, resume"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_noise(monkeypatch)
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+def test_causal_model_with_num_items_in_batch(tmp_path: Path, checkpointing: bool | None) -> None:
+    """The task loss is sum / tokens of the step; the auxiliary loss of a micro-batch has its share of the tokens."""
+    model, rows = adapted("llama", "CAUSAL_LM"), Rows("llama", torch.float64)
+    counts = [int(b["labels"][:, 1:].ne(-100).sum()) for b in rows.batches]
+    assert len(set(counts)) > 1, "equal shares would prove nothing"
+    pairs = [terms_of(model, b) for b in rows.batches]
+    objective = sum((n / sum(counts)) * (task + aux) for n, (task, aux) in zip(counts, pairs, strict=True))
+    reference = adapted("llama", "CAUSAL_LM")
+    arguments = (
+        {}
+        if checkpointing is None
+        else {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing}}
+    )
+    got = train_one_step(reference, rows, tmp_path, **arguments)
+    assert_step(got, model, objective, rtol=1e-6)  # type: ignore[arg-type]
+
+
+def test_model_that_takes_the_mean(tmp_path: Path) -> None:
+    """BERT's head takes the mean and ignores num_items_in_batch: aux has the factor that Trainer gives the task."""
+    model, rows = adapted("bert", "SEQ_CLS"), Rows("bert", torch.float64)
+    pairs = [terms_of(model, b) for b in rows.batches]
+    got = train_one_step(adapted("bert", "SEQ_CLS"), rows, tmp_path)
+    task_alone = torch.autograd.grad(
+        sum(task for task, _ in pairs),
+        params(model)["base_model.model.classifier.modules_to_save.default.bias"],
+        retain_graph=True,
+    )[0]  # type: ignore[arg-type]
+    step = got["base_model.model.classifier.modules_to_save.default.bias"]
+    factor = float((step @ task_alone) / (task_alone @ task_alone))
+    assert factor == pytest.approx(1 / STEPS, rel=1e-6) or factor == pytest.approx(1.0, rel=1e-6)
+    assert_step(got, model, factor * sum(task + aux for task, aux in pairs), rtol=1e-6)
+
+
+def test_vision_model_without_task_type(tmp_path: Path) -> None:
+    model, rows = adapted("vit", None), Rows("vit", torch.float64)
+    pairs = [terms_of(model, b) for b in rows.batches]
+    objective = sum((task + aux) / STEPS for task, aux in pairs)
+    got = train_one_step(adapted("vit", None), rows, tmp_path)
+    assert_step(got, model, objective, rtol=1e-6)  # type: ignore[arg-type]
+
+
+def test_checkpoint_resumes_to_the_same_adapter(tmp_path: Path) -> None:
+    def run(folder: Path, resume: bool = False) -> dict[str, Tensor]:
+        model, rows = adapted("bert", "SEQ_CLS"), Rows("bert", torch.float32)
+        trainer = trainer_of(
+            model, rows, output_dir=str(folder), max_steps=4, save_steps=2, learning_rate=1e-2, **QUIET
+        )
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
+        return {n: p.detach().clone() for n, p in params(model).items()}
+
+    whole = run(tmp_path)
+    resumed = run(tmp_path, resume=True)
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0, msg=name)

@@ -1,0 +1,155 @@
+"""TRL's SFTTrainer and DPOTrainer with ``peft_config=FVAELoraConfig(...)``: the step is that of the total loss (6)."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+import fvae_kernels as fk
+from fvae_kernels.training import aux_loss
+from tests.helpers.peft_models import SMALL
+from tests.helpers.tiny_models import TARGETS, VOCAB, build
+from tests.helpers.total_loss import by_hand, fix_noise
+from tests.helpers.trainer_tools import ONE_STEP, QUIET, SIZE, STEPS, assert_step, params, step_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning"),
+]
+PLAIN: dict[str, Any] = {"bf16": False, "save_strategy": "no"}
+RTOL = 2e-6  # TRL's log-probabilities are float32
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCAB - 3))]
+    model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=model, **names)
+
+
+def words(start: int, count: int) -> str:
+    return " ".join(f"w{(start + 5 * k) % (VOCAB - 3)}" for k in range(count))
+
+
+TEXTS = [{"text": words(i, 2 + i % 5)} for i in range(SIZE * STEPS)]  # of unequal length, so that some are padded
+PAIRS = [
+    {"prompt": words(i, 2), "chosen": " " + words(i + 2, 1 + i % 3), "rejected": " " + words(i + 7, 2)}
+    for i in range(SIZE * STEPS)
+]
+
+
+class SFT(SFTTrainer):
+    def _get_train_sampler(self, *args: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+class DPO(DPOTrainer):
+    _get_train_sampler = SFT._get_train_sampler
+
+
+class MixedSFT(fk.FVAETrainerMixin, SFT):
+    pass
+
+
+def trainer_of(cls: type, folder: Path, kind: str = "llama", **options: Any) -> Any:
+    torch.manual_seed(0)
+    arguments, rows = (DPOConfig, PAIRS) if issubclass(cls, DPOTrainer) else (SFTConfig, TEXTS)
+    config = fk.FVAELoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS[kind], init_weights=False, **SMALL)
+    return fk.prepare_trainer(
+        cls(
+            build(kind).double(),
+            args=arguments(output_dir=str(folder), **PLAIN | options),
+            train_dataset=Dataset.from_list(rows),
+            peft_config=config,
+            processing_class=tokenizer(),
+        )
+    )
+
+
+def log_probs(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Of each next token."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    return F.log_softmax(logits, -1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+
+
+@pytest.mark.compat("Trainers", "TRL's SFTTrainer with `peft_config`")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("cls", [SFT, MixedSFT])
+def test_sft_step(cls: type, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_noise(monkeypatch)
+    untrained = trainer_of(cls, tmp_path, gradient_checkpointing=False, **ONE_STEP)
+    model, batches = untrained.model.train(), list(untrained.get_train_dataloader())
+    kept = [b["labels"][:, 1:] != -100 for b in batches]
+    counts = [int(k.sum()) for k in kept]
+    assert len(batches) == STEPS
+    assert len(set(counts)) > 1
+    total = torch.zeros((), dtype=torch.float64)
+    for batch, keep, count in zip(batches, kept, counts, strict=True):
+        with by_hand(model) as terms:
+            task = -(log_probs(model, batch) * keep).sum() / sum(counts)
+        total = total + task + count / sum(counts) * torch.stack(terms).sum()
+    trainer = trainer_of(cls, tmp_path, gradient_checkpointing=checkpointing, **ONE_STEP)
+    got = step_of(trainer)
+    assert_step(got, model, total, RTOL)
+    logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert logged == pytest.approx(float(total.detach()), rel=1e-6)
+
+
+@pytest.mark.compat("Trainers", "TRL's DPOTrainer")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dpo_step(checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_noise(monkeypatch)
+    untrained = trainer_of(DPO, tmp_path, gradient_checkpointing=False, **ONE_STEP)
+    model, batches = untrained.model.train(), list(untrained.get_train_dataloader())
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        keep = batch["completion_mask"][:, 1:]
+        with by_hand(model) as terms:
+            policy = (log_probs(model, batch) * keep).sum(-1)
+        with model.disable_adapter(), torch.no_grad():
+            reference = (log_probs(model, batch) * keep).sum(-1)
+        chosen, rejected = (policy - reference).chunk(2)
+        task = -F.logsigmoid(untrained.args.beta * (chosen - rejected)).mean()
+        total = total + (task + torch.stack(terms).sum()) / STEPS
+    trainer = trainer_of(DPO, tmp_path, gradient_checkpointing=checkpointing, **ONE_STEP)
+    got = step_of(trainer)
+    assert_step(got, model, total, 1e-5)
+    logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert logged == pytest.approx(float(total.detach()), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_sft_trains_saves_and_loads(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = QUIET | {"max_steps": 12, "learning_rate": 3e-2, "logging_steps": 4}
+    trainer = trainer_of(SFT, tmp_path, kind, **options)
+    trainer.add_callback(fk.FVAELoggingCallback(trainer, tmp_path / "layers.jsonl"))
+    before = {name: p.detach().clone() for name, p in params(trainer.model).items()}
+    trainer.train()
+    assert all(not torch.equal(p, before[name]) for name, p in params(trainer.model).items())
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert len((tmp_path / "layers.jsonl").read_text().splitlines()) == 3
+    trainer.save_model(str(tmp_path / "adapter"))
+    fresh = peft.PeftModel.from_pretrained(build(kind).double(), tmp_path / "adapter", autocast_adapter_dtype=False)
+    ids = torch.tensor([[3, 8, 13, 18]])
+    with torch.no_grad():
+        expected = trainer.model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(fresh.eval()(input_ids=ids).logits, expected, rtol=0, atol=1e-12)
+
+
+def test_without_prepare_trainer_a_warning_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aux_loss, "_unprobed_warned", False)
+    trainer = trainer_of(SFT, tmp_path, **ONE_STEP)
+    del trainer.compute_loss
+    with pytest.warns(UserWarning, match=r"prepare_trainer\(trainer\)"):
+        trainer.train()

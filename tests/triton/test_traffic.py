@@ -1,0 +1,79 @@
+"""The closed form of the fused layer's traffic, behind the cost table and the roofline, against what the meter counts.
+
+Runs in the process that `test_triton_interpreted.py` starts.
+"""
+
+import pytest
+import torch
+
+import fvae_kernels as fk
+from benchmarks import fused
+from benchmarks.cost import Cost, Saved
+from fvae_kernels.ops._backend import interpreting
+
+if not interpreting():
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+from fvae_kernels._triton import LAUNCHERS, _common
+from tests.tools.triton.meter import Meter
+from tests.tools.triton.strict import strict
+
+needs_the_layer = pytest.mark.skipif("layer_fwd" not in LAUNCHERS, reason="there is no Triton kernel of the layer yet")
+
+CASES = [
+    ((70, 40, 24), {"rank": 5, "encoder_hidden": (7,), "decoder_hidden": (36, 33, 40)}),
+    ((33, 17, 50), {"rank": 3, "encoder_hidden": (5,), "decoder_hidden": (6, 4)}),
+    ((40, 33, 17), {"rank": 3, "encoder_hidden": (), "decoder_hidden": ()}),
+    ((33, 17, 50), {"rank": 16, "encoder_hidden": (18, 20), "decoder_hidden": (33,), "fusion": "average"}),
+]
+
+
+def metered(N, D, M, config):
+    """Launches and operators of one forward and backward, and the bytes that were saved between them."""
+    module = fk.FusedFVAELinear.from_linear(torch.nn.Linear(D, M), config).train()
+    x = torch.randn(N, D, requires_grad=True)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    with strict(), Meter() as meter, Cost() as cost, fk.use_backend("triton"):
+        with Saved([x, *module.parameters()]) as saved:
+            y, terms = module.forward_with_terms(x)
+        torch.autograd.grad((y, terms.loss), (x, *parameters), (torch.randn_like(y), torch.ones(())))
+    return {one.name.removesuffix("_kernel"): one for one in meter.launches}, cost.operators, saved.bytes
+
+
+@needs_the_layer
+@pytest.mark.parametrize(("shape", "options"), CASES, ids=str)
+def test_bytes_of_every_launch(shape, options):
+    layer_of = fused.Layer(*shape, fk.FVAEConfig(**options, dropout=0.1, kl_weight=2.0))
+    launched, operators, saved = metered(*shape, layer_of.config)
+    expected = {one.name: one.bytes for one in fused.launches(layer_of)}
+    drawn = [one.bytes for one in operators if "randint" in one.name]
+    assert drawn == [expected.pop("seed")]
+    assert {name: one.distinct for name, one in launched.items()} == expected
+    assert saved == fused.saved(layer_of)
+
+
+@needs_the_layer
+def test_flops_of_every_launch():
+    """Sizes that blocks divide, for the meter counts what masked lanes compute too."""
+    config = fk.FVAEConfig(rank=16, encoder_hidden=(16,), decoder_hidden=(32, 64, 32), dropout=0.1, kl_weight=2.0)
+    launched, _, _ = metered(64, 64, 32, config)
+    expected = {one.name: one.flops for one in fused.launches(fused.Layer(64, 64, 32, config)) if one.flops}
+    assert {name: one.flops for name, one in launched.items() if one.flops} == expected
+
+
+def test_many_tokens_begin_where_the_tables_say():
+    assert fused.FEW == _common.FEW_TOKENS
+
+
+@needs_the_layer
+def test_the_blocks_are_those_of_the_tables():
+    from fvae_kernels._triton.layer import features as layer_grads
+    from fvae_kernels._triton.layer import forward as layer
+    from fvae_kernels._triton.layer import host as _layer_host
+
+    assert fused.NARROW == _layer_host.NARROW
+    assert fused.CUTS.keys() == layer.TABLE.keys()
+    assert fused.PROGRAMS == layer_grads.PROGRAMS
+    for key, cuts in fused.CUTS.items():
+        grads = layer_grads.TABLE[key]
+        assert cuts == (layer.TABLE[key]["BLOCK_N"], grads["BLOCK_N"], grads["BLOCK_D"]), key
