@@ -39,12 +39,6 @@ inline Tensor clamped_exp(const Tensor& logvar, double factor = 1) {
   return logvar.clamp(-kLogvarLimit, kLogvarLimit).mul_(factor).exp_();
 }
 
-// NaN stays NaN.
-template <typename T>
-T clamp_logvar(T logvar) {
-  return logvar < -kLogvarLimit ? T(-kLogvarLimit) : logvar > kLogvarLimit ? T(kLogvarLimit) : logvar;
-}
-
 template <typename T>
 bool clamp_passes(T logvar) {
   return logvar >= -kLogvarLimit && logvar <= kLogvarLimit;

@@ -12,45 +12,46 @@ from triton.runtime import driver
 
 from .. import reference
 from ..ops._backend import interpreting
-from ..ops._raw import padded
-from ..tuning import OVERRIDES
+from .tables import FEW_TOKENS, OVERRIDES, padded
 
 INTERPRET = tl.constexpr(interpreting())
 LOGVAR_LIMIT = tl.constexpr(reference.LOGVAR_LIMIT)
 
-FEW_TOKENS = 8192  # below it blocks are small, so that every multiprocessor has one
-
-# (bytes of an entry, few tokens; None for any number of them and wide networks): blocks, num_warps, num_stages
-Table = dict[tuple[int, bool | None], dict[str, int]]
+# (bytes of an entry, few tokens): blocks, num_warps, num_stages
+Table = dict[tuple[int, bool], dict[str, int]]
 
 
 def blocks(kernel: Any, table: Table, t: Tensor, **limits: int) -> dict[str, Any]:
     """Launch options of `kernel` for rows of t [N, ...]: no block wider than what it covers, as in BLOCK_D=D."""
-    return blocks_for(kernel, table, t.element_size(), t.shape[0], False, **limits)
-
-
-def blocks_for(kernel: Any, table: Table, entry_size: int, tokens: int, wide: bool, **limits: int) -> dict[str, Any]:
-    options = table[entry_size, None if wide else tokens < FEW_TOKENS] | OVERRIDES.get(kernel.__name__, {})
+    options = table[t.element_size(), t.shape[0] < FEW_TOKENS] | OVERRIDES.get(kernel.__name__, {})
     return options | {name: min(options[name], padded(size)) for name, size in limits.items()}
 
 
+def on_amd() -> bool:
+    """Whether kernels are compiled for AMD; the interpreter has no target."""
+    return not interpreting() and driver.active.get_current_target().backend == "hip"
+
+
 def by_vendor(table: Table, amd: Table) -> Table:
-    """`table`, with the entries of `amd` in it on AMD; the interpreter, which has no target, takes it as it is."""
-    if not interpreting() and driver.active.get_current_target().backend == "hip":
-        table = table | amd
-    return table
+    """`table`, with the entries of `amd` in it on AMD."""
+    return table | amd if on_amd() else table
+
+
+def triton_dtype(wide: torch.dtype) -> tl.dtype:
+    """Of sums, which are taken in float32 at least."""
+    return tl.float64 if wide == torch.float64 else tl.float32
 
 
 def accumulator(t: Tensor) -> tl.dtype:
-    """What sums are taken in: float32 at least."""
-    return tl.float64 if t.dtype == torch.float64 else tl.float32
+    """What sums over t are taken in."""
+    return triton_dtype(t.dtype)
 
 
-def precision(t: Tensor, products: torch.dtype | None = None) -> str:
+def precision(dtype: torch.dtype, products: torch.dtype | None = None) -> str:
     """Of products of float32: in another dtype where that is asked for, else as PyTorch's own are set."""
     if products is not None:
         return str(products).removeprefix("torch.")
-    return "tf32" if t.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def kept_tokens(mask: Tensor | None) -> Tensor | None:

@@ -115,7 +115,7 @@ def encode_fwd(
         D,
         R,
         ACC=accumulator(x),
-        PRECISION=precision(x),
+        PRECISION=precision(x.dtype),
         **options,
     )
     return mean, logvar, z

@@ -132,7 +132,7 @@ def options_for(kernel: Any, table: Table, x: Tensor, g: Tensor) -> dict[str, An
     return options | {
         "H_BLOCKS": triton.cdiv(g.shape[1], options["BLOCK_H"]),
         "ACC": accumulator(x),
-        "PRECISION": precision(x),
+        "PRECISION": precision(x.dtype),
     }
 
 

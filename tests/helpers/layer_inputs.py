@@ -7,8 +7,8 @@ import torch
 import fvae_kernels as fk
 from fvae_kernels import reference, testing
 from fvae_kernels.ops._checks import token_flags
-from fvae_kernels.ops._layer_support import objective_table
-from fvae_kernels.ops.layer import layer
+from fvae_kernels.ops._layer_inputs import Options, Tensors
+from fvae_kernels.ops.layer import flat_parameters, layer
 
 SMALL = {"rank": 3, "encoder_hidden": (5,), "decoder_hidden": (6,), "dropout": 0.0, "prior2_std": 0.8}
 
@@ -73,25 +73,21 @@ def assert_layer_no_worse(inputs, same_dtype, backend, seeds=4, actual=run_layer
 
 
 def raw_layer(lead, D, M, base=False, stride="contiguous", dropout=0.0, seed=5, **options):
-    """Arguments of the raw forward, detached."""
+    """Arguments of the raw forward, detached: base, then those of both directions."""
     inputs = testing.restride(layer_inputs(lead, D, M, **options), stride)
-    config = inputs["config"]
+    x = inputs["x"]
+    y = torch.randn(*lead, M, dtype=x.dtype, device=x.device) if base else None
+    return [y, *raw_inputs(inputs, dropout, torch.tensor(seed, device=x.device))]
 
-    def flat(hidden, *rest):
-        return [t if t is None else t.detach() for t in (*itertools.chain(*hidden), *rest)]
 
-    encoders = [flat(encoder[0], *encoder[2:]) for encoder in (inputs["encoder1"], inputs["encoder2"])]
-    hidden, *output, scale = inputs["decoder"]
-    x = inputs["x"].detach()
-    return [
-        torch.randn(*lead, M, dtype=x.dtype, device=x.device) if base else None,
-        *(x, *encoders, flat(hidden, *output), scale.detach(), inputs["B"].detach(), *inputs["noise"]),
-        token_flags(inputs["mask"]),
-        torch.tensor(seed, device=x.device),
-        *(dropout, config.fusion == "average", float(config.scaling), float(config.prior2_mean)),
-        list(objective_table(config)),
-        None,
-    ]
+def raw_inputs(inputs, dropout=0.0, seed=None):
+    """What both directions take, of `layer_inputs` for x [N, D]."""
+    encoders = (reference.Encoder(*inputs[name]) for name in ("encoder1", "encoder2"))
+    parameters = flat_parameters(*encoders, reference.Decoder(*inputs["decoder"]), inputs["B"])
+    parameters = [p if p is None else p.detach() for p in parameters]
+    mask = token_flags(inputs["mask"])
+    tensors = Tensors(inputs["x"].detach(), parameters, *inputs["noise"], mask, seed)
+    return [*tensors, *Options.of(inputs["config"], dropout, None)]
 
 
 def replaced(inputs, leaves):

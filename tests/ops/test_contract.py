@@ -10,8 +10,7 @@ from fvae_kernels import reference, testing
 from fvae_kernels.ops import _raw
 from fvae_kernels.ops._backend import why_missing
 from fvae_kernels.ops._checks import token_flags
-from fvae_kernels.ops._layer_support import objective_table
-from tests.helpers.layer_inputs import layer_inputs
+from tests.helpers.layer_inputs import layer_inputs, raw_inputs
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -65,27 +64,20 @@ def _layer(tokens, everything, dtype):
     options = {"fusion": "average", "encoder_hidden": (5, 4)} if everything else {"encoder_hidden": ()}
     inputs = layer_inputs((tokens,), bias=everything, mask=everything, dtype=dtype, **options)
 
-    def flat(hidden, *rest):
-        return [t for layer in hidden for t in layer] + list(rest)
-
-    encoders = [flat(encoder[0], *encoder[2:]) for encoder in (inputs["encoder1"], inputs["encoder2"])]
-    hidden, *output, scale = inputs["decoder"]
-    seed = torch.tensor(5) if everything else None
-    mask = token_flags(inputs["mask"])
     base = torch.randn(tokens, inputs["B"].shape[0], dtype=dtype) if everything else None
-    given = [base, inputs["x"], *encoders, flat(hidden, *output), scale, inputs["B"], *inputs["noise"], mask, seed]
-    return [*given, 0.25, everything, 2.0, 1.5, list(objective_table(inputs["config"])), None]
+    return [base, *raw_inputs(inputs, 0.25, torch.tensor(5) if everything else None)]
 
 
 def _layer_bwd(tokens, everything, dtype):
-    forward = _layer(tokens, everything, dtype)
-    _, *inputs = forward
-    x, B = inputs[0], inputs[5]
-    wide = _raw.wide_dtype(x)
-    grad_y, grad_loss = torch.randn(tokens, B.shape[0], dtype=dtype), torch.tensor(0.5, dtype=wide)
-    grads = [grad_y, grad_loss, grad_loss, None, grad_loss] if everything else [None, None, None, grad_loss, None]
-    *_, state = _raw.FAKES["layer_fwd"](*forward)
-    return [*grads, *inputs, torch.randn_like(state), not everything, [True, everything, True, everything, everything]]
+    base, *inputs = _layer(tokens, everything, dtype)
+    y, terms, state = map(torch.randn_like, _raw.FAKES["layer_fwd"](base, *inputs))
+    loss = terms[0].clone()
+    grads, needs = (
+        ([y, loss, loss, None, loss], [True] * 5)
+        if everything
+        else ([None] * 3 + [loss, None], [True, True] + [False] * 3)
+    )
+    return [*grads, *inputs, state, not everything, needs]
 
 
 ARGUMENTS = {

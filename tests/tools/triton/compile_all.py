@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fvae_kernels._triton import LAUNCHERS
+from fvae_kernels._triton.launchers import LAUNCHERS
+from fvae_kernels.ops._layer_inputs import Options, Tensors
 from tests.tools.triton.gpu_compile import TARGETS, compiling, metrics
 
 TOKENS = {"few": 1576, "many": 100_000}
@@ -85,8 +86,10 @@ def layer_calls(
     decoder = chain(R if bare else 2 * R, *((H, H, H) if H else ()), D)
     noise = [empty(N, R) if bare else None for _ in range(2)]
     mask = torch.empty(N, dtype=torch.bool) if bare else None
-    inputs = (x, encoder, encoder, decoder, empty(D), empty(D, R), *noise, mask, torch.empty((), dtype=torch.int64))
-    inputs = (*inputs, 0.0 if bare else 0.1, bare, 1.0, 1.5, [0.5] * 36, products)
+    parameters = [*encoder, *encoder, *decoder, empty(D), empty(D, R)]
+    tensors = Tensors(x, parameters, *noise, mask, torch.empty((), dtype=torch.int64))
+    options = Options(int(E > 0), 0.0 if bare else 0.1, bare, 1.0, 1.5, -20.0, 20.0, [0.5] * 36, products)
+    inputs = (*tensors, *options)
     loss, width = torch.empty((), dtype=wide), 2 * E + 4 * R
     state = torch.empty(N, width, dtype=wide)
     yield "layer_fwd", (None if bare else base, *inputs)
