@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import triton
 
-from ..tables import padded
-
 
 class Layer(NamedTuple):
     """Inputs of the layer. Rows of x may lie apart; everything else is contiguous."""
@@ -42,7 +40,7 @@ class Sizes(NamedTuple):
 @triton.constexpr_function
 def width_of(size):
     """Of a tensor in registers that holds `size` entries."""
-    return padded(size)
+    return max(triton.next_power_of_2(size), 16)  # as tables.padded
 
 
 # The state that forward leaves [N, state_width]: outputs of the encoders' hidden layers, encoder 1 | 2 of each, then

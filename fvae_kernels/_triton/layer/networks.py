@@ -134,8 +134,17 @@ def decode(z1, z2, layer, rows, COUNT: tl.constexpr, S: tl.constexpr, BLOCK_K: t
         if i == 0:
             v = add_latent_products(v, z1, z2, hidden[0].weight, outs, outs < S.decoder[0], S, BLOCK_K)
         else:
-            SIZE: tl.constexpr = S.decoder[i - 1]
-            v = add_products(v, outputs[i - 1], hidden[i].weight, SIZE, outs, outs < S.decoder[i], SIZE, S, BLOCK_K)
+            v = add_products(
+                v,
+                outputs[i - 1],
+                hidden[i].weight,
+                S.decoder[i - 1],
+                outs,
+                outs < S.decoder[i],
+                S.decoder[i - 1],
+                S,
+                BLOCK_K,
+            )
         v = add_bias(v, hidden[i].bias, outs, outs < S.decoder[i])
         outputs = outputs + (activate(v, len(S.encoder) + i, 0, layer.seed, rows, S.decoder[i], S),)
     return outputs

@@ -62,7 +62,8 @@ def backward(
     into: Any,
     stream: int | None = None,
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """grad_x [N, D] and the gradients of the parameters, [0] where not needed; `into(plan)` makes memory for these.
+    """grad_x [N, D] and the gradients of those parameters that are there and needed; `into` makes
+    their memory.
 
     `there`: of each parameter, whether there is one, which a bias may not be.
     """
@@ -98,10 +99,8 @@ def backward(
     arguments: tuple[Any, ...] = (*arrives, *tensors, plan.places, plan.length, *scalars, *bounds, N, case.D, case.M)
     plan.grads((plan.programs, chunks), arguments, key, stream)
     if plan.entries:
-        needed = tuple(grad for grad, flag in zip(gradients, plan.flags, strict=True) if flag)
-        plan.reduce(
-            (plan.reduce_programs, 1), (parts, needed, plan.starts, plan.entries, chunks, plan.length), None, stream
-        )
+        arguments = parts, tuple(gradients), plan.starts, plan.entries, chunks, plan.length
+        plan.reduce((plan.reduce_programs, 1), arguments, None, stream)
     return grad_x, gradients
 
 
@@ -175,12 +174,13 @@ def layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     B, there = networks.B, tuple(p is not None for p in tensors.parameters)
 
     def apart(plan: Any) -> list[Tensor]:
-        return [B.new_empty(shape) for shape in plan.shapes]
+        return [B.new_empty(shape) for shape, flag in zip(plan.shapes, plan.flags, strict=True) if flag]
 
     grad_x, grads = backward(
         arriving, given, networks, state.contiguous(), Needs(*needs), detach_target, there, ready, numbers, apart
     )
-    return grad_x, list(grads)
+    left, flags = iter(grads), Needs(*needs).flags(there, options.encoder_hidden)
+    return grad_x, [next(left) if flag else B.new_empty(0) for flag in flags]
 
 
 def _options(values: Sequence[Any]) -> Options:

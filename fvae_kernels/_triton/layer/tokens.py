@@ -100,8 +100,8 @@ def through_decoder(
         if grad_hidden_ptr is not None:
             store_columns(grad_hidden_ptr, INPUTS, rows, inside, 0, grad, INPUTS)
         for i in tl.static_range(HIDDEN - 1, 0, -1):
-            BEFORE: tl.constexpr = S.decoder[i - 1]
-            grad = grad_linear(grad, decoder.hidden[i].weight, BEFORE, BEFORE, S.decoder[i], S, BLOCK_K)
+            weight = decoder.hidden[i].weight
+            grad = grad_linear(grad, weight, S.decoder[i - 1], S.decoder[i - 1], S.decoder[i], S, BLOCK_K)
             grad = grad_activate(grad, h[i - 1], S)
         first_weight = decoder.hidden[0].weight
         LATENT: tl.constexpr = decoder_inputs(S, 0)
@@ -174,8 +174,8 @@ def through_encoder(
             grad = grad_activate(grad, h, S)
             store_columns(grad_state_ptr, WIDTH, rows, inside, hidden_column(S, i, side), grad, S.encoder[i])
             if i > 0:
-                BEFORE: tl.constexpr = S.encoder[i - 1]
-                grad = grad_linear(grad, encoder.hidden[i].weight, BEFORE, BEFORE, S.encoder[i], S, BLOCK_K)
+                weight = encoder.hidden[i].weight
+                grad = grad_linear(grad, weight, S.encoder[i - 1], S.encoder[i - 1], S.encoder[i], S, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["N"])
