@@ -1,14 +1,11 @@
 """What the adapters of a model are doing: the terms of the last step, and the geometry of the two latent spaces."""
 
-import torch
 from torch import Tensor, nn
 
 from .nn.adapter import FVAEAdapter
-from .ops import _backend
-from .ops._checks import rows, token_flags
-from .ops._raw import RAW
+from .ops import geometry
 from .ops.divergence import check_posteriors
-from .reference import LOGVAR_LIMIT, gaussian_kl, posterior, token_mean, widen
+from .reference import posterior
 from .training.aux_loss import AuxLossLayer
 
 
@@ -70,29 +67,9 @@ def latent_geometry(
         BackendUnavailable: a backend was named and cannot run, or has to give a gradient.
     """
     check_posteriors("latent_geometry", mean1, logvar1, mean2, logvar2, prior2_mean, prior2_std, mask)
-    asked = torch.is_grad_enabled() and any(t.requires_grad for t in (mean1, logvar1, mean2, logvar2))
-    named = _backend._selected if backend is None else backend
-    backend = "reference" if asked and named is None else _backend.resolve("geometry", mean1.device, backend)
-    if backend != "reference":
-        if asked:
-            raise _backend.BackendUnavailable(
-                f"backend {backend!r} was asked for to run latent_geometry, but cannot: its kernel has no backward, "
-                "and an input asks for a gradient; call it under torch.no_grad(), or leave the backend unnamed."
-            )
-        latents = (rows(t) for t in (mean1, logvar1, mean2, logvar2))
-        priors = float(prior2_mean), float(prior2_std)
-        return _named(*RAW[backend].geometry_fwd(*latents, *priors, token_flags(mask)).unbind())
-    var1, var2 = (widen(v).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT).exp() for v in (logvar1, logvar2))
-    mean1, mean2 = widen(mean1), widen(mean2)
-    mismatch = gaussian_kl(mean2, logvar2) - gaussian_kl(mean2, logvar2, prior2_mean, prior2_std)
-    norm1, norm2 = (mean1.square() + var1).sum(-1), (mean2.square() + var2).sum(-1)
-    discrepancy = 0.5 * (norm1 - norm2)
-    w2_squared = ((mean1 - mean2).square() + (var1.sqrt() - var2.sqrt()).square()).sum(-1)
-    bound = w2_squared / 2 + norm1.sqrt() * w2_squared.sqrt()
-    return _named(*(token_mean(value, mask) for value in (mismatch, discrepancy, w2_squared, bound)))
-
-
-def _named(mismatch: Tensor, discrepancy: Tensor, w2_squared: Tensor, bound: Tensor) -> dict[str, Tensor]:
+    mismatch, discrepancy, w2_squared, bound = geometry(
+        mean1, logvar1, mean2, logvar2, prior2_mean, prior2_std, mask, backend=backend
+    )
     return {
         "Lambda": mismatch,
         "Delta": discrepancy,

@@ -78,6 +78,19 @@ def divergence_inputs(
     return inputs | {"prior2_mean": 1.5, "prior2_std": 0.8, "mask": random.mask(*lead) if mask else None}
 
 
+def geometry_inputs(
+    lead: tuple[int, ...] = (5,),
+    R: int = 3,
+    mask: bool = False,
+    dtype: torch.dtype = torch.float64,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Inputs:
+    """Arguments of `geometry`: those of `divergence`, without gradients, which its kernels do not have."""
+    inputs = divergence_inputs(lead, R, mask, dtype, device, seed)
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
 def reconstruct_inputs(
     lead: tuple[int, ...] = (5,),
     D: int = 7,
@@ -110,6 +123,7 @@ def reconstruct_inputs(
 INPUTS: dict[str, Callable[..., Inputs]] = {
     "encode": encode_inputs,
     "divergence": divergence_inputs,
+    "geometry": geometry_inputs,
     "reconstruct": reconstruct_inputs,
 }
 

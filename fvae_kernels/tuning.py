@@ -15,8 +15,6 @@ from types import TracebackType
 
 from .ops import _backend, _raw
 
-OVERRIDES: dict[str, dict[str, int]] = {}  # by the name of a kernel on the device: what replaces entries of its table
-
 _WARPS = (1, 2, 4, 8, 16, 32)
 
 
@@ -29,9 +27,9 @@ def kernels() -> dict[str, tuple[str, ...]]:
     error = _raw.load("triton")
     if error is not None:
         raise _backend.BackendUnavailable(f"the Triton kernels do not load: {error}")
-    from . import _triton
+    from ._triton import tuned
 
-    return {name: (*blocks, "num_warps", "num_stages") for name, blocks in _triton.tuned().items()}
+    return {name: (*blocks, "num_warps", "num_stages") for name, blocks in tuned().items()}
 
 
 class override(contextlib.AbstractContextManager[None]):  # noqa: N801  (reads as the function that it also is)
@@ -50,16 +48,24 @@ class override(contextlib.AbstractContextManager[None]):  # noqa: N801  (reads a
             if name not in known[kernel]:
                 raise ValueError(f"{kernel} has no option {name!r}; expected one of {', '.join(known[kernel])}")
             _check(kernel, name, value)
-        self._name, self._before = f"{kernel}_kernel", OVERRIDES.pop(f"{kernel}_kernel", None)
+        self._name = f"{kernel}_kernel"
+        self._before = _overrides().pop(self._name, None)
         if options:
-            OVERRIDES[self._name] = options
+            _overrides()[self._name] = options
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        OVERRIDES.pop(self._name, None)
+        _overrides().pop(self._name, None)
         if self._before is not None:
-            OVERRIDES[self._name] = self._before
+            _overrides()[self._name] = self._before
+
+
+def _overrides() -> dict[str, dict[str, int]]:
+    """The dictionary that every launch looks into; importing it needs Triton."""
+    from ._triton._common import OVERRIDES
+
+    return OVERRIDES
 
 
 def _check(kernel: str, name: str, value: int) -> None:

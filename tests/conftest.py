@@ -34,15 +34,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "compiled: too slow where Triton interprets its kernels; other cases run there")
+    config.addinivalue_line("markers", "not_interpreted: too slow if Triton interprets its kernels; other cases run")
     config.addinivalue_line("markers", "compat(group, row): proves a row of the README's compatibility table")
 
 
 @pytest.fixture(autouse=True)
-def _compiled(request: pytest.FixtureRequest) -> None:
-    marked = request.node.get_closest_marker("compiled") and "backend" in request.fixturenames
+def _not_interpreted(request: pytest.FixtureRequest) -> None:
+    marked = request.node.get_closest_marker("not_interpreted") and "backend" in request.fixturenames
     if marked and request.getfixturevalue("backend") == "triton" and interpreting():
-        pytest.skip("too slow where Triton interprets its kernels")
+        pytest.skip("too slow if Triton interprets its kernels")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

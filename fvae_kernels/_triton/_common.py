@@ -13,12 +13,13 @@ from triton.runtime import driver
 from .. import reference
 from ..ops._backend import interpreting
 from ..ops._raw import padded
-from ..tuning import OVERRIDES
 
 INTERPRET = tl.constexpr(interpreting())
 LOGVAR_LIMIT = tl.constexpr(reference.LOGVAR_LIMIT)
 
 FEW_TOKENS = 8192  # below it blocks are small, so that every multiprocessor has one
+
+OVERRIDES: dict[str, dict[str, int]] = {}  # kernel name on the device -> options that replace those of its table
 
 # (bytes of an entry, few tokens; None for any number of them and wide networks): blocks, num_warps, num_stages
 Table = dict[tuple[int, bool | None], dict[str, int]]

@@ -1,4 +1,4 @@
-"""geometry: mismatch, discrepancy and distance of both posteriors in one read.       diagnostics.latent_geometry
+"""geometry: distance of the posteriors from the priors and from each other.   Mathematics: reference.geometry
 
 Lambda = 1/2 sum( mean2^2 + var2 - ((mean2 - mu)^2 + var2) / tau^2 ) - R log tau
 Delta  = 1/2 sum( mean1^2 + var1 - mean2^2 - var2 )

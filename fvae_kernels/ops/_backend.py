@@ -128,8 +128,6 @@ def _triton_missing() -> str | None:
     error = _raw.load("triton")
     if error is not None:
         return f"its kernels do not load ({error})"
-    if not any(_raw.implemented("triton", device_type) for device_type in ("cuda", "cpu")):
-        return "this version has no Triton kernels"
     return None
 
 
@@ -147,7 +145,7 @@ def _obstacle(backend: str, op: str, device_type: str) -> str | None:
     for other in ("cpu", "cuda"):
         if f"{op}_fwd" in _raw.implemented(backend, other):
             return f"its {op} runs on {other} tensors, these are on {device_type}; move them with .to({other!r})"
-    return f"it has no kernel for {op} yet; leave the backend unnamed to run what there is"
+    return f"the installed kernels have no {op}: they are of another version; install the package again"
 
 
 def _known(name: str) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fvae_kernels as fk
 from benchmarks import sides
-from tests.nn.test_linear import make
+from tests.helpers.linear_layers import make
 
 SHAPES = [(6, 12), (1, 12), (2, 3, 12), (12,), (0, 12), (2, 0, 12)]
 

@@ -28,7 +28,7 @@ def pretend(monkeypatch, reasons):
     devices = {"cpp": "cpu", "triton": "cuda"}
     monkeypatch.setattr(_backend, "why_missing", reasons.get)
     monkeypatch.setattr(
-        _backend._library,
+        _backend._raw,
         "implemented",
         lambda backend, device: [f"{op}_fwd" for op in OPS] if devices[backend] == device else [],
     )
@@ -69,7 +69,8 @@ def test_named_and_missing_raises(monkeypatch):
 def test_named_without_a_kernel_for_the_op_raises(monkeypatch):
     pretend(monkeypatch, {})
     with pytest.raises(
-        BackendUnavailable, match="'cpp' was asked for to run layer, but cannot: it has no kernel for layer yet"
+        BackendUnavailable,
+        match=r"'cpp' was asked for to run layer, but cannot: the installed kernels have no layer.*install.*again",
     ):
         resolve("layer", CPU, "cpp")
 

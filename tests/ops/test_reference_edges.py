@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fvae_kernels import reference
-from tests.ops.test_reference import D, M, N, R, draw, equal, latents, make, run
+from tests.helpers.reference_layers import D, M, N, R, draw, equal, latents, make, run
 
 ALL = [
     {"objective": "fvae", "gamma_weight": (0.7, 0.4)},

@@ -1,13 +1,13 @@
 """Every Triton kernel, interpreted and metered: no access outside of a buffer, no race, the bytes that it should move.
 
-They run in the process that `test_triton_interpreted.py` starts.
+`test_interpreted.py` starts it.
 """
 
 import pytest
 import torch
 
 import fvae_kernels as fk
-from fvae_kernels import testing
+from fvae_kernels import ops, testing
 from fvae_kernels.ops import _raw
 from fvae_kernels.ops._backend import interpreting
 
@@ -276,12 +276,12 @@ def test_reconstruct_stores_no_x_hat():
 @pytest.mark.parametrize("op", testing.INPUTS)
 def test_other_blocks_give_the_same(op, monkeypatch):
     inputs = testing.INPUTS[op]((40,))
-    expected = testing.run(getattr(fk, op), inputs, backend="triton")
+    expected = testing.run(getattr(ops, op), inputs, backend="triton")
     table = {"BLOCK_N": 32, "BLOCK_D": 16, "BLOCK_R": 16, "BLOCK_H": 16}
     for name in ("encode_fwd_kernel", "encode_bwd_kernel", "divergence_fwd_kernel", "reconstruct_fwd_kernel"):
         used = {"encode_bwd_kernel": "NR", "divergence_fwd_kernel": "NR", "encode_fwd_kernel": "NDR"}.get(name, "NDH")
         monkeypatch.setitem(_common.OVERRIDES, name, {f"BLOCK_{axis}": table[f"BLOCK_{axis}"] for axis in used})
-    testing.assert_same(testing.run(getattr(fk, op), inputs, backend="triton"), expected)
+    testing.assert_same(testing.run(getattr(ops, op), inputs, backend="triton"), expected)
 
 
 def test_small_scale_and_gradient_survive_float16():
