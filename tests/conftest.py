@@ -35,7 +35,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "not_interpreted: too slow if Triton interprets its kernels; other cases run")
-    config.addinivalue_line("markers", "compat(group, row): proves a row of the README's compatibility table")
+    config.addinivalue_line("markers", "compat(group, row): proves a row of the table in docs/works_with.md")
 
 
 @pytest.fixture(autouse=True)

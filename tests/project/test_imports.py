@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -152,3 +153,14 @@ def test_tests_import_helpers_and_no_tests() -> None:
         if bad:
             found[path.relative_to(ROOT).as_posix()] = bad
     assert found == {}, "share it through tests/helpers"
+
+
+def test_contributing_says_the_same() -> None:
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("\n## What may import what\n")[2]
+    lines = re.findall(r"^([\w, ]+?)   +(.+)$", section.partition("```\n")[2].partition("```")[0], re.MULTILINE)
+    said = {
+        name: set(re.findall(r"\w+", allowed)) & set(ALLOWED) for names, allowed in lines for name in names.split(", ")
+    }
+    said["ops"] -= {"_triton"}  # by name, so it is no import
+    assert said == {name: rules - {"_official"} for name, rules in ALLOWED.items() if name in said}
+    assert set(ALLOWED) - set(said) == {"__init__", "_official", "env"}
