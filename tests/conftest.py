@@ -33,6 +33,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", names, scope="module")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shard", metavar="I/N", help="run every N-th of the selected tests, from the I-th on, I = 1 ... N"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "not_interpreted: too slow if Triton interprets its kernels; other cases run")
     config.addinivalue_line("markers", "compat(group, row): proves a row of the table in docs/works_with.md")
@@ -45,9 +51,13 @@ def _not_interpreted(request: pytest.FixtureRequest) -> None:
         pytest.skip("too slow if Triton interprets its kernels")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)  # after -k has deselected
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         item.user_properties.extend(("compat", " / ".join(mark.args)) for mark in item.iter_markers("compat"))
+    if (shard := config.getoption("--shard")) is not None:
+        first, step = map(int, shard.split("/"))
+        items[:] = items[first - 1 :: step]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -288,6 +288,6 @@ def compare(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     {"compare": compare, "killed": killed}[sys.argv[1]](Path(sys.argv[2]))
     dist.destroy_process_group()
