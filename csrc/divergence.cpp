@@ -7,7 +7,7 @@
 namespace fvae {
 namespace {
 
-using Divergence = std::array<double, 2>;  // KL, and Gamma but for R log tau
+using Divergence = std::array<double, 2>;  // KL, and Gamma without R log tau
 
 template <typename acc_t>
 Divergence tile_divergence(const Tile& tile, const Posterior& q1, const Posterior& q2, Prior2<acc_t> p2, const Kept& kept) {
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_bwd(
   FVAE_DISPATCH(mean1.scalar_type(), "divergence_bwd", [&] {
     using acc_t = at::opmath_type<scalar_t>;
     const Prior2<acc_t> p2(prior2_mean, prior2_std);
-    const double share = 1.0 / std::max<int64_t>(kept.count, 1);  // of one token in the mean
+    const double share = 1.0 / std::max<int64_t>(kept.count, 1);  // of one token
     const acc_t kl = grad_kl.has_value() ? grad_kl->item<double>() * share : 0;
     const acc_t gamma = grad_gamma.has_value() ? grad_gamma->item<double>() * share : 0;
     const auto fill = [&](int which, const Tensor& input, bool is_logvar, const auto& derivative) {

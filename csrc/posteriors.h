@@ -1,4 +1,4 @@
-// What divergence and geometry share: the two posteriors of a tile, and the mean over tokens of sums over it.
+// Shared by divergence and geometry: a posterior on a tile, and means over tokens.
 #pragma once
 
 #include "common.h"
@@ -11,7 +11,7 @@ struct Prior2 {
   Prior2(double mean, double std) : mean(mean), precision(1 / (std * std)) {}
 };
 
-// One posterior's rows of a tile, in the accumulation type.
+// The rows of a posterior in a tile, in the accumulation type.
 struct Posterior {
   Tensor mean, logvar, variance;
   Posterior(const Tile& tile, const Tensor& mean, const Tensor& logvar)
@@ -20,7 +20,7 @@ struct Posterior {
         variance(this->logvar.exp()) {}
 };
 
-// Means over the kept tokens, 0 where there is none, of what `tile_sums` adds up in each tile.
+// Means over the kept tokens, 0 if there are none. `tile_sums` gives the sums of a tile.
 template <typename Sums, typename TileSums>
 Sums token_means(
     const std::array<Tensor, 4>& q, double prior2_mean, double prior2_std, const Kept& kept, TileSums tile_sums) {

@@ -1,4 +1,4 @@
-"""What the adapters of a model are doing: the terms of the last step, and the geometry of the two latent spaces."""
+"""Diagnostics of a model's adapters: terms of the last step, and the geometry of the two latent spaces."""
 
 from torch import Tensor, nn
 
@@ -12,8 +12,8 @@ from .training.aux_loss import AuxLossLayer
 def collect_terms(model: nn.Module) -> dict[str, dict[str, float]]:
     """loss, nll, kl and gamma (nats, means over tokens) of each adapted layer in its last training forward.
 
-    Layers that have not run in training, or ran inside torch.compile, are left out. It copies to the host: call it when
-    you log, not at every step.
+    Layers that have not run in training, or that ran inside torch.compile, are left out. The numbers are copied to the
+    host, which waits for the device: call it when you log, not at every step.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AuxLossLayer)}
     return {
@@ -44,7 +44,7 @@ def latent_geometry(
 ) -> dict[str, Tensor]:
     """Mismatch, discrepancy and distance of the two posteriors (paper, equation 5 and appendix B).
 
-    A kernel reads the posteriors once, and has no backward: where an input asks for a gradient, "reference" runs.
+    `ops.geometry` by name. Its kernels have no backward: if an input requires grad, "reference" runs.
 
     Args:
         mean1: ``[..., R]``, like `logvar1`, `mean2` and `logvar2`.
@@ -53,7 +53,7 @@ def latent_geometry(
         logvar2: log-variances of q_2.
         prior2_mean: mean of p_2.
         prior2_std: standard deviation of p_2.
-        mask: tokens that count.
+        mask: ``[...]``, the tokens that count.
         backend: "triton", "cpp" or "reference"; None takes the fastest for the device of mean1.
 
     Returns:
@@ -63,8 +63,8 @@ def latent_geometry(
 
     Raises:
         TypeError: not floating point, or more than one dtype.
-        ValueError: shapes do not fit, more than one device, or a prior that is no distribution.
-        BackendUnavailable: a backend was named and cannot run, or has to give a gradient.
+        ValueError: shapes do not fit, more than one device, or an invalid prior.
+        BackendUnavailable: the named backend cannot run here, or is a kernel and an input requires grad.
     """
     check_posteriors("latent_geometry", mean1, logvar1, mean2, logvar2, prior2_mean, prior2_std, mask)
     mismatch, discrepancy, w2_squared, bound = geometry(
@@ -80,12 +80,12 @@ def latent_geometry(
 
 
 def active_units(mean: Tensor, threshold: float = 1e-2, mask: Tensor | None = None) -> int:
-    """Latent entries whose mean varies over tokens by more than `threshold` (variance): those that carry anything.
+    """Number of latent entries whose mean varies over tokens, with a variance above `threshold`.
 
     Args:
         mean: ``[..., R]``.
-        threshold: of the variance.
-        mask: tokens ``[...]`` that count.
+        threshold: variance above which an entry is active.
+        mask: ``[...]``, the tokens that count.
     """
     rows = mean.reshape(-1, mean.shape[-1]) if mask is None else mean[mask.bool()]
     return int((rows.var(0, correction=0) > threshold).sum()) if rows.numel() else 0

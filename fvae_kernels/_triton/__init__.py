@@ -1,7 +1,7 @@
 """Triton kernels and their launchers; importing this registers them.
 
-They run on CUDA tensors, ROCm's included. Where Triton interprets its kernels (TRITON_INTERPRET=1, read when this is
-imported), they run on CPU tensors as well.
+They run on CUDA tensors, and on AMD GPUs with ROCm. With TRITON_INTERPRET=1, read at import, Triton interprets its
+kernels, and they run on CPU tensors as well.
 """
 
 import functools
@@ -42,7 +42,7 @@ FIXED = (
 
 
 def tuned() -> dict[str, list[str]]:
-    """The kernels that take their blocks from a table, and the names of these blocks."""
+    """Kernels whose block shapes come from a table, and the names of their blocks."""
     modules = [module for name, module in sorted(sys.modules.items()) if name.startswith(f"{__name__}.")]
     found = {name: kernel for module in modules for name, kernel in vars(module).items() if name.endswith("_kernel")}
     names = {name.removesuffix("_kernel"): kernel.arg_names for name, kernel in found.items()}
@@ -50,7 +50,7 @@ def tuned() -> dict[str, list[str]]:
 
 
 def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device; this makes that the one of the tensors."""
+    """Triton launches on the current device: make that the device of the tensors."""
 
     @functools.wraps(launcher)
     def run(*args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the kernels share: block shapes, addresses, the tokens that count, products, and sums in a fixed order."""
+"""Shared by the kernels: block shapes, addresses, masked tokens, matrix products, sums in a fixed order."""
 
 # mypy: allow-untyped-defs
 
@@ -17,16 +17,16 @@ from ..ops._raw import padded
 INTERPRET = tl.constexpr(interpreting())
 LOGVAR_LIMIT = tl.constexpr(reference.LOGVAR_LIMIT)
 
-FEW_TOKENS = 8192  # below it blocks are small, so that every multiprocessor has one
+FEW_TOKENS = 8192  # with fewer, blocks are small, so that every multiprocessor gets one
 
 OVERRIDES: dict[str, dict[str, int]] = {}  # kernel name on the device -> options that replace those of its table
 
-# (bytes of an entry, few tokens; None for any number of them and wide networks): blocks, num_warps, num_stages
+# key: bytes of an entry; whether tokens are few, None for wide networks. Value: blocks, num_warps, num_stages
 Table = dict[tuple[int, bool | None], dict[str, int]]
 
 
 def blocks(kernel: Any, table: Table, t: Tensor, **limits: int) -> dict[str, Any]:
-    """Launch options of `kernel` for rows of t [N, ...]: no block wider than what it covers, as in BLOCK_D=D."""
+    """Launch options of `kernel` for rows of t [N, ...]. BLOCK_D=D keeps BLOCK_D from being wider than D needs."""
     return blocks_for(kernel, table, t.element_size(), t.shape[0], False, **limits)
 
 
@@ -36,26 +36,26 @@ def blocks_for(kernel: Any, table: Table, entry_size: int, tokens: int, wide: bo
 
 
 def by_vendor(table: Table, amd: Table) -> Table:
-    """`table`, with the entries of `amd` in it on AMD; the interpreter, which has no target, takes it as it is."""
+    """`table`, overridden by `amd` on an AMD GPU. The interpreter has no target and takes `table`."""
     if not interpreting() and driver.active.get_current_target().backend == "hip":
         table = table | amd
     return table
 
 
 def accumulator(t: Tensor) -> tl.dtype:
-    """What sums are taken in: float32 at least."""
+    """The dtype of sums: float32 at least."""
     return tl.float64 if t.dtype == torch.float64 else tl.float32
 
 
 def precision(t: Tensor, products: torch.dtype | None = None) -> str:
-    """Of products of float32: in another dtype where that is asked for, else as PyTorch's own are set."""
+    """PRECISION of `product`: the dtype `products` if given, else PyTorch's setting for float32 matrix products."""
     if products is not None:
         return str(products).removeprefix("torch.")
     return "tf32" if t.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def kept_tokens(mask: Tensor | None) -> Tensor | None:
-    """How many tokens the mask keeps, 0-dim, on its device; None is all of them."""
+    """Number of tokens that the mask keeps, 0-dim, on its device; None if there is no mask."""
     return None if mask is None else mask.sum()
 
 
@@ -65,13 +65,13 @@ def strides(t: Tensor | None) -> tuple[int, ...] | None:
 
 @triton.jit
 def tile(ptr, rows, cols, strides):
-    """Addresses of the entries [rows, cols]; there may be more than 2^31 of them."""
+    """Addresses of the entries [rows, cols], in int64: there may be more than 2^31."""
     return ptr + rows.to(tl.int64)[:, None] * strides[0] + cols.to(tl.int64)[None, :] * strides[1]
 
 
 @triton.jit
 def counting(mask_ptr, mask_strides, rows, N):
-    """Which of the rows are tokens that the mask keeps."""
+    """True for rows that are tokens and that the mask keeps."""
     keep = rows < N
     if mask_ptr is not None:
         keep = keep & (tl.load(mask_ptr + rows.to(tl.int64) * mask_strides[0], mask=keep, other=0) != 0)
@@ -80,7 +80,7 @@ def counting(mask_ptr, mask_strides, rows, N):
 
 @triton.jit
 def tokens(kept_ptr, N, ACC: tl.constexpr):
-    """How many tokens a mean is taken over."""
+    """Number of tokens in a mean."""
     if kept_ptr is None:  # noqa: SIM108  (only one branch is compiled)
         count = tl.full((), N, ACC)
     else:
@@ -90,7 +90,7 @@ def tokens(kept_ptr, N, ACC: tl.constexpr):
 
 @triton.jit
 def share(grad_ptr, kept_ptr, N, ACC: tl.constexpr):
-    """What one token gets of the gradient of a mean."""
+    """Gradient of one token, from the gradient of a mean over tokens."""
     if grad_ptr is None:
         of_one = tl.full((), 0.0, ACC)
     else:
@@ -112,12 +112,12 @@ def clamp_passes(logvar):
 
 @triton.jit
 def product(a, b, sums, PRECISION: tl.constexpr):
-    """sums + a b, whose entries are rounded first where PRECISION is a dtype of 16 bits."""
+    """sums + a b. a and b are rounded first if PRECISION is a 16-bit dtype."""
     if PRECISION == "bfloat16":
         a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
     elif PRECISION == "float16":
         a, b = a.to(tl.float16), b.to(tl.float16)
-    if INTERPRET:  # it would multiply the bits of bfloat16
+    if INTERPRET:  # the interpreter would multiply the bits of bfloat16
         a, b = a.to(sums.dtype), b.to(sums.dtype)
     of_float32: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
     return tl.dot(a, b, sums, input_precision=of_float32, out_dtype=sums.dtype)

@@ -5,7 +5,7 @@
     W2^2   = sum( (mean1 - mean2)^2 + (sd1 - sd2)^2 )                                         sd = exp(logvar / 2)
     bound  = W2^2 / 2 + sqrt(sum( mean1^2 + var1 )) W2                                        of |Delta|
 
-Sums run over latent entries, all four results are means over the N tokens kept, with logvar clamped to [-20, 20]. It is
+Sums run over latent entries; all four results are means over the N tokens kept, with logvar clamped to [-20, 20]. It is
 a diagnostic: the kernels have no backward.
 """
 
