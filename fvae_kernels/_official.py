@@ -1,7 +1,7 @@
 """The authors' settings and tensor names, mapped to ours, for `interop`.
 
-The authors' objective is ``minus_elbo = l_rec NLL + l_kl KL_1 + l_z2 mean((z_2 - mu)^2) - l_z1 mean(z_1^2)``, with means
-over latent entries: our loss with the sampled Gamma and the pair ``gamma_weight = (2 l_z2 / r, 2 l_z1 / r)``. It has no
+Their objective is ``minus_elbo = l_rec NLL + l_kl KL_1 + l_z2 mean((z_2 - mu)^2) - l_z1 mean(z_1^2)``, with means over
+latent entries: our loss with the sampled Gamma and the pair ``gamma_weight = (2 l_z2 / r, 2 l_z1 / r)``. It has no
 tau and ignores ``z2_std``, so `prior2_std` is 1. The layer scale is ``alpha / (r + 1e-5)``, the decoder's scale
 ``scale_tril + 1e-5``; both are folded in. lora_E, lora_dropout and z1z2_orthogonal_reg have no effect in their code.
 """

@@ -32,7 +32,7 @@ def philox(seed_ptr, position, stream):
 
 @triton.jit
 def not_dropped(seed_ptr, layer, rows, units, UNITS: tl.constexpr, THRESHOLD: tl.constexpr):
-    """True for units that dropout keeps. 128 bits decide for 8 units by 16 bits, one unit from each eighth of a layer."""
+    """True for units that dropout keeps. 128 bits decide for 8 units by 16 bits, one from each eighth of a layer."""
     BLOCKS: tl.constexpr = eighth_of(UNITS)
     PADDED: tl.constexpr = triton.next_power_of_2(BLOCKS)
     position = rows.to(tl.int64)[:, None] * BLOCKS + tl.arange(0, PADDED)[None, :]
