@@ -1,4 +1,4 @@
-"""The random generator of the kernels in plain Python, number by number."""
+"""The random generator of the kernels, in plain Python."""
 
 
 def philox(counter, key):

@@ -1,4 +1,4 @@
-"""Dtypes of a training step, and whole tiny models in them."""
+"""Precisions of a training step, and tiny models in them."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 @dataclass(frozen=True)
 class Setting:
-    """Dtypes of the base model and of its adapters, of autocast, and the loss scale to begin with."""
+    """Dtypes of the base model, its adapters and autocast, and the first loss scale."""
 
     base: torch.dtype = F32
     adapter: torch.dtype = F32
@@ -29,7 +29,7 @@ class Setting:
 
 
 def adapted(style: str, setting: Setting) -> nn.Module:
-    """A tiny BERT through PEFT, or a tiny ViT without it, whose adapters already change the output."""
+    """A tiny BERT through PEFT, or a tiny ViT without it, with random adapters that change the output."""
     torch.manual_seed(0)
     if style == "peft":
         config = fk.FVAELoraConfig(task_type="SEQ_CLS", r=3, target_modules=TARGETS["bert"], **OPTIONS)

@@ -1,4 +1,4 @@
-"""A small adapter whose every path counts, and `reference.layer` on it: for the tests of reference.py."""
+"""A small adapter with random parameters, and `reference.layer` on it: for the tests of reference.py."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Which backend runs: named runs or raises, unnamed takes the documented order."""
+"""Which backend runs: a named one runs or raises, otherwise the documented order holds."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def _undo():
 
 
 def pretend(monkeypatch, reasons):
-    """Backends with a reason cannot run; those without can run every op but "layer", on their own device."""
+    """Backends with a reason are missing; the others can run every op except "layer", on their own device."""
     devices = {"cpp": "cpu", "triton": "cuda"}
     monkeypatch.setattr(_backend, "why_missing", reasons.get)
     monkeypatch.setattr(
@@ -159,6 +159,6 @@ except fk.BackendUnavailable as error:
 
 
 def test_import_leaves_the_compiler_alone():
-    """torch._dynamo takes a second to import; who trains without torch.compile and PEFT need not wait for it."""
+    """torch._dynamo takes a second to import; training without torch.compile and PEFT does not need it."""
     code = "import sys; sys.modules['peft'] = None; import fvae_kernels; assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

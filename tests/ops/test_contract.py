@@ -1,4 +1,4 @@
-"""One name, one contract: every raw op in every namespace that implements it, through torch.library.opcheck."""
+"""Every raw op of every backend passes torch.library.opcheck; forwards have backwards; ops have their reference."""
 
 import inspect
 

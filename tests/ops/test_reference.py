@@ -1,4 +1,4 @@
-"""reference.py, which every kernel is checked against, against torch.distributions, Monte Carlo, the equations."""
+"""reference.py against torch.distributions, Monte Carlo and the equations; kernels are checked against it."""
 
 import itertools
 import math
@@ -86,7 +86,7 @@ class TestReconstruct:
 
 
 def by_the_equations(p, config, x, noise):
-    """s B z_1 and the terms, token by token, from the state dict and the equations alone."""
+    """s B z_1 and the terms, token by token, from the parameters and the equations."""
     depth, keys, deltas, losses, nlls, kls, gammas = len(config.encoder_hidden), p.keys(), [], [], [], [], []
 
     def affine(stem, h):
@@ -171,7 +171,7 @@ def test_layer_is_the_equations_with(options):
 
 @pytest.mark.parametrize("weights", [1.0, (0.5, 2.0)])
 def test_monte_carlo_averages_to_the_closed_form(weights):
-    """Over many noises, on one token: gamma and loss - nll, whose sampled parts are unbiased."""
+    """Means over many samples of noise, for one token: gamma and loss - nll, whose estimates are unbiased."""
     sampled, x, _ = make(gamma_estimator="monte_carlo", gamma_weight=weights, prior2_std=1.7)
     closed = make(gamma_weight=weights, prior2_std=1.7)[0]
     torch.manual_seed(2)

@@ -32,7 +32,7 @@ class TestMask:
         assert 0 < mask.sum() < mask.numel()
         equal(tuple(terms), tuple(terms_kept))
         equal(y[mask], y_kept)
-        equal(y, run(adapter, x, noise)[0])  # y is of all tokens, whatever the mask
+        equal(y, run(adapter, x, noise)[0])  # y does not depend on the mask
         equal(gradients(adapter, x, noise, mask=mask)[1:], gradients(adapter, kept[0], tuple(kept[1:]))[1:])
         assert not gradients(adapter, x, noise, mask=mask)[0][~mask].any()
 

@@ -1,4 +1,4 @@
-"""Who may import whom: the layers of the package, third parties, and the tests. CONTRIBUTING.md draws the picture."""
+"""Import rules of the package, of third parties and of the tests; CONTRIBUTING.md lists them."""
 
 import ast
 import itertools
@@ -13,7 +13,7 @@ from tests import ROOT
 
 PACKAGE = "fvae_kernels"
 
-# Each part of the package, and the parts that it may import. A part may always import from itself.
+# Each part of the package and the parts that it may import from, besides itself.
 ALLOWED: dict[str, set[str]] = {
     "reference": set(),
     "config": set(),
@@ -31,20 +31,20 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"reference", "config", "ops", "tuning", "training", "nn", "diagnostics", "peft", "interop"},
 }
 
-# Module -> part that it imports against the rules. Shrink it; a test fails where an entry is no longer needed.
+# (module, part that it imports against the rules). A test fails if an entry is no longer needed.
 EXCEPTIONS: set[tuple[str, str]] = {
     ("training.callback", "nn"),
     ("training.callback", "diagnostics"),
 }
 CYCLES: set[frozenset[str]] = {frozenset({"peft.config", "peft.files"})}
 
-# Third parties that only some parts may import, or import when they are imported themselves.
+# Third parties, and the parts that may import them at all, or at import (not only inside of functions).
 ANYWHERE = {"triton": {"_triton"}}
 AT_IMPORT = {name: {"peft", "training.callback"} for name in ("peft", "transformers", "safetensors", "accelerate")}
 
 
 def modules() -> dict[str, Path]:
-    """Name without the package's -> file; the package itself is "__init__"."""
+    """Module name without "fvae_kernels." -> file; the package itself is "__init__"."""
     found = {}
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
         parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
@@ -76,7 +76,7 @@ def graph() -> dict[str, set[str]]:
     known = modules()
 
     def own(name: str) -> str | None:
-        """The module that ``PACKAGE.a.b`` is, or holds the name b."""
+        """The module ``a.b`` for ``PACKAGE.a.b``, or ``a`` if b is a name in it."""
         _, _, rest = name.partition(f"{PACKAGE}.")
         if name != PACKAGE and not rest:
             return None
@@ -118,7 +118,7 @@ def test_the_rules_have_no_cycle() -> None:
 
 
 def test_modules_have_no_cycles() -> None:
-    """Imports inside of functions count as well: a cycle that they hide is one."""
+    """Imports inside of functions count as well."""
     edges = {module: set(others) for module, others in graph().items()}
     edges.pop("__init__")  # it imports all of them; `env` asks it for the version
     reach = {module: set(others) for module, others in edges.items()}
@@ -132,7 +132,7 @@ def test_modules_have_no_cycles() -> None:
 
 @pytest.mark.parametrize("third_party", [*ANYWHERE, *AT_IMPORT])
 def test_third_parties_stay_where_they_belong(third_party: str) -> None:
-    """`import fvae_kernels` works without Triton, and a part without PEFT imports none of it before it is used."""
+    """`import fvae_kernels` needs neither Triton nor, outside of the plug-in, PEFT."""
     allowed = ANYWHERE.get(third_party) or AT_IMPORT[third_party]
     found = {
         module

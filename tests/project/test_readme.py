@@ -14,7 +14,7 @@ CONTINUES = "continues"
 
 
 def snippets(page: Path) -> list[tuple[str, str]]:
-    """Mark and code of each; one that is marked as a continuation holds what it continues as well."""
+    """Mark and code of each snippet; the code of a continuation includes what it continues."""
     found: list[tuple[str, str]] = []
     for mark, code in re.findall(r"(?:<!-- ([\w: ]+) -->\n)?```python\n(.*?)```", page.read_text(), re.DOTALL):
         found.append((mark, found[-1][1] + code if mark == CONTINUES else code))

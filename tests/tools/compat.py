@@ -43,7 +43,7 @@ def table(found: dict[str, dict[str, set[str]]]) -> str:
 
 
 def label(name: str) -> str:
-    """What the link to a file of tests says: `peft/test_saving.py` is "peft saving"."""
+    """The text of the link to a file of tests: "peft saving" for `peft/test_saving.py`."""
     path = Path(name)
     return " ".join([*path.parts[:-1], path.stem.removeprefix("test_")])
 

@@ -14,7 +14,7 @@ import pytest
 from fvae_kernels.ops._backend import interpreting
 from tests import ROOT
 
-# Files, and how many processes share each: about as many as it takes minutes on one idle core.
+# Files, and the number of processes that share each, so that none takes more than a few minutes on an idle core.
 FILES = {
     "ops/test_encode": 1,
     "ops/test_divergence": 1,
@@ -35,7 +35,9 @@ SHARDS = [(name, f"{i + 1}/{count}") for name, count in FILES.items() for i in r
 pytestmark = [
     pytest.mark.skipif(interpreting(), reason="this is the process that it would start"),
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
-    pytest.mark.timeout(7200),  # each test in the process has the limit of pyproject.toml; this holds for all of them
+    pytest.mark.timeout(
+        7200
+    ),  # a hanging test is ended by its own limit, in the process; this is for the whole process
 ]
 
 

@@ -1,4 +1,4 @@
-"""The closed form of the fused layer's traffic, behind the cost table and the roofline, against what the meter counts.
+"""The closed form of the fused layer's traffic, which cost table and roofline use, against the metered kernels.
 
 `test_interpreted.py` starts it.
 """
@@ -27,7 +27,7 @@ CASES = [
 
 
 def metered(N, D, M, config):
-    """Launches and operators of one forward and backward, and the bytes that were saved between them."""
+    """Launches, operators and saved bytes of one forward and backward."""
     module = fk.FusedFVAELinear.from_linear(torch.nn.Linear(D, M), config).train()
     x = torch.randn(N, D, requires_grad=True)
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -57,7 +57,7 @@ def test_budget_at_the_recipe():
 
 
 def test_flops_of_every_launch():
-    """Sizes that blocks divide, for the meter counts what masked lanes compute too."""
+    """For sizes that blocks divide: the meter counts masked lanes too."""
     config = fk.FVAEConfig(rank=16, encoder_hidden=(16,), decoder_hidden=(32, 64, 32), dropout=0.1, kl_weight=2.0)
     launched, _, _ = metered(64, 64, 32, config)
     expected = {one.name: one.flops for one in fused.launches(fused.Layer(64, 64, 32, config)) if one.flops}

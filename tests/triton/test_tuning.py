@@ -1,4 +1,4 @@
-"""fk.tuning: an override reaches the launch of its kernel, and of no other; what cannot be is refused."""
+"""fk.tuning: an override changes the launches of its kernel and of no other; invalid ones are refused."""
 
 import os
 import re
@@ -25,7 +25,7 @@ from tests.tools.triton.gpu_compile import compiling
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Launches every kernel, and gives the options that each was launched with; nothing runs."""
+    """A function that launches every kernel without running it, and returns the launch options."""
 
     def launch():
         found = {}
