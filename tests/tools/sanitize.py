@@ -1,7 +1,7 @@
 """``make sanitize``: the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-Builds them in a folder of their own, checks that a planted read past an end is reported, and runs the kernels' tests, in
-particular those of odd shapes. Linux with gcc.
+Builds them in a folder of their own, checks that a planted read past an end is reported, and runs the kernels' tests.
+Linux with gcc.
 """
 
 import os
@@ -77,7 +77,7 @@ def main() -> int:
         *files,
         *sys.argv[1:],
     ]
-    # Imports are from the working folder. --capture=sys: a sanitizer writes to the file descriptor and ends the process.
+    # Imports are from the working folder. --capture=sys, because a sanitizer writes to the descriptor and exits.
     return subprocess.run(pytest, cwd=BUILT, env=environment(), check=False).returncode
 
 

@@ -77,7 +77,7 @@ class Launch:
         return self.buffers[max(bisect.bisect_right([b.first for b in self.buffers], address) - 1, 0)]
 
     def _watch(self, kind: str, owner: Buffer, entries: Any, program: tuple[int, int, int]) -> None:
-        """Races: programs have no order, so none may read or write an entry that another writes, nor write one twice at once."""
+        """Find races: no program may read or write an entry that another writes, nor write one twice at once."""
         mine = program[0] + self.grid[0] * (program[1] + self.grid[1] * program[2])
         written, read = owner.writers[entries], owner.readers[entries]
         foreign = (written != -1) & (written != mine)
