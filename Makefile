@@ -33,7 +33,7 @@ sanitize: $(READY)  ## the C++ kernels once more, under AddressSanitizer and UBS
 gpu: $(READY)  ## on a GPU: whole suite, timings, prediction against measurement, one report; ARGS="--dry-run" without one
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-tables: $(READY)  ## count launches and bytes: the README's cost table, and the predictions of docs/roofline.md
+tables: $(READY)  ## count launches and bytes: the tables of docs/cost.md and docs/roofline.md
 	$(BIN)/python -m benchmarks.cost_table
 	$(BIN)/python -m benchmarks.roofline
 

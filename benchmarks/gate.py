@@ -36,7 +36,7 @@ def check_op(
     rounded, exact = testing.exact_and_rounded(op, inputs)
     tokens = next(iter(inputs.values())).shape[:-1].numel()
     floor = max(FLOOR, COMPILED * tokens**0.5) if compiled else FLOOR
-    dtype = next(iter(testing.leaves(inputs).values())).dtype
+    dtype = next(iter(inputs.values())).dtype
     _no_worse(op, testing.run(function, inputs, **options), rounded, exact, floor + half_roundings(dtype))
 
 

@@ -1,13 +1,13 @@
-"""Block shapes, warps and stages of the Triton kernels: what the built-in tables say may be overridden.
+"""Override block shapes, warps and stages of the Triton kernels.
 
-    fk.tuning.kernels()                                        # names, and what each one can be told
+    fk.tuning.kernels()                                        # names and options
     fk.tuning.override("encode_fwd", BLOCK_N=32, num_warps=8)  # from here on
     with fk.tuning.override("encode_fwd", BLOCK_N=32): ...     # for the block
     fk.tuning.override("encode_fwd")                           # back to the table
 
-The tables choose by dtype, number of tokens and, for the whole layer, its width, without running anything, and every
-entry of theirs is compiled by ``make gpu-compile``. An override holds for every dtype and size, and nobody has compiled
-it: a block that is too large raises in Triton, at the first launch.
+Without an override a table chooses by dtype, number of tokens and, for the whole layer, its width; ``make gpu-compile``
+compiles every entry. An override holds for every dtype and size and was not compiled before: a block that is too large
+raises in Triton, at the first launch.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _WARPS = (1, 2, 4, 8, 16, 32)
 
 
 def kernels() -> dict[str, tuple[str, ...]]:
-    """Options of each kernel that has a table: blocks (powers of two, at least 16), num_warps and num_stages.
+    """Kernels that have a table, and their options: blocks (powers of two, at least 16), num_warps, num_stages.
 
     Raises:
         BackendUnavailable: Triton is not installed.
@@ -34,10 +34,10 @@ def kernels() -> dict[str, tuple[str, ...]]:
 
 
 class override(contextlib.AbstractContextManager[None]):  # noqa: N801  (reads as the function that it also is)
-    """Launch `kernel` with these options in place of its table's; with none, with its table's again.
+    """Launch `kernel` with these options instead of its table's. Without options, the table holds again.
 
     Raises:
-        ValueError: no such kernel or option, or a number that it cannot be.
+        ValueError: no such kernel or option, or an invalid number.
         BackendUnavailable: Triton is not installed.
     """
 

@@ -1,4 +1,4 @@
-"""What the kernels share: block shapes, addresses, the tokens that count, products, and sums in a fixed order."""
+"""Shared by the kernels: block shapes, addresses, masked tokens, matrix products, sums in a fixed order."""
 
 # mypy: allow-untyped-defs
 
@@ -55,7 +55,7 @@ def precision(dtype: torch.dtype, products: torch.dtype | None = None) -> str:
 
 
 def kept_tokens(mask: Tensor | None) -> Tensor | None:
-    """How many tokens the mask keeps, 0-dim, on its device; None is all of them."""
+    """Number of tokens that the mask keeps, 0-dim, on its device; None if there is no mask."""
     return None if mask is None else mask.sum()
 
 
@@ -65,13 +65,13 @@ def strides(t: Tensor | None) -> tuple[int, ...] | None:
 
 @triton.jit
 def tile(ptr, rows, cols, strides):
-    """Addresses of the entries [rows, cols]; there may be more than 2^31 of them."""
+    """Addresses of the entries [rows, cols], in int64: there may be more than 2^31."""
     return ptr + rows.to(tl.int64)[:, None] * strides[0] + cols.to(tl.int64)[None, :] * strides[1]
 
 
 @triton.jit
 def counting(mask_ptr, mask_strides, rows, N):
-    """Which of the rows are tokens that the mask keeps."""
+    """True for rows that are tokens and that the mask keeps."""
     keep = rows < N
     if mask_ptr is not None:
         keep = keep & (tl.load(mask_ptr + rows.to(tl.int64) * mask_strides[0], mask=keep, other=0) != 0)
@@ -80,7 +80,7 @@ def counting(mask_ptr, mask_strides, rows, N):
 
 @triton.jit
 def tokens(kept_ptr, N, ACC: tl.constexpr):
-    """How many tokens a mean is taken over."""
+    """Number of tokens in a mean."""
     if kept_ptr is None:  # noqa: SIM108  (only one branch is compiled)
         count = tl.full((), N, ACC)
     else:
@@ -90,7 +90,7 @@ def tokens(kept_ptr, N, ACC: tl.constexpr):
 
 @triton.jit
 def share(grad_ptr, kept_ptr, N, ACC: tl.constexpr):
-    """What one token gets of the gradient of a mean."""
+    """Gradient of one token, from the gradient of a mean over tokens."""
     if grad_ptr is None:
         of_one = tl.full((), 0.0, ACC)
     else:
@@ -112,12 +112,12 @@ def clamp_passes(logvar):
 
 @triton.jit
 def product(a, b, sums, PRECISION: tl.constexpr):
-    """sums + a b, whose entries are rounded first where PRECISION is a dtype of 16 bits."""
+    """sums + a b. a and b are rounded first if PRECISION is a 16-bit dtype."""
     if PRECISION == "bfloat16":
         a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
     elif PRECISION == "float16":
         a, b = a.to(tl.float16), b.to(tl.float16)
-    if INTERPRET:  # it would multiply the bits of bfloat16
+    if INTERPRET:  # the interpreter would multiply the bits of bfloat16
         a, b = a.to(sums.dtype), b.to(sums.dtype)
     of_float32: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
     return tl.dot(a, b, sums, input_precision=of_float32, out_dtype=sums.dtype)

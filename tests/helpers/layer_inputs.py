@@ -1,4 +1,4 @@
-"""Inputs of the layer op for any size and config, and the op as a function of them that gives a flat tuple."""
+"""Inputs of the layer op for any size and config, and the op as a function that returns a flat tuple."""
 
 import itertools
 
@@ -14,7 +14,7 @@ SMALL = {"rank": 3, "encoder_hidden": (5,), "decoder_hidden": (6,), "dropout": 0
 
 
 def layer_inputs(lead=(5,), D=7, M=6, bias=True, mask=False, dtype=torch.float64, device="cpu", seed=0, **options):
-    """Arguments of `run_layer`; `options` are those of FVAEConfig, small where they are not given."""
+    """Arguments of `run_layer`; `options` are those of FVAEConfig, with small sizes by default."""
     random, config = testing.Random(seed, dtype, device), fk.FVAEConfig(**{**SMALL, **options})
     R = config.rank
 
@@ -53,14 +53,14 @@ def run_layer(x, encoder1, encoder2, decoder, B, noise, mask, config, dropout=0.
 
 
 def plain(x, encoder1, encoder2, decoder, B, noise, mask, config, dropout=0.0, base=None):
-    """The same of reference.layer."""
+    """`run_layer` with reference.layer."""
     encoders = (reference.Encoder(*encoder) for encoder in (encoder1, encoder2))
     delta, terms = reference.layer(x, *encoders, reference.Decoder(*decoder), B, config, noise, dropout, mask)
     return delta if base is None else base + delta.to(base.dtype), *terms
 
 
 def assert_layer_no_worse(inputs, same_dtype, backend, seeds=4, actual=run_layer):
-    """`testing.assert_no_worse` over some seeds, of which `inputs` makes inputs: one rounding may be lucky."""
+    """`testing.assert_no_worse` over several seeds, as one rounding may be lucky; `inputs` maps a seed to inputs."""
     results = {"actual": [], "same_dtype": [], "exact": []}
     for seed in range(seeds):
         given = inputs(seed)
@@ -91,7 +91,7 @@ def raw_inputs(inputs, dropout=0.0, seed=None):
 
 
 def replaced(inputs, leaves):
-    """`inputs` with other tensors under the names of `testing.leaves`."""
+    """`inputs` with some tensors replaced, by the names of `testing.leaves`."""
 
     def of(name, value):
         if isinstance(value, tuple):

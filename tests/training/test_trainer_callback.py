@@ -221,4 +221,4 @@ def test_the_package_alone_does_not_import_transformers() -> None:
         "except ImportError as e: assert 'needs transformers' in str(e), e\n"
         "else: raise SystemExit('no error')"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)
