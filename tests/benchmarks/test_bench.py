@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("matplotlib")
+
 import fvae_kernels as fk
 from benchmarks import cost, experiments, gate, goals, memory, models, report, sides, stats
 from fvae_kernels import reference, testing
