@@ -25,7 +25,8 @@ os.environ.setdefault("PYTEST_TIMEOUT", "300")  # seconds a test, where pytest-t
 
 settings.register_profile("kernels", max_examples=25, deadline=None)
 settings.register_profile("interpreted", max_examples=6, deadline=None)
-settings.load_profile("interpreted" if interpreting() else "kernels")
+settings.register_profile("few", max_examples=3, deadline=None)  # where each example is compiled for a GPU
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreted" if interpreting() else "kernels"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
