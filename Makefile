@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(VENV)/constraints.txt
 ARGS ?=
 
-.PHONY: help demo test conformance check bench sanitize gpu gpu-compile tables clean
+.PHONY: help demo test versions check bench sanitize gpu gpu-compile tables clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -16,8 +16,8 @@ demo: $(READY)  ## fine-tune a real model with LoRA and FVAE-LoRA side by side; 
 test: $(READY)  ## the whole test suite, kernels on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
-conformance: $(READY)  ## the tests of the PEFT plug-in under peft 0.18.1 to 0.21.2; table in .conformance/RESULTS.md
-	$(BIN)/python -m tests.tools.conformance $(ARGS)
+versions: $(READY)  ## the tests with other versions of Python, torch, Triton, transformers and peft; table in docs/versions.md
+	$(BIN)/python -m tests.tools.versions $(ARGS)
 
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .

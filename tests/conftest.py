@@ -38,6 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: too slow where Triton interprets its kernels; other cases run there")
+    config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, which may be missing")
     config.addinivalue_line("markers", "compat(group, row): proves a row of the README's compatibility table")
 
 

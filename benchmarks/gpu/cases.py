@@ -13,16 +13,17 @@ from typing import Any
 
 from .case import Case, Found, Part, Plan
 
+PARALLEL = max(2, min(12, (os.cpu_count() or 2) - 2))  # Triton takes a core for each kernel that it compiles
 PARTS = (
     Part("machine", "Machine", 0.10),
-    Part("compile", "Compilation, ahead and in parallel", 0.30, max(2, min(12, (os.cpu_count() or 2) - 2))),
-    Part("correct", "Right on the device", 0.20),
+    Part("compile", "Compilation, ahead and in parallel", 0.30, PARALLEL),
+    Part("correct", "Right on the device", 0.20, PARALLEL),
     Part("layer", "One adapted layer, forward and backward", 0.35),
     Part("graphs", "CUDA graphs", 0.10),
     Part("steps", "A training step of a whole model", 0.25),
     Part("ops", "The ops, forward and backward", 0.10),
     Part("prediction", "Prediction against measurement, beyond the base layer", 0.10),
-    Part("tests", "Tests of the kernels", 0.25, 4),
+    Part("tests", "Tests of the kernels", 0.25, PARALLEL),
     Part("tools", "Sanitizer and profiler", 0.20),
 )
 
@@ -69,28 +70,31 @@ def cases(plan: Plan) -> list[Case]:
 
 def _cases(plan: Plan) -> Iterator[Case]:
     shapes, ops = (TINY, TINY_OPS) if plan.dry else (SHAPES, OPS)
+    precisions, steps = (PRECISIONS[:2], STEPS[:1]) if plan.dry else (PRECISIONS, STEPS)
     for name in ("software", "launch", "bandwidth", "products"):
         yield Case("machine", name, _of("machine", name))
     for shape in shapes[:4]:
-        for precision in PRECISIONS:
+        for precision in precisions:
             yield Case("compile", f"{_title(shape)}, {precision}", _of("timed", "compile_layer", shape, precision), 240)
+    for model in steps:
+        yield Case("compile", f"step, {model}", _of("timed", "compile_step", model), 240)
     for op, size in ops.items():
         for dtype in DTYPES:
             yield Case("correct", f"{op}, {dtype}", _of("correct", "op", op, size, dtype), 90)
     for name in ("float32", "bfloat16", "autocast"):
-        for masked in (False, True):
+        for masked in (True,) if plan.dry else (False, True):
             title = f"layer, {name}{', mask' if masked else ''}"
             yield Case("correct", title, _of("correct", "layer", name, masked), 120)
     yield Case("correct", "layer, dropout", _of("correct", "dropout"), 120)
     for sides in LAYER_SIDES:
         for shape in shapes:
-            for precision in PRECISIONS:
+            for precision in precisions:
                 for side in sides:
                     name = f"{_title(shape)}, {precision}: {side}"
                     yield Case("layer", name, _of("timed", "layer", shape, precision, side), 120)
     for name in ("noise", "step", "allocations", "waits", "reduce_overhead"):
         yield Case("graphs", name, _of("graphs", name), 120)
-    for model in STEPS:
+    for model in steps:
         for side in STEP_SIDES:
             yield Case("steps", f"{model}: {side}", _of("timed", "step", model, side), 150)
     for op, size in ops.items():
@@ -100,7 +104,7 @@ def _cases(plan: Plan) -> Iterator[Case]:
                     name = f"{op}, N={tokens}, {dtype}: {side}"
                     yield Case("ops", name, _of("timed", "op", op, size, dtype, tokens, side), 120)
     for shape in shapes:
-        for precision in PRECISIONS:
+        for precision in precisions:
             name = f"{_title(shape)}, {precision}"
             yield Case("prediction", name, _of("predicted", "layer", shape, precision), 60)
     for name in ("divergence",) if plan.dry else TESTS:

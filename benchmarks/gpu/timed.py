@@ -8,7 +8,7 @@ import torch
 from .. import experiments, models, roofline
 from ..sides import Side
 from .case import Found, Plan
-from .clock import times
+from .clock import Run, times
 
 COMPILER = {True: "eager", False: "inductor"}  # of torch.compile, in a dry run and in a real one
 
@@ -41,8 +41,20 @@ def op(plan: Plan, name: str, size: dict[str, Any], dtype: str, tokens: int, sid
     return times(plan, run)
 
 
+def compile_step(plan: Plan, model: str) -> Found:
+    """As `compile_layer`, of a model's step."""
+    checked_step(plan, model, "triton")[0]()
+    return {}
+
+
 def step(plan: Plan, model: str, side: str) -> Found:
     """A training step under autocast to bfloat16: forward, backward, AdamW. Random weights."""
+    run, samples = checked_step(plan, model, side)
+    return times(plan, run) | {"samples": samples}
+
+
+def checked_step(plan: Plan, model: str, side: str) -> tuple[Run, int]:
+    """A step behind the gate, and the samples of its batch."""
     case = (models.TINY if plan.dry else models.CASES)[model]
     if not plan.dry:
         batch = {"vit": lambda: models.images(64), "roberta": lambda: models.sentences(32, 128)}[model]
@@ -55,5 +67,4 @@ def step(plan: Plan, model: str, side: str) -> Found:
         with torch.autocast(plan.device, torch.bfloat16):
             found.run()
 
-    samples = len(next(iter(batch.values())))
-    return times(plan, run) | {"samples": samples}
+    return run, len(next(iter(batch.values())))

@@ -19,7 +19,17 @@ def tests(plan: Plan, name: str) -> Found:
     if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("hypothesis") is None:
         return {"skipped": "pytest or hypothesis is not installed"}
     select = "triton and standard_normal" if plan.dry else "triton"
-    command = [sys.executable, "-m", "pytest", "-q", "-k", select, "-p", "no:cacheprovider", f"tests/ops/test_{name}.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-k",
+        select,
+        "-p",
+        "no:cacheprovider",
+        f"tests/ops/test_{name}.py",
+    ]
     done = _run(command, {"HYPOTHESIS_PROFILE": "few"})
     counts = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
     if done.returncode != 0 or not counts.get("passed"):
