@@ -30,7 +30,7 @@ bench: $(READY)  ## time all sides in turns, write benchmarks/results/REPORT.md;
 sanitize: $(READY)  ## the C++ kernels once more, under AddressSanitizer and UBSan (Linux, gcc; 3 minutes)
 	$(BIN)/python -m tests.tools.sanitize $(ARGS)
 
-gpu: $(READY)  ## on a GPU: whole suite, timings, prediction against measurement, one report; ARGS="--dry-run" without one
+gpu: $(READY)  ## on a GPU: right, and how fast, in one report (docs/gpu.md); ARGS="--minutes 9", "--dry-run" without a GPU
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 tables: $(READY)  ## count launches and bytes: the README's cost table, and the predictions of docs/roofline.md

@@ -1,13 +1,12 @@
 """Values and gradients of the kernels on the device, against plain PyTorch in float64 on the same numbers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import fvae_kernels as fk
 from fvae_kernels import testing
-from tests.helpers.layer_inputs import assert_layer_no_worse, layer_inputs, plain, run_layer
+from tests.helpers.layer_inputs import layer_inputs, plain, run_layer
 
 from .. import gate
 from .case import Found, Plan
@@ -28,26 +27,17 @@ def op(plan: Plan, name: str, size: dict[str, Any], dtype: str) -> Found:
 def layer(plan: Plan, name: str, masked: bool) -> Found:
     """The layer at the recipe's sizes, its five results and all gradients; `name` is a dtype or "autocast"."""
     tokens, D, M, options = (20, 12, 10, TINY) if plan.dry else (TOKENS, 768, 768, RECIPE)
-    dtype = torch.float32 if name == "autocast" else getattr(torch, name)
-
-    def inputs(seed: int) -> Any:
-        return layer_inputs((tokens,), D, M, mask=masked, dtype=dtype, device=plan.device, seed=seed, **options)
-
-    under = _autocast(plan) if name == "autocast" else lambda function: function
-    assert_layer_no_worse(inputs, under(plain), "triton", seeds=1 if plan.dry else 2, actual=under(run_layer))
+    autocast = name == "autocast"
+    dtype = torch.float32 if autocast else getattr(torch, name)
+    floor = gate.FLOOR + gate.half_roundings(torch.bfloat16 if autocast else dtype)
+    for seed in range(1 if plan.dry else 2):
+        inputs = layer_inputs((tokens,), D, M, mask=masked, dtype=dtype, device=plan.device, seed=seed, **options)
+        with torch.autocast(plan.device, torch.bfloat16, enabled=autocast):
+            actual = testing.run(run_layer, inputs, backend="triton")
+            rounded = testing.run(plain, inputs)
+        exact = testing.run(plain, testing.convert(inputs, torch.float64))
+        gate.no_worse("layer", actual, rounded, exact, floor)
     return {}
-
-
-def _autocast(plan: Plan) -> Callable[[Any], Any]:
-    def under(function: Any) -> Any:
-        def run(**inputs: Any) -> Any:
-            with torch.autocast(plan.device, torch.bfloat16):
-                y, *terms = function(**inputs)
-            return y.float(), *terms  # PyTorch's autocast rounds y, ours does not
-
-        return run
-
-    return under
 
 
 def dropout(plan: Plan) -> Found:

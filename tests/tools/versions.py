@@ -33,7 +33,8 @@ TRANSFORMERS_4 = (
 )
 NEEDED = ("transformers", "peft", "pytest", "hypothesis", "setuptools>=77,<82", "wheel", "numpy>=2")  # torch: below 82
 ALL = ("tests/ops", "tests/nn", "tests/peft", "tests/training", "tests/interop")
-PLUGIN = ("tests/peft", "tests/training", "tests/interop", "tests/nn/test_linear.py")
+TRAINER = ("tests/training/test_trainer.py", "tests/training/test_trainer_total_loss.py")
+PLUGIN = ("tests/peft", "tests/interop", "tests/nn/test_linear.py", *TRAINER)
 COMPILE = ("tests/triton/test_compile.py", "tests/triton/test_tf32.py", "-k", "not gfx942 and not sm_80 and not sm_100")
 
 
@@ -178,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed |= results[name]["failed"] != "0" or results[name]["error"] != "0"
         print(row([results[name][key] for key in HEADER]), flush=True)
         write(results)
-    print(f"the table is in {PAGE.relative_to(ROOT)}, environments and logs in {FOLDER.relative_to(ROOT)}")
+    print(f"the table is in {PAGE}, environments and logs in {FOLDER}")
     return int(failed)
 
 
