@@ -21,9 +21,12 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 if TYPE_CHECKING:
     from examples.assets import Assets
 
+os.environ.setdefault("PYTEST_TIMEOUT", "300")  # seconds a test, where pytest-timeout is installed
+
 settings.register_profile("kernels", max_examples=25, deadline=None)
 settings.register_profile("interpreted", max_examples=6, deadline=None)
-settings.load_profile("interpreted" if interpreting() else "kernels")
+settings.register_profile("few", max_examples=3, deadline=None)  # where each example is compiled for a GPU
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreted" if interpreting() else "kernels"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -42,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "not_interpreted: too slow if Triton interprets its kernels; other cases run")
     config.addinivalue_line("markers", "compat(group, row): proves a row of the table in docs/works_with.md")
+    config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, which may be missing")
 
 
 @pytest.fixture(autouse=True)

@@ -51,7 +51,16 @@ def precision(dtype: torch.dtype, products: torch.dtype | None = None) -> str:
     """Of products of float32: in another dtype where that is asked for, else as PyTorch's own are set."""
     if products is not None:
         return str(products).removeprefix("torch.")
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
+
+
+def allows_tf32() -> bool:
+    """True if PyTorch's own float32 matrix products on a GPU may use TF32, whichever way that was set.
+
+    ``torch.backends.cuda.matmul.fp32_precision`` is what PyTorch derives from the new settings, from the old ones and
+    from their order. The old ``allow_tf32`` raises once a new setting was used (PyTorch 2.9 and newer).
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def kept_tokens(mask: Tensor | None) -> Tensor | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import _raw
+from ._versions import torch_obstacle, triton_obstacle
 
 BACKENDS = ("triton", "cpp", "reference")
 
@@ -102,9 +103,9 @@ def _say_once(reason: str) -> None:
 def why_missing(backend: str) -> str | None:
     """None if `backend` can run on this machine, else the reason and what to do."""
     if backend == "cpp":
-        return _cpp_missing()
+        return torch_obstacle() or _cpp_missing()
     if backend == "triton":
-        return _triton_missing()
+        return torch_obstacle() or _triton_missing()
     return None
 
 
@@ -125,6 +126,8 @@ def _triton_missing() -> str | None:
         return (
             "there is no GPU and TRITON_INTERPRET is not set; TRITON_INTERPRET=1 runs the kernels, slowly, on the CPU"
         )
+    if (obstacle := triton_obstacle(interpreting())) is not None:
+        return obstacle
     error = _raw.load("triton")
     if error is not None:
         return f"its kernels do not load ({error})"

@@ -140,6 +140,8 @@ def load(backend: str) -> str | None:
         importlib.import_module(MODULES[backend])
     except (ImportError, OSError) as error:
         return str(error)
+    except Exception as error:  # what decorating a kernel raises in a Triton that does not know its parts
+        return f"{type(error).__name__}: {error}"
     return None
 
 

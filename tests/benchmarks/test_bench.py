@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("matplotlib")
+
 import fvae_kernels as fk
 from benchmarks import cost, experiments, gate, goals, memory, models, report, sides, stats
 from fvae_kernels import ops, reference, testing
@@ -136,10 +138,10 @@ def test_the_gate_forgives_half_precision_a_rounding_and_no_more() -> None:
     rounded = {"kl": torch.tensor(100.0)}  # by luck
     near, far = {"kl": torch.tensor(100.1)}, {"kl": torch.tensor(101.0)}
     half, full = (gate.FLOOR + gate.half_roundings(dtype) for dtype in (torch.bfloat16, torch.float32))
-    gate._no_worse("layer", near, rounded, exact, half)
+    gate.no_worse("layer", near, rounded, exact, half)
     for found, floor in ((near, full), (far, half)):
         with pytest.raises(gate.WrongKernel, match="layer differs from the reference: kl"):
-            gate._no_worse("layer", found, rounded, exact, floor)
+            gate.no_worse("layer", found, rounded, exact, floor)
 
 
 def test_the_gate_refuses_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:

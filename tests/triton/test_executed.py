@@ -12,6 +12,7 @@ from fvae_kernels import testing
 from fvae_kernels.ops import _backend, _raw
 
 pytest.importorskip("triton")
+pytest.importorskip("ttsem")
 if _backend.interpreting():
     pytest.skip("interpreted kernels do not compile", allow_module_level=True)
 
