@@ -8,9 +8,12 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
+from .reference import LOGVAR_LIMIT
+
 OBJECTIVES = ("fvae", "vae2lat", "beta_vae2lat", "symmetric")
 FUSIONS = ("concat", "average")
 ESTIMATORS = ("closed_form", "monte_carlo")
+STARTS = ("authors", "lora")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,12 @@ class FVAEConfig:
         loss_weight: lambda of (6); a number, or ``{module name pattern: number}``, where the first pattern that matches
             the end of a module's name counts.
         detach_target: no gradient flows into x as the target of the reconstruction.
+        start: parameters at the start. "authors": heads zero and B normal(0, 0.02). "lora": encoder 1's mean head as
+            PEFT starts LoRA's A, and B zero. Either way the output begins as the base layer's in eval mode; with "lora"
+            the task's gradient reaches B from the first step, as in LoRA.
+        logvar1_start: log-variance of z_1 at the start; -4 is a standard deviation of 0.14.
+        logvar1_max: upper bound of z_1's log-variance. None bounds it as every log-variance, by 20.
+        logvar1_held: z_1's log-variance stays at `logvar1_start` and is not learned.
         mask_padding: tokens that the model's attention_mask marks as padding stay out of the objective (`padding`).
         sample_at_inference: draw z_1 in eval mode too, instead of taking its mean.
 
@@ -62,6 +71,10 @@ class FVAEConfig:
     prior2_std: float = 1.0
     loss_weight: float | Mapping[str, float] = 1e-3
     detach_target: bool = False
+    start: str = "authors"
+    logvar1_start: float = 0.0
+    logvar1_max: float | None = None
+    logvar1_held: bool = False
     mask_padding: bool = True
     sample_at_inference: bool = False
 
@@ -69,12 +82,13 @@ class FVAEConfig:
         _integer("rank", self.rank, "it is the size of the latent space")
         for name in ("encoder_hidden", "decoder_hidden"):
             object.__setattr__(self, name, _sizes(name, getattr(self, name)))
-        for name in ("rslora", "separate_hidden", "detach_target", "mask_padding", "sample_at_inference"):
+        for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "True or False")
         _choice("fusion", self.fusion, FUSIONS)
         _choice("objective", self.objective, OBJECTIVES)
         _choice("gamma_estimator", self.gamma_estimator, ESTIMATORS)
+        _choice("start", self.start, STARTS)
         _number("alpha", self.alpha)
         _number("dropout", self.dropout, low=0.0, below=1.0, why="it is the probability of dropping an activation")
         _number("recon_weight", self.recon_weight, low=0.0, why="a negative weight would reward bad reconstruction")
@@ -83,6 +97,7 @@ class FVAEConfig:
         _number("prior2_std", self.prior2_std, above=0.0, why="it is a standard deviation")
         self._check_gamma()
         self._check_loss_weight()
+        self._check_logvar1()
         if self.separate_hidden and not self.encoder_hidden:
             raise _wrong(
                 "separate_hidden", True, "False where encoder_hidden=()", "there is no hidden layer to separate"
@@ -119,6 +134,25 @@ class FVAEConfig:
             except re.error as error:
                 raise _wrong("loss_weight", pattern, "a regular expression", str(error)) from None
             _number("loss_weight", value, low=0.0, why="a negative lambda would maximise the objective's loss")
+
+    def _check_logvar1(self) -> None:
+        if self.logvar1_max is not None:
+            _number("logvar1_max", self.logvar1_max, -LOGVAR_LIMIT, at_most=LOGVAR_LIMIT)
+            if self.logvar1_held:
+                raise _wrong("logvar1_max", self.logvar1_max, "None with logvar1_held=True", "logvar1_start holds it")
+        highest = LOGVAR_LIMIT if self.logvar1_max is None else self.logvar1_max
+        why = "beyond the bounds of z_1's log-variance no gradient would bring it back"
+        _number("logvar1_start", self.logvar1_start, -LOGVAR_LIMIT, at_most=highest, why=why)
+
+    @property
+    def logvar1_bounds(self) -> tuple[float, float]:
+        """z_1's log-variance is clamped to these wherever a Gaussian is made of it; held where they are equal.
+
+        The gradient passes where it lies between them, bounds included, and nowhere where they are equal.
+        """
+        if self.logvar1_held:
+            return float(self.logvar1_start), float(self.logvar1_start)
+        return -LOGVAR_LIMIT, LOGVAR_LIMIT if self.logvar1_max is None else float(self.logvar1_max)
 
     @property
     def scaling(self) -> float:
@@ -180,6 +214,7 @@ def matches(pattern: str, module_name: str) -> bool:
     return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module_name) is not None
 
 
+SWITCHES = tuple(f.name for f in fields(FVAEConfig) if f.type is bool)
 FIELDS = tuple(f.name for f in fields(FVAEConfig))
 
 
@@ -212,14 +247,16 @@ def _number(
     low: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    at_most: float | None = None,
     why: str = "",
 ) -> None:
     bounds = [
         f"{word} {bound}"
-        for word, bound in (("at least", low), ("above", above), ("below", below))
+        for word, bound in (("at least", low), ("above", above), ("below", below), ("at most", at_most))
         if bound is not None
     ]
     ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    ok = ok and (at_most is None or value <= at_most)
     ok = ok and (low is None or value >= low) and (above is None or value > above) and (below is None or value < below)
     if not ok:
         raise _wrong(name, value, " and ".join(["a finite number", *bounds]), why)

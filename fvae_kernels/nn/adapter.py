@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import FVAEConfig
 from ..ops._backend import resolve
 from ..ops.layer import draw_noise, layer
-from ..reference import Decoder, Encoder, Linears, Terms, mlp, sample
+from ..reference import Decoder, Encoder, Linears, Terms, bounded, mlp, sample
 
 
 class FVAEAdapter(nn.Module):
@@ -115,7 +115,7 @@ class FVAEAdapter(nn.Module):
         if self.config.sample_at_inference:
             h = mlp(x, self._hidden("encoder1_logvar" if self.config.separate_hidden else "encoder1"))
             logvar = F.linear(h, self.encoder1_logvar_weight, self.encoder1_logvar_bias)
-            z = sample(z, logvar, self.draw_noise(x))
+            z = sample(z, bounded(logvar, *self.config.logvar1_bounds), self.draw_noise(x))
         B = self._get("B")
         if base is None:
             return scaling * F.linear(z, B)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config import FVAEConfig
-from ..reference import Decoder, Encoder, Linears
+from ..reference import LOGVAR_LIMIT, Decoder, Encoder, Linears
 from ._checks import check_features, check_mask, check_shape, check_tensors, check_weight
 from ._raw import padded
 
@@ -78,6 +78,8 @@ def uncovered(
     """
     if config.separate_hidden:
         return "separate_hidden=True"
+    if config.logvar1_bounds != (-LOGVAR_LIMIT, LOGVAR_LIMIT):
+        return f"bounds of z_1's log-variance (they are {config.logvar1_bounds})"
     if any(eps.requires_grad for eps in noise):
         return "a gradient of the noise"
     first, *others = (name for name, t in tensors.items() if t is not None)
