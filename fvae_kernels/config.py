@@ -14,6 +14,7 @@ OBJECTIVES = ("fvae", "vae2lat", "beta_vae2lat", "symmetric")
 FUSIONS = ("concat", "average")
 ESTIMATORS = ("closed_form", "monte_carlo")
 STARTS = ("authors", "lora")
+AUTHORS_TASK_WEIGHT = 1000  # of the task loss, beside the mean of the objective over layers
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class FVAEConfig:
         prior2_mean: mean of every entry of p_2.
         prior2_std: standard deviation of every entry of p_2.
         loss_weight: lambda of (6); a number, or ``{module name pattern: number}``, where the first pattern that matches
-            the end of a module's name counts.
+            the end of a module's name counts. None is the authors' ``1 / (1000 * adapted layers)``.
         detach_target: no gradient flows into x as the target of the reconstruction.
         start: parameters at the start. "authors": heads zero and B normal(0, 0.02). "lora": encoder 1's mean head as
             PEFT starts LoRA's A, and B zero. Either way the output begins as the base layer's in eval mode; with "lora"
@@ -69,7 +70,7 @@ class FVAEConfig:
     gamma_estimator: str = "closed_form"
     prior2_mean: float = 1.5
     prior2_std: float = 1.0
-    loss_weight: float | Mapping[str, float] = 1e-3
+    loss_weight: float | Mapping[str, float] | None = None
     detach_target: bool = False
     start: str = "authors"
     logvar1_start: float = 0.0
@@ -123,6 +124,8 @@ class FVAEConfig:
 
     def _check_loss_weight(self) -> None:
         weight: Any = self.loss_weight
+        if weight is None:
+            return
         table = weight if isinstance(weight, Mapping) else {".*": weight}
         if not table:
             raise _wrong("loss_weight", weight, "a number or a table with at least one pattern")
@@ -186,8 +189,10 @@ class FVAEConfig:
                 stacklevel=2,
             )
 
-    def loss_weight_for(self, module_name: str) -> float:
-        """lambda of (6) for the layer called `module_name`."""
+    def loss_weight_for(self, module_name: str, layers: int = 1) -> float:
+        """lambda of (6) for the layer called `module_name`, one of so many adapted `layers`."""
+        if self.loss_weight is None:
+            return 1 / (AUTHORS_TASK_WEIGHT * layers)
         if not isinstance(self.loss_weight, Mapping):
             return float(self.loss_weight)
         for pattern, value in self.loss_weight.items():

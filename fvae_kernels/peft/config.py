@@ -59,7 +59,7 @@ class FVAELoraConfig(PeftConfig):
     gamma_estimator: str = _option("gamma_estimator")
     prior2_mean: float = _option("prior2_mean")
     prior2_std: float = _option("prior2_std")
-    loss_weight: float | Mapping[str, float] = _option("loss_weight")
+    loss_weight: float | Mapping[str, float] | None = _option("loss_weight")
     detach_target: bool = _option("detach_target")
     start: str = _option("start")
     logvar1_start: float = _option("logvar1_start")

@@ -33,7 +33,7 @@ WRONG = {
     "gamma_estimator": (["mc", None], "expected one of 'closed_form', 'monte_carlo'"),
     "prior2_mean": ([NAN, -INF, "1.5", None, False], FINITE),
     "prior2_std": ([0.0, -1.0, NAN, "1", None, True], "expected a finite number and above 0.0"),
-    "loss_weight": ([-1e-3, NAN, INF, "1", None, True], NOT_NEGATIVE),
+    "loss_weight": ([-1e-3, NAN, INF, "1", True], NOT_NEGATIVE),
     "detach_target": ([0, 1, "yes", None], SWITCH),
     "start": (["peft", "", None, "LoRA"], "expected one of 'authors', 'lora'"),
     "logvar1_start": (
