@@ -142,7 +142,7 @@ def effective_rank(mean: Tensor, B: Tensor, mask: Tensor | None = None) -> float
     """
     energies = _energies(mean, B, mask)
     total, squares = energies.trace(), (energies * energies.T).sum()
-    return float(total.square() / squares) if squares > 0 else 0.0
+    return 0.0 if squares == 0 else float(total.square() / squares)
 
 
 def token_independent_share(mean: Tensor, B: Tensor, mask: Tensor | None = None) -> float:
@@ -155,7 +155,7 @@ def token_independent_share(mean: Tensor, B: Tensor, mask: Tensor | None = None)
     """
     total = _energies(mean, B, mask).trace()
     alike = (widen(B).double() @ kept(mean, mask).double().mean(0)).square().sum()
-    return float(alike / total) if total > 0 else 0.0
+    return 0.0 if total == 0 else float(alike / total)
 
 
 def linear_probe(fit: Tensor, fit_targets: Tensor, test: Tensor, test_targets: Tensor, ridge: float = 1.0) -> float:

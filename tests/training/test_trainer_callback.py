@@ -21,6 +21,7 @@ from tests.helpers.trainer_tools import QUIET, STEPS, Rows, adapted, trainer_of
 VALUES = {
     *("loss", "nll", "kl", "gamma"),
     *("Lambda", "Delta", "Gamma", "W2_squared", "delta_bound", "active_units_z1", "active_units_z2"),
+    *("signal_to_noise", "effective_rank", "token_independent"),
 }
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
