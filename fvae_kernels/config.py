@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
+from .presets import preset
 from .reference import LOGVAR_LIMIT
 
 OBJECTIVES = ("fvae", "vae2lat", "beta_vae2lat", "symmetric")
@@ -104,6 +105,17 @@ class FVAEConfig:
                 "separate_hidden", True, "False where encoder_hidden=()", "there is no hidden layer to separate"
             )
 
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> "FVAEConfig":
+        """A config by name: "paper", "authors" or "default" (docs/recipes.md), with other `options` where given.
+
+            fk.FVAEConfig.preset("paper", rank=8, kl_weight=10.0)
+
+        Raises:
+            ValueError: for an unknown name, or a value out of range.
+        """
+        return cls(**{**preset(name, options.get("rank", cls.rank)), **options})
+
     def _check_gamma(self) -> None:
         weight: Any = self.gamma_weight
         if isinstance(weight, (tuple, list)):
@@ -174,17 +186,20 @@ class FVAEConfig:
         return not self.encoder_hidden and not self.sample_at_inference
 
     def warn_if_unheld(self) -> None:
-        """Warn where the objective (4) puts no bound on the variance of z_1.
+        """Warn where the objective (4) puts no bound on the scale of z_1.
 
         The terms of one latent entry are ``beta/2 (mean^2 + var - 1 - logvar) - delta/2 (mean^2 + var)``: the pull
         towards zero that KL has, Gamma takes back. Their minimum is at ``var = beta / (beta - delta)``, and there is
-        none unless beta is above delta.
+        none unless beta is above delta. Where the log-variance is held, the mean alone is left, which is pushed away
+        where beta is below delta.
         """
         delta = self.gamma_weights[1]
-        if self.objective == "fvae" and self.kl_weight <= delta and delta > 0:
+        unheld = self.kl_weight < delta if self.logvar1_held else self.kl_weight <= delta
+        if self.objective == "fvae" and unheld and delta > 0:
+            grows = "mean" if self.logvar1_held else "variance"
             warnings.warn(
                 f"kl_weight={self.kl_weight:g} is not above gamma_weight={delta:g}: Gamma then cancels what KL does to "
-                "the scale of z_1, and its variance can grow without end. The paper advises kl_weight in 1..10 with "
+                f"the scale of z_1, and its {grows} can grow without end. The paper advises kl_weight in 1..10 with "
                 "gamma_weight=1; its code trains with kl_weight=1, gamma_weight=2/rank",
                 stacklevel=2,
             )

@@ -8,6 +8,7 @@ from typing import Any
 from peft.config import PeftConfig
 
 from ..config import FIELDS, FVAEConfig
+from ..presets import preset
 from .files import read_adapter
 
 METHOD = "fvae"
@@ -87,6 +88,18 @@ class FVAELoraConfig(PeftConfig):
                 f"file comes from newer ones. It has: {sorted(known)}"
             )
         return super().__new__(cls)
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> "FVAELoraConfig":
+        """A config by name: "paper", "authors" or "default" (docs/recipes.md), with other `options` where given.
+
+            fk.FVAELoraConfig.preset("paper", r=8, task_type="SEQ_CLS", target_modules=["query", "value"])
+
+        Raises:
+            ValueError: for an unknown name, or a value out of range.
+            TypeError: for an unknown option.
+        """
+        return cls(**{**preset(name, options.get("r", DEFAULT.rank)), **options})
 
     def __getnewargs__(self) -> tuple[()]:
         return ()
