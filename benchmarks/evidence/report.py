@@ -8,27 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.report import interval
+
 from . import records
 from .methods import METHODS
 
 SCORES = ("average", "worst", "minority")
-# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
-STUDENT = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-)
 CHANCE = 0.95 * math.log(2)  # a task loss in the last third above this has stayed at chance
 
 Runs = Mapping[int, Mapping[str, Any]]  # by seed
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and the bounds of its 95 % t interval; infinite for a single value."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return mean, -math.inf, math.inf
-    half = STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
 
 
 def by_setting(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], dict[str, dict[int, Mapping[str, Any]]]]:

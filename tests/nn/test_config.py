@@ -56,7 +56,11 @@ INSIDE = [  # options, the part that is wrong, what the error must say besides
     ({"objective": "vae2lat", WEIGHT: 0.5}, "gamma_weight=0.5", "the default 1.0 (or 0.0) with objective='vae2lat'"),
     ({"objective": "symmetric", WEIGHT: (1.0, 0.0)}, "gamma_weight=(1.0, 0.0)", "with objective='symmetric'"),
     ({"objective": "vae2lat", "kl_weight": 2.0}, "kl_weight=2.0", "expected 1.0 with objective='vae2lat'"),
-    ({"logvar1_max": -1.0}, "logvar1_start=0.0", "at most -1.0 (beyond the bounds of z_1's log-variance no gradient"),
+    (
+        {"logvar1_max": -1.0, "logvar1_start": 0.0, "logvar1_held": False},
+        "logvar1_start=0.0",
+        "at most -1.0 (beyond the bounds of z_1's log-variance no gradient",
+    ),
     ({"logvar1_max": 0.0, "logvar1_held": True}, "logvar1_max=0.0", "expected None with logvar1_held=True"),
     ({"loss_weight": {}}, "loss_weight={}", "a table with at least one pattern"),
     ({"loss_weight": {1: 1.0}}, "loss_weight={1: 1.0}", "a table whose keys are strings"),
@@ -94,17 +98,17 @@ def test_bounds_that_are_allowed():
     FVAEConfig(
         rank=1, dropout=0.0, recon_weight=0, kl_weight=0, gamma_weight=0, loss_weight=0, alpha=-1, prior2_mean=-3
     )
-    FVAEConfig(objective="vae2lat", gamma_weight=(0.0, 0.0))
+    FVAEConfig(objective="vae2lat", kl_weight=1.0, gamma_weight=(0.0, 0.0))
     FVAEConfig(encoder_hidden=(), decoder_hidden=())
 
 
 @pytest.mark.parametrize(
     ("options", "bounds"),
     [
-        ({}, (-20, 20)),
-        ({"logvar1_start": -4}, (-20, 20)),
-        ({"logvar1_start": -4, "logvar1_max": -2}, (-20, -2)),
-        ({"logvar1_start": -4, "logvar1_held": True}, (-4, -4)),
+        ({}, (-4, -4)),
+        ({"logvar1_start": -2, "logvar1_held": True}, (-2, -2)),
+        ({"logvar1_start": 1, "logvar1_held": False}, (-20, 20)),
+        ({"logvar1_start": -4, "logvar1_max": -2, "logvar1_held": False}, (-20, -2)),
     ],
 )
 def test_bounds_of_the_log_variance_of_z1(options, bounds):
@@ -133,7 +137,7 @@ def test_scaling(rank, alpha, rslora, s):
 
 def test_mergeable():
     assert FVAEConfig(encoder_hidden=()).mergeable
-    assert not FVAEConfig().mergeable
+    assert not FVAEConfig(encoder_hidden=(16,)).mergeable
     assert not FVAEConfig(encoder_hidden=(), sample_at_inference=True).mergeable
 
 

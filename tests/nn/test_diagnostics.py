@@ -1,5 +1,6 @@
 """diagnostics.py: equation (5) and its bound as properties, and the terms that it reports of a model."""
 
+import dataclasses
 import math
 
 import pytest
@@ -149,7 +150,7 @@ class TestActiveUnits:
         assert diagnostics.active_units(torch.ones(0, 3)) == 0
 
     def test_a_fresh_layer_has_none(self):
-        layer = fk.FusedFVAELinear(nn.Linear(6, 5), CFG)
+        layer = fk.FusedFVAELinear(nn.Linear(6, 5), dataclasses.replace(CFG, start="authors"))
         assert [diagnostics.active_units(mean) for mean in layer.posterior_means(torch.randn(9, 6))] == [0, 0]
 
 

@@ -9,6 +9,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal, kl_dive
 
 from fvae_kernels import FVAEConfig, reference
 from fvae_kernels.nn.adapter import FVAEAdapter
+from tests.helpers.recipe import AUTHORS
 
 D, M, R, N = 5, 4, 3, 7
 PRIORS = [(0.0, 1.0), (1.5, 1.0), (-2.0, 0.5), (0.3, 3.0)]
@@ -100,8 +101,8 @@ class TestReconstruct:
 
 def make(dtype=torch.float64, seed=0, **options):
     """An adapter with random parameters, x and noise. FVAEAdapter only names and groups them here."""
-    options = {"rank": R, "alpha": 4.0, "encoder_hidden": (6,), "decoder_hidden": (7,), "dropout": 0.0, **options}
-    config = FVAEConfig(**options)
+    shape = {"rank": R, "alpha": 4.0, "encoder_hidden": (6,), "decoder_hidden": (7,), "dropout": 0.0}
+    config = FVAEConfig(**{**AUTHORS, **shape, **options})
     adapter = FVAEAdapter(D, M, config, dtype=dtype)
     with torch.no_grad():
         for i, parameter in enumerate(adapter.parameters()):
@@ -208,7 +209,7 @@ def test_layer_is_the_equations_with(options):
 
 
 LOGVAR1 = {
-    "bounded": {"logvar1_start": -0.2, "logvar1_max": -0.2},
+    "bounded": {"logvar1_start": -0.2, "logvar1_max": -0.2, "logvar1_held": False},
     "held": {"logvar1_start": -0.5, "logvar1_held": True},
 }
 
