@@ -221,10 +221,12 @@ LOGVAR1 = {
 def test_layer_is_the_equations_with_bounds(objective, logvar1, encoder_hidden, separate, estimator):
     shape = {"encoder_hidden": encoder_hidden, "separate_hidden": bool(separate), "gamma_estimator": estimator}
     adapter, x, noise = make(objective=objective, **shape, **LOGVAR1[logvar1], **OBJECTIVES[objective])
+    leaves = dict(adapter.named_parameters())
+    for leaf in leaves.values():
+        leaf.requires_grad_()  # those of a held log-variance too, whose gradient is zero
     ours, theirs = run(adapter, x, noise), by_the_equations(dict(adapter.named_parameters()), adapter.config, x, noise)
     equal(ours[0], theirs[0])
     equal(tuple(ours[1]), tuple(theirs[1]))
-    leaves = dict(adapter.named_parameters())
     grads = [torch.autograd.grad(t.loss + (y * y.detach()).sum(), list(leaves.values())) for y, t in (ours, theirs)]
     equal(*grads, tolerance=1e-10)
     head = dict(zip(leaves, grads[0], strict=True))["encoder1_logvar_weight"]
