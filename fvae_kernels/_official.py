@@ -81,6 +81,9 @@ def config_from_official(settings: Mapping[str, Any]) -> FVAEConfig:
         gamma_estimator="monte_carlo",
         prior2_mean=_get(given, "z2_latent_mean", "z2_mean", default=1.5),
         loss_weight=weight,
+        start="authors",
+        logvar1_start=0.0,
+        logvar1_held=False,
     )
 
 

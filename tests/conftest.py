@@ -21,7 +21,7 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 if TYPE_CHECKING:
     from examples.assets import Assets
 
-os.environ.setdefault("PYTEST_TIMEOUT", "300")  # seconds a test, where pytest-timeout is installed
+os.environ.setdefault("PYTEST_TIMEOUT", "1800")  # seconds, for what hangs: a slow machine may take its time
 
 settings.register_profile("kernels", max_examples=25, deadline=None)
 settings.register_profile("interpreted", max_examples=6, deadline=None)

@@ -14,10 +14,11 @@ from transformers import Trainer, TrainingArguments
 
 import fvae_kernels as fk
 from fvae_kernels.nn.adapter import FVAEAdapter
+from tests.helpers.recipe import SMALL_NETWORKS
 from tests.helpers.tiny_models import TARGETS, Regressor, batch, build
 from tests.helpers.total_loss import by_hand
 
-OPTIONS = {"encoder_hidden": (5,), "decoder_hidden": (7,), "dropout": 0.0, "kl_weight": 2.0, "loss_weight": 0.01}
+OPTIONS = {**SMALL_NETWORKS, "kl_weight": 2.0, "loss_weight": 0.01}
 SIZE = 4  # samples in the batch of both ranks together
 Batch = dict[str, Tensor]
 

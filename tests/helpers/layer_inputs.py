@@ -9,8 +9,9 @@ from fvae_kernels import reference, testing
 from fvae_kernels.ops._checks import token_flags
 from fvae_kernels.ops._layer_inputs import Options, Tensors
 from fvae_kernels.ops.layer import flat_parameters, layer
+from tests.helpers.recipe import AUTHORS
 
-SMALL = {"rank": 3, "encoder_hidden": (5,), "decoder_hidden": (6,), "dropout": 0.0, "prior2_std": 0.8}
+SMALL = {**AUTHORS, "rank": 3, "encoder_hidden": (5,), "decoder_hidden": (6,), "dropout": 0.0, "prior2_std": 0.8}
 
 
 def layer_inputs(lead=(5,), D=7, M=6, bias=True, mask=False, dtype=torch.float64, device="cpu", seed=0, **options):

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 import fvae_kernels as fk
+from tests.helpers.recipe import SMALL_NETWORKS
 
-SMALL = {"rank": 3, "encoder_hidden": (5,), "decoder_hidden": (7,), "dropout": 0.0}
+SMALL = {**SMALL_NETWORKS, "rank": 3}
 
 
 def config(**options: Any) -> fk.FVAEConfig:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 import fvae_kernels as fk
 from fvae_kernels.nn.adapter import FVAEAdapter
+from tests.helpers.recipe import SMALL_NETWORKS
 from tests.helpers.tiny_models import TARGETS, batch, build
 
-OPTIONS = {"encoder_hidden": (5,), "decoder_hidden": (7,), "dropout": 0.0, "kl_weight": 2.0, "loss_weight": 0.05}
+OPTIONS = {**SMALL_NETWORKS, "kl_weight": 2.0, "loss_weight": 0.05}
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 

@@ -4,6 +4,7 @@ import torch
 
 from fvae_kernels import FVAEConfig, reference
 from fvae_kernels.nn.adapter import FVAEAdapter
+from tests.helpers.recipe import AUTHORS
 
 D, M, R, N = 5, 4, 3, 7
 
@@ -22,8 +23,8 @@ def equal(ours, theirs, tolerance=1e-12):
 
 def make(dtype=torch.float64, seed=0, **options):
     """An adapter with random parameters, x and noise. FVAEAdapter only names and groups them here."""
-    options = {"rank": R, "alpha": 4.0, "encoder_hidden": (6,), "decoder_hidden": (7,), "dropout": 0.0, **options}
-    config = FVAEConfig(**options)
+    shape = {"rank": R, "alpha": 4.0, "encoder_hidden": (6,), "decoder_hidden": (7,), "dropout": 0.0}
+    config = FVAEConfig(**{**AUTHORS, **shape, **options})
     adapter = FVAEAdapter(D, M, config, dtype=dtype)
     with torch.no_grad():
         for i, parameter in enumerate(adapter.parameters()):

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from fvae_kernels.ops._layer_support import objective_table
 
 import fvae_kernels as fk
 from fvae_kernels import testing
-from fvae_kernels.ops._layer_support import objective_table
 from fvae_kernels.ops._raw import RAW
 from tests.helpers.layer_inputs import layer_inputs, plain, run_layer
 from tests.helpers.philox import philox
@@ -179,7 +179,7 @@ def test_manual_seed_repeats_and_another_does_not(backend, device):
 @pytest.mark.parametrize("use_reentrant", [pytest.param(True, marks=not_interpreted), False])
 def test_checkpoint_recomputes_the_same(backend, device, use_reentrant):
     torch.manual_seed(0)
-    config = fk.FVAEConfig(rank=4, encoder_hidden=(8,), decoder_hidden=(8,), dropout=0.4)
+    config = fk.FVAEConfig.preset("paper", rank=4, encoder_hidden=(8,), decoder_hidden=(8,), dropout=0.4)
     layer = fk.FusedFVAELinear.from_linear(torch.nn.Linear(6, 5), config).double().to(device).train()
     for parameter in layer.adapter.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))

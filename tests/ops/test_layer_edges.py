@@ -76,7 +76,7 @@ def test_frozen_inputs_get_no_gradient(backend, device, trained):
 def test_saved_for_backward_at_the_recipe(backend, device, N):
     if backend == "reference":
         pytest.skip("autograd keeps what it needs")
-    adapter = FVAEAdapter(768, 768, fk.FVAEConfig(), device=device)
+    adapter = FVAEAdapter(768, 768, fk.FVAEConfig.preset("paper"), device=device)
     x = torch.randn(N, 768, device=device, requires_grad=True)
     saved = {}
     with (
@@ -172,8 +172,8 @@ def test_explain_says_which_path_and_why(backend):
     if backend != "cpp":
         pytest.skip("it explains every backend; once is enough")
     linear = torch.nn.Linear(8, 8)
-    fused = fk.FusedFVAELinear.from_linear(linear, fk.FVAEConfig())
-    separate = fk.FusedFVAELinear.from_linear(linear, fk.FVAEConfig(separate_hidden=True))
+    fused = fk.FusedFVAELinear.from_linear(linear, fk.FVAEConfig.preset("paper"))
+    separate = fk.FusedFVAELinear.from_linear(linear, fk.FVAEConfig.preset("paper", separate_hidden=True))
     assert explain(fused).startswith("adapter: training runs the fused kernels of 'cpp'")
     assert "the smaller ops of 'cpp'" in explain(separate)
     assert "does not cover separate_hidden=True" in explain(separate)

@@ -52,7 +52,7 @@ def test_ops(op: str, backend: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_training_steps(device: str) -> None:
     net = nn.Sequential(nn.Linear(24, 32, device=device), nn.ReLU(), nn.Linear(32, 3, device=device))
-    fk.replace_linears(net, fk.FVAEConfig(rank=3), target_modules=["0", "2"])
+    fk.replace_linears(net, fk.FVAEConfig.preset("paper", rank=3), target_modules=["0", "2"])
     x, labels = torch.randn(5, 24, device=device), torch.randn(5, 3, device=device)
     with NoWaiting():
         for _ in range(2):

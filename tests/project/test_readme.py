@@ -9,6 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 import fvae_kernels as fk
 from tests import ROOT
+from tests.helpers.recipe import SMALL_NETWORKS
 
 CONTINUES = "continues"
 
@@ -60,7 +61,7 @@ def test_the_index_has_every_page() -> None:
 
 def test_the_six_lines_are_the_layer() -> None:
     torch.manual_seed(0)
-    config = fk.FVAEConfig(rank=3, encoder_hidden=(5,), decoder_hidden=(7,), dropout=0.0, gamma_estimator="monte_carlo")
+    config = fk.FVAEConfig(**SMALL_NETWORKS, rank=3, gamma_estimator="monte_carlo")
     layer = fk.FusedFVAELinear.from_linear(torch.nn.Linear(6, 4).double(), config)
     adapter, x = layer.adapter, torch.randn(9, 6).double()
     with torch.no_grad():

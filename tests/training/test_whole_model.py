@@ -82,7 +82,10 @@ def bytes_per_token_and_layer(backend: str) -> float:
     for adapters in (False, True):
         model = build("vit", hidden_size=64)
         if adapters:
-            assert len(fk.replace_linears(model, fk.FVAEConfig(), target_modules=["q_proj", "v_proj"])) == layers
+            assert (
+                len(fk.replace_linears(model, fk.FVAEConfig.preset("paper"), target_modules=["q_proj", "v_proj"]))
+                == layers
+            )
         model.requires_grad_(True)  # so that the plain model keeps the inputs of its layers as well
         with fk.use_backend(backend):
             counts.append(kept(model.train(), inputs))

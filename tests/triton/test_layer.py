@@ -21,12 +21,12 @@ if not interpreting():
 
 import triton
 import triton.language as tl
+from fvae_kernels._triton.layer.host import split
 
 from fvae_kernels._triton import LAUNCHERS, _random
 from fvae_kernels._triton.layer import (
     mean as layer_mean,
 )
-from fvae_kernels._triton.layer.host import split
 from tests.tools.triton.meter import Meter
 from tests.tools.triton.strict import strict
 
@@ -34,7 +34,7 @@ from tests.tools.triton.strict import strict
 
 
 def recipe(D, sizes, rank):
-    config = fk.FVAEConfig(rank=rank, encoder_hidden=(16,), decoder_hidden=sizes, kl_weight=2.0)
+    config = fk.FVAEConfig.preset("paper", rank=rank, decoder_hidden=sizes)
     return fk.FusedFVAELinear.from_linear(torch.nn.Linear(D, D), config).train()
 
 
@@ -175,7 +175,7 @@ def test_compiles_in_one_graph_through_the_module():
     ids=str,
 )
 def test_too_wide_is_said(options, why):
-    layer = fk.FusedFVAELinear.from_linear(torch.nn.Linear(6, 5), fk.FVAEConfig(kl_weight=2.0, **options)).train()
+    layer = fk.FusedFVAELinear.from_linear(torch.nn.Linear(6, 5), fk.FVAEConfig.preset("paper", **options)).train()
     with fk.use_backend("triton"):
         assert re.search(why, explain(layer))
         with pytest.raises(fk.BackendUnavailable, match=why):

@@ -40,7 +40,7 @@ def metered(N, D, M, config):
 
 @pytest.mark.parametrize(("shape", "options"), CASES, ids=str)
 def test_bytes_of_every_launch(shape, options):
-    layer_of = fused.Layer(*shape, fk.FVAEConfig(**options, dropout=0.1, kl_weight=2.0))
+    layer_of = fused.Layer(*shape, fk.FVAEConfig.preset("paper", **options))
     launched, operators, saved = metered(*shape, layer_of.config)
     expected = {one.name: one.bytes for one in fused.launches(layer_of)}
     drawn = [one.bytes for one in operators if "randint" in one.name]
@@ -58,7 +58,7 @@ def test_budget_at_the_recipe():
 
 def test_flops_of_every_launch():
     """For sizes that blocks divide: the meter counts masked lanes too."""
-    config = fk.FVAEConfig(rank=16, encoder_hidden=(16,), decoder_hidden=(32, 64, 32), dropout=0.1, kl_weight=2.0)
+    config = fk.FVAEConfig.preset("paper", decoder_hidden=(32, 64, 32))
     launched, _, _ = metered(64, 64, 32, config)
     expected = {one.name: one.flops for one in fused.launches(fused.Layer(64, 64, 32, config)) if one.flops}
     assert {name: one.flops for name, one in launched.items() if one.flops} == expected

@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
