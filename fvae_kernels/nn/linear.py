@@ -67,10 +67,9 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
             return self._modules["base_layer"](x)  # type: ignore[misc]  # not self.base_layer, which takes longer to find
         check_input(x, self.in_features)
         y = self.base_layer(x)
-        if not self.training:
-            return self.adapter.infer(x.to(self.adapter.B.dtype), base=y)
-        y, terms = self.adapter(x, mask=self.token_mask(x, self.config), base=y)
-        return self.inject(y, terms, self.loss_weight)
+        if self.training and self.adapter.trained():
+            return self.train_call(self.adapter, x, y, self.loss_weight)
+        return self.infer_call(self.adapter, x.to(self.adapter.B.dtype), y)
 
     def forward_with_terms(
         self, x: Tensor, noise: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None

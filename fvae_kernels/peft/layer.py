@@ -73,11 +73,10 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
             if name not in adapters:
                 continue
             adapter = adapters[name]
-            if self.training and not (adapter.inference_only and not adapter.B.requires_grad):
-                y, terms = adapter(x, mask=self.token_mask(x, adapter.config), base=y)
-                y = self.inject(y, terms, self.fvae_loss_weight[name])
+            if self.training and adapter.trained():
+                y = self.train_call(adapter, x, y, self.fvae_loss_weight[name])
             else:
-                y = adapter.infer(self._cast_input_dtype(x, adapter.B.dtype), base=y)
+                y = self.infer_call(adapter, self._cast_input_dtype(x, adapter.B.dtype), y)
         return y
 
     def posterior_means(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..diagnostics import active_units, collect_terms, latent_geometry, posteriors
 from ..nn.adapter import FVAEAdapter
-from .aux_loss import AuxLossLayer, aux_loss_layers, in_backward
+from .aux_loss import AuxLossLayer, aux_loss_layers
+from .recompute import in_backward
 from .trainer import check_trainer
 
 Values = dict[str, float]
