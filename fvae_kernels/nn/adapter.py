@@ -4,6 +4,7 @@ Every parameter is registered on this module itself, never on a child. PEFT stri
 where it stands last or second to last (``...fvae_adapter.<adapter>.<parameter>``), so a nested layout loses weights.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -49,7 +50,7 @@ class FVAEAdapter(nn.Module):
         if not inference_only:
             config.warn_if_unheld()
         self.in_features, self.out_features = in_features, out_features
-        self.config, self.inference_only = config, inference_only
+        self.config, self.inference_only, self.alpha = config, inference_only, config.alpha
         for name, shape in parameter_shapes(in_features, out_features, config):
             if inference_only and not is_served(name, config):
                 continue
@@ -106,6 +107,10 @@ class FVAEAdapter(nn.Module):
         plain = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         backend = "reference" if plain else None  # torch.func differentiates PyTorch, not kernels
         return layer(x, *parameters, self.config, noise, dropout, mask, base=base, backend=backend)
+
+    def set_scale(self, scale: float) -> None:
+        """Multiply the update by `scale`, from what the adapter was made with."""
+        self.config = dataclasses.replace(self.config, alpha=self.alpha * scale)
 
     def trained(self) -> bool:
         """Whether any of its parameters is. A replica's, of DataParallel, are plain tensors, and count as trained."""

@@ -6,9 +6,9 @@ the task loss itself, graph and all, where the model returns it (`hooks`) or the
 whatever happens to that loss happens to them. Two kinds of terms cannot be added, and are injected into the backward of
 their layer's output instead (`InjectAuxLoss`):
 
-- those that nobody attached to a loss, with weight 1 and a warning;
-- those inside a reentrant checkpoint, whose graph is made in the backward. A probe on the loss (`ProbeLoss`), which the
-  same backward reaches first, then notes the weight d(root) / d(task loss) for them.
+- those whose loss takes no part in the backward, or that have none, with weight 1 and a warning;
+- those inside a reentrant checkpoint, whose graph is made in the backward. The total loss (`TotalLoss`), which the same
+  backward reaches first, notes the weight d(root) / d(task loss) for them.
 """
 
 import warnings
@@ -86,20 +86,22 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-class ProbeLoss(torch.autograd.Function):
-    """Identity on the scalar loss; its backward hands d(root) / d(task loss), times `share`, to `note`."""
+class TotalLoss(torch.autograd.Function):
+    """``loss + share * objective``; its backward hands d(root) / d(task loss), times `share`, to `note`."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, note: Any, share: Tensor | float) -> Tensor:
-        """`share` is the weight of the layers' terms relative to this loss."""
-        ctx.note, ctx.share = note, share
-        return loss.view_as(loss)
+    def forward(ctx: Any, loss: Tensor, objective: Tensor, share: Tensor | float, note: Any) -> Tensor:
+        """`note` says whether the objective takes part in this backward."""
+        ctx.share, ctx.note, ctx.like = share, note, (objective.dtype, objective.device)
+        return loss + (share * objective).to(loss)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         """The backward is known by the number of its graph task."""
-        ctx.note(torch._C._current_graph_task_id(), (grad_loss.detach() * ctx.share).sum())
-        return grad_loss, None, None
+        weight = (grad * ctx.share).sum()
+        takes_part = ctx.note(torch._C._current_graph_task_id(), weight.detach())
+        dtype, device = ctx.like
+        return grad, weight.to(device=device, dtype=dtype) if takes_part else None, None, None
 
 
 class LayerKey:
@@ -150,6 +152,9 @@ class AuxLossLayer:
         if local.masks:
             return stated_flags(local.masks[-1], x, self.aux_key)
         forward = current()
+        if forward is None and local.traced is not None and in_backward():  # a checkpoint in a compiled forward
+            forward = Forward(grad=True)
+            forward.scopes.append(local.traced)
         return None if forward is None else forward.token_mask(self.aux_key, x)
 
     def inject(self, out: Tensor, terms: Terms, loss_weight: float) -> Tensor:
@@ -199,7 +204,7 @@ def _injected(forward: Forward | None, out: Tensor, loss: Tensor, call: Call) ->
         forward = owner = Forward(grad=True)
         forward.inherited = inherited([call.key])
         PENDING.add(forward)
-    call.fixed = forward.inherited
+    call.fixed, call.state = forward.inherited, forward.state
     forward.calls.append(call)
     forward.recomputed = forward.recomputed or call.checkpointed
     forward.pending.append((call, call.loss_weight, loss))
@@ -221,19 +226,20 @@ def _injected_again(out: Tensor, loss: Tensor, repeats: Call) -> Tensor:
     forward, call = found[0], Call(repeats.key, repeats.loss_weight, None)
     task = torch._C._current_graph_task_id()
     call.fixed = forward.weights.get(task, forward.inherited)
-    call.armed = call.fixed is not None or not forward.attached
+    call.armed = call.fixed is not None or not forward.state.entered
     if call.fixed is None and call.armed:  # nobody attached it: weight 1, in the first backward alone
         if repeats.task not in (None, task):
             return out
         if repeats.task is None:
             _warn_unprobed()
-        repeats.task, call.fixed = task, loss.new_ones(())
+        repeats.task, forward.state.injected, call.fixed = task, True, loss.new_ones(())
     return InjectAuxLoss.apply(out, loss, call, None)
 
 
 def _compiled(forward: Forward | None, out: Tensor, loss: Tensor) -> Tensor:
     if forward is None:
         return InjectAuxLossOnce.apply(out, loss)
+    forward.compiled = True
     forward.pending.append((None, 1.0, loss))
     return out
 
@@ -295,9 +301,7 @@ def attached(model: nn.Module, loss: Tensor, weight: Tensor | float) -> Tensor |
         return loss
     if not values:
         return None
-    if loss.requires_grad and torch.is_grad_enabled():
-        loss = ProbeLoss.apply(loss, _InBackward(keys), weight)
-    return loss + (weight * weighted_sum([(w, value) for _, w, value in values])).to(loss)
+    return TotalLoss.apply(loss, weighted_sum([(w, value) for _, w, value in values]), weight, _InBackward(keys))
 
 
 def attach_forward(forward: Forward, loss: Tensor, share: Tensor | float, keys: list[Any] | None = None) -> Tensor:
@@ -306,17 +310,27 @@ def attach_forward(forward: Forward, loss: Tensor, share: Tensor | float, keys: 
     values = [(w, value) for key, w, value in forward.values if keys is None or key in keys]
     if not (held or values):
         return loss
-    if values and forward.grad and loss.requires_grad and not torch.compiler.is_compiling():
-        loss = ProbeLoss.apply(loss, forward.weights.__setitem__, share)
     total = weighted_sum([(w, term) for _, w, term in held] + values)
     for call, _, _ in held:
         if call is not None:
             call.attached = True
-    forward.attached = True
     gone = set(map(id, held))
     forward.pending = [entry for entry in forward.pending if id(entry) not in gone]
     forward.values = [entry for entry in forward.values if keys is not None and entry[0] not in keys]
-    return loss + (share * total).to(loss)
+    if torch.compiler.is_compiling() or transformed():
+        return loss + (share * total).to(loss)
+    return TotalLoss.apply(loss, total, share, _Note(forward))
+
+
+class _Note:
+    """Notes the weight of a forward's terms. They take no part if they went in before, without this loss."""
+
+    def __init__(self, forward: Forward) -> None:
+        self.state, self.weights = forward.state, forward.weights
+
+    def __call__(self, task: int, weight: Tensor) -> bool:
+        self.state.entered, self.weights[task] = True, weight
+        return not self.state.injected
 
 
 def weighted_sum(terms: list[tuple[float, Tensor]]) -> Tensor:
@@ -352,9 +366,10 @@ class _InBackward:
     def __init__(self, keys: list[Any]) -> None:
         self.keys = set(map(id, keys))
 
-    def __call__(self, task: int, weight: Tensor) -> None:
+    def __call__(self, task: int, weight: Tensor) -> bool:
         _inside[task] = self.keys, weight
         torch.autograd.Variable._execution_engine.queue_callback(lambda: _inside.pop(task, None))
+        return True
 
 
 def inherited(keys: list[Any]) -> Tensor | None:

@@ -23,10 +23,23 @@ MARK = "fvae_kernels.forward"  # in the metadata of the graph nodes that made a 
 _numbers = itertools.count(1)
 
 
+class State:
+    """What has happened to the terms of a forward. It holds no tensors, so that a layer's own graph may hold it."""
+
+    __slots__ = ("entered", "injected")
+
+    def __init__(self) -> None:
+        self.entered = False  # a backward came by the loss that they were added to
+        self.injected = False  # a backward came to a layer before, and they went in without a loss
+
+
 class Call:
     """One call of an adapted layer in training: the weight of its term, and what a recomputation has to repeat."""
 
-    __slots__ = ("armed", "attached", "checkpointed", "fixed", "key", "loss_weight", "mask", "noise", "task", "traced")
+    __slots__ = (
+        *("armed", "attached", "checkpointed", "fixed", "key", "loss_weight", "mask", "noise"),
+        *("state", "task", "traced"),
+    )
 
     def __init__(self, key: Any, loss_weight: float, mask: Tensor | None) -> None:
         self.key, self.loss_weight, self.mask = key, loss_weight, mask
@@ -35,15 +48,16 @@ class Call:
         self.traced = True  # False inside a reentrant checkpoint, whose recomputation makes the graph
         self.armed = False  # `gradient` speaks for this call
         self.attached = False  # the graph leads from a loss to the term
+        self.state = State()  # its forward's
         self.fixed: Tensor | None = None  # d(root) / d(task loss), where it is known before the backward begins
         self.task: int | None = None  # the backward in which the term entered without a loss
 
     def gradient(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """What the backward of the layer's output adds to the gradient of its loss; None where the graph brings it.
 
-        A term that nobody attached to a loss enters with weight 1, in the first backward that comes by, and no other.
+        A term whose loss nobody uses enters with weight 1, in the first backward that comes by, and in no other.
         """
-        if self.attached or not self.armed:
+        if not self.armed or (self.attached and self.state.entered):
             return None
         if self.fixed is not None:
             return self.fixed.to(device=device, dtype=dtype) * self.loss_weight
@@ -51,7 +65,7 @@ class Call:
         if self.task not in (None, task):
             return None
         if self.task is None:
-            self.task = task
+            self.task, self.state.injected = task, True
             from . import aux_loss
 
             aux_loss._warn_unprobed()
@@ -68,8 +82,9 @@ class Forward:
         self.calls: list[Call] = []
         self.pending: list[tuple[Call | None, float, Tensor]] = []  # weight and loss, graph and all; no call: compiled
         self.values: list[tuple[Any, float, Tensor]] = []  # key, weight and loss of calls without a graph
+        self.compiled = False  # some of its layers are
         self.recomputed = False  # some of its calls are inside a checkpoint
-        self.attached = False
+        self.state = State()
         self.weights: dict[int, Tensor] = {}  # d(root) / d(task loss) in each backward, where recomputations need it
         self.inherited: Tensor | None = None  # the same, for a forward that runs inside the backward of its loss
 
@@ -127,6 +142,7 @@ class Local(threading.local):
         self.stack: list[Any] = []  # for each module with hooks that runs: its Forward and the calls before, or none
         self.masks: list[Tensor | None] = []  # of `token_mask`
         self.compiled: list[Tensor] = []  # weighted losses of compiled forwards, inside `external_loss`
+        self.traced: tuple[Any, Padding] | None = None  # the masks of the last forward, if any of it was compiled
         self.call: Call | None = None  # of the layer that runs
         self.repeats: Call | None = None  # the call that it recomputes
 

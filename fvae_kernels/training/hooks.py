@@ -122,10 +122,12 @@ class Scope:
         if not isinstance(entry, tuple):
             return None
         forward, start = entry
-        forward.scopes.pop()
+        scope = forward.scopes.pop()
         if output is None:  # it raised
             return None
         compiling, outermost = torch.compiler.is_compiling(), not forward.scopes
+        if outermost:
+            local.traced = scope if compiling or forward.compiled else None
         if forward.recomputed and not compiling:
             forward.recall(tensors(output), start)
         if not (outermost or self.root):
@@ -216,6 +218,27 @@ def hooks_of(model: nn.Module) -> list[AuxLossHooks]:
     """Those on the model, and on models inside of it."""
     found: list[Any] = [getattr(module, "_fvae_hooks", None) for module in model.modules()]
     return [hooks for hooks in found if hooks is not None]
+
+
+@contextmanager
+def token_mask(mask: Tensor | None) -> Iterator[None]:
+    """Inside, `mask` says which tokens enter the objective, in place of what the model is told by its arguments.
+
+    For masks that the package cannot know: packed sequences, tokens ``[T, B]``, a decoder that is masked by its labels,
+    a mask under another name.
+
+        with fk.token_mask(labels != -100):
+            loss = model(inputs, labels)
+
+    Args:
+        mask: the tokens ``[...]`` of the adapted layers' inputs, True or non-zero for those that count; None counts all
+            of them. Inputs of other tokens count in full, and a warning says so once.
+    """
+    local.masks.append(None if mask is None else mask.ne(0))
+    try:
+        yield
+    finally:
+        local.masks.pop()
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 ARGUMENTS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
 STACK = re.compile(r"(?:^|\.)\w*(encoder|decoder)\.")
-CROSS_ATTENTION = re.compile(r"encdec|enc_dec|encoder_attn|cross", re.IGNORECASE)
-READS_THE_ENCODER = re.compile(r"(k|v|kv|key|value)(_proj)?|c_attn")
+CROSS_ATTENTION = re.compile(r"encdec|enc_dec|encoder_attn|cross|attn2", re.IGNORECASE)
+READS_THE_ENCODER = re.compile(r"(to_|add_)?(k|v|kv|key|value)(_proj)?|c_attn")
 
 
 class PaddingRules:

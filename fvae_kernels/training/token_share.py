@@ -1,8 +1,8 @@
 """The weight of the auxiliary loss where the task loss is a sum over tokens, divided by the tokens of a whole step.
 
-transformers.Trainer passes `num_items_in_batch` to models that take it. Where the task loss then is ``sum / items``, the
-micro-batches of one step add up instead of being averaged. The auxiliary loss of a micro-batch, a mean over its tokens,
-then counts with the micro-batch's share of the labelled tokens, so that the shares of one step sum to 1.
+transformers.Trainer passes `num_items_in_batch` to models that take it. Where the task loss then is ``sum / items``,
+the micro-batches of one step add up instead of being averaged. The auxiliary loss of a micro-batch, a mean over its
+tokens, then counts with the micro-batch's share of the labelled tokens, so that the shares of one step sum to 1.
 
 Many heads take the argument and let it be: their loss is a mean, and comes out larger by the accumulation steps under
 Trainer. The auxiliary loss must follow the task loss, so that their ratio stays what was asked for. So what a head does
