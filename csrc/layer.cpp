@@ -7,6 +7,8 @@
 // Decoder and x_hat exist for one tile of tokens at a time; backward makes them once more.
 #include "layer.h"
 
+#include <limits>
+
 namespace fvae {
 namespace {
 
@@ -89,6 +91,18 @@ double total(at::ArrayRef<double> table, Term term, const Statistics& means) {
   return value;
 }
 
+// A term as a tensor; infinite where the type cannot hold it, as the reference's own is.
+Tensor rounded(double value, const at::TensorOptions& options) {
+  const Tensor number = at::empty({}, options);
+  AT_DISPATCH_FLOATING_TYPES(number.scalar_type(), "layer_fwd", [&] {
+    using Limits = std::numeric_limits<scalar_t>;
+    const bool fits = !(std::abs(value) > double{Limits::max()});  // NaN does
+    *number.mutable_data_ptr<scalar_t>() =
+        fits ? static_cast<scalar_t>(value) : std::copysign(Limits::infinity(), static_cast<scalar_t>(value > 0 ? 1 : -1));
+  });
+  return number;
+}
+
 // y = base + z1 up, rounded once.
 void update(Tensor y, const Tensor& base, const Tensor& z1, const Tensor& up) {
   const auto type = z1.scalar_type();
@@ -108,8 +122,7 @@ Statistics forward_tile(
   layer.encoders.forward<acc_t>(x_rows, state_rows, layer.dropout, tile);
   sample.template draw<acc_t>(heads, layer.noise_rows(tile));
   update(
-      y.narrow(0, tile.start, tile.length), base.defined() ? base.narrow(0, tile.start, tile.length) : base,
-      block(sample.z, 1, 0, 2), layer.up.t());
+      tile.of(y), base.defined() ? tile.of(base) : base, block(sample.z, 1, 0, 2), layer.up.t());
   layer.decoder.forward<acc_t>(sample, outputs, residual, layer.dropout, tile);
   Statistics sums = latent_statistics<acc_t>(heads, sample, layer.mu, layer.kept, tile);
   sums[kNll] = sum_of_squares<acc_t>(x_rows, residual, layer.decoder, layer.kept, tile) / 2;
@@ -137,13 +150,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_fwd(
 
   AT_DISPATCH_FLOATING_TYPES(layer.type, "layer_fwd", [&] {
     layer.tiles.for_each([&](const Tile& tile) {
-      const Tensor state_rows = state.narrow(0, tile.start, tile.length);
-      partial[tile.index] = forward_tile<scalar_t>(layer, tile, from, y, state_rows);
+      partial[tile.index] = forward_tile<scalar_t>(layer, tile, from, y, tile.of(state));
     });
   });
 
   const Kept& kept = layer.kept;
-  const auto number = [&](double value) { return at::full({}, value, options); };
+  const auto number = [&](double value) { return rounded(value, options); };
   if (kept.count == 0) return {y, number(0), number(0), number(0), number(0), state};
   Statistics means{};
   for (const Statistics& sums : partial) {
