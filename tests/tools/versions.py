@@ -29,6 +29,7 @@ MARK = "versions"
 
 TRANSFORMERS_4 = (
     *("transformers==4.57.6", "tokenizers==0.22.1", "huggingface-hub==0.36.0"),
+    *("datasets==4.4.1", "httpx==0.28.1", "httpcore==1.0.9"),
     *("requests==2.34.2", "urllib3==2.8.0", "certifi==2026.10.18", "charset-normalizer==3.5.2"),
 )
 NEEDED = ("transformers", "peft", "pytest", "hypothesis", "setuptools>=77,<82", "wheel", "numpy>=2")  # torch: below 82
