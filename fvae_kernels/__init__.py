@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 from . import diagnostics, interop, reference, tuning
 from .config import FVAEConfig
 from .diagnostics import collect_terms
+from .nn.adapter import bound_noise
 from .nn.explain import explain
 from .nn.linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
 from .ops._backend import BackendUnavailable, available_backends, use_backend
 from .training.aux_loss import attach_aux_loss
-from .training.hooks import external_loss
+from .training.hooks import external_loss, token_mask
 from .training.trainer import FVAETrainerMixin, prepare_trainer
 
 if TYPE_CHECKING or _find_spec("peft") is not None:
@@ -47,6 +48,7 @@ __all__ = [
     "FusedFVAELinear",
     "attach_aux_loss",
     "available_backends",
+    "bound_noise",
     "collect_terms",
     "diagnostics",
     "divergence",
@@ -59,6 +61,7 @@ __all__ = [
     "reconstruct",
     "reference",
     "replace_linears",
+    "token_mask",
     "tuning",
     "use_backend",
 ]

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 
 import fvae_kernels as fk
 from benchmarks import cost, experiments, gate, goals, memory, models, report, sides, stats
-from fvae_kernels import reference, testing
+from fvae_kernels import ops, reference, testing
 from fvae_kernels.nn import adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss", "ignore::FutureWarning")
@@ -89,7 +89,7 @@ def test_a_kernel_of_one_op_does_no_other_products(op: str) -> None:
     inputs = testing.INPUTS[op]((8,))
 
     def flops(backend: str | None) -> int:
-        return cost.count(lambda: testing.run(getattr(fk, op), inputs, backend=backend))["flops"]
+        return cost.count(lambda: testing.run(getattr(ops, op), inputs, backend=backend))["flops"]
 
     once_more = 2 * 8 * inputs["w_out"].numel() if op == "reconstruct" else 0
     assert flops("cpp") == flops("reference") + once_more

@@ -1,4 +1,4 @@
-"""Without a compiler the package is built all the same, says so, and runs as plain PyTorch."""
+"""Without a compiler the package installs, warns, and runs as plain PyTorch."""
 
 import os
 import subprocess

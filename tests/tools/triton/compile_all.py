@@ -1,6 +1,6 @@
-"""Every kernel, at every entry of its table, for every target: a table of what the compiler made of it.
+"""Compile every kernel, at every entry of its table, for every target: registers, spills, instructions.
 
-It is printed and written to a file; the exit status is 1 where a kernel spills.
+The table is printed and written to a file. The exit status is 1 if a kernel spills.
 
 python -m tests.tools.triton.compile_all [--out FILE] [--sizes SIZE ...] [--dtypes DTYPE ...] [target ...]
 python -m tests.tools.triton.compile_all --triton FOLDER sm_90 --dtypes bfloat16   with another Triton, unpacked there
@@ -19,11 +19,12 @@ import torch
 import triton
 from torch import Tensor
 
-from fvae_kernels._triton import LAUNCHERS
+from fvae_kernels._triton.launchers import LAUNCHERS
+from fvae_kernels.ops._layer_inputs import Options, Tensors
 from tests.tools.triton.gpu_compile import TARGETS, compiling, metrics
 
 TOKENS = {"few": 1576, "many": 100_000}
-WIDE = {  # layers that fill the registers as no other does: all hidden layers there can be, and none
+WIDE = {  # layers that need most registers: the widest hidden layers, and none
     "widest": {"R": 256, "H": 256, "E": 256},
     "linear": {"R": 256, "H": 0, "E": 0},
 }
@@ -38,7 +39,7 @@ OUT = Path("runs/gpu-compile.md")
 def calls(
     N: int, dtype: torch.dtype, D: int = 768, R: int = 16, H: int = 128, bare: bool = False
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Name and arguments of every launcher; `bare` is with a mask, and without whatever else may be None."""
+    """Name and arguments of every launcher; `bare` has a mask, and None for all other optional arguments."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -71,9 +72,9 @@ def layer_calls(
     E: int = 16,
     products: torch.dtype | None = None,
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """The same for the whole layer; E and H are units of hidden layers, 0 for none, `products` what autocast asks for.
+    """The same for the whole layer. E and H are units of hidden layers, 0 for none; `products` is autocast's dtype.
 
-    `bare` is without any, with averaged latents, and with noise that is given.
+    `bare` has no hidden layers, averaged latents and given noise.
     """
 
     def empty(*shape: int) -> Tensor:
@@ -90,8 +91,10 @@ def layer_calls(
     decoder = chain(R if bare else 2 * R, *((H, H, H) if H else ()), D)
     noise = [empty(N, R) if bare else None for _ in range(2)]
     mask = torch.empty(N, dtype=torch.bool) if bare else None
-    inputs = (x, encoder, encoder, decoder, empty(D), empty(D, R), *noise, mask, torch.empty((), dtype=torch.int64))
-    inputs = (*inputs, 0.0 if bare else 0.1, bare, 1.0, 1.5, [0.5] * 36, products)
+    parameters = [*encoder, *encoder, *decoder, empty(D), empty(D, R)]
+    tensors = Tensors(x, parameters, *noise, mask, torch.empty((), dtype=torch.int64))
+    options = Options(int(E > 0), 0.0 if bare else 0.1, bare, 1.0, 1.5, -20.0, 20.0, [0.5] * 36, products)
+    inputs = (*tensors, *options)
     loss, width = torch.empty((), dtype=wide), 2 * E + 4 * R
     state = torch.empty(N, width, dtype=wide)
     yield "layer_fwd", (None if bare else base, *inputs)
@@ -122,13 +125,13 @@ def table(
 
 
 def line(cells: Iterable[Any]) -> str:
-    """Of the table in markdown, readable as it is."""
+    """A line of the table in markdown, padded so that it can be read as text."""
     texts = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells]
     return f"| {texts[0]:26} | " + " | ".join(f"{text:>9}" for text in texts[1:]) + " |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """1 where a kernel spills to memory; float64, which is there for gradcheck, may."""
+    """1 if a kernel spills to memory; float64 kernels, used for gradcheck, may."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", metavar="target", help=f"some of {', '.join(TARGETS)} (all)")
     parser.add_argument("--out", type=Path, default=OUT, help="where the table goes (%(default)s)")
