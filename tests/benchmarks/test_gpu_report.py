@@ -60,6 +60,7 @@ def test_cases_are_those_of_the_roofline() -> None:
     assert set(cases.PRECISIONS) == set(roofline.PRECISIONS)
     assert {name for names in cases.LAYER_SIDES for name in names} == set(report.TITLES)
     assert all(sides.TITLES[name] == title for name, title in report.TITLES.items())
+    assert all((ROOT / "tests" / "ops" / f"test_{name}.py").is_file() for name in cases.TESTS)
 
 
 @pytest.mark.parametrize("dry", [True, False])
