@@ -65,11 +65,14 @@ def tiles_of(size, T):
 
 
 @triton.jit
-def encoder_linears(networks):
-    """All layers of both encoders, in the order of `EncoderTiles`."""
-    encoder1, encoder2 = networks.encoder1, networks.encoder2
-    first = encoder1.hidden + (encoder1.mean, encoder1.logvar)
-    return first + encoder2.hidden + (encoder2.mean, encoder2.logvar)
+def encoder_linear(encoder, i: tl.constexpr, S: tl.constexpr):
+    """The i-th of an encoder's hidden layers, mean and logvar."""
+    if i < len(S.encoder):
+        return encoder.hidden[i]
+    elif i == len(S.encoder):  # noqa: RET505  (only one branch is compiled)
+        return encoder.mean
+    else:
+        return encoder.logvar
 
 
 @triton.jit
@@ -179,14 +182,18 @@ def encoder_tile(
     P: tl.constexpr = layer.networks.B.dtype.element_ty
     WIDTH: tl.constexpr = state_width(S)
     # 1. Which
-    all_places = encoder_linears(places)
     start, out, outs, at, inputs, to_w, to_b = program, 0, 0, 0, 0, 0, 0
-    for i in tl.static_range(len(TILES.column)):
-        here = program >= TILES.first_program[i]
-        start = tl.where(here, program - TILES.first_program[i], start)
-        out, outs = tl.where(here, TILES.column[i], out), tl.where(here, TILES.outputs[i], outs)
-        at, inputs = tl.where(here, TILES.input_column[i], at), tl.where(here, TILES.inputs[i], inputs)
-        to_w, to_b = tl.where(here, all_places[i].weight, to_w), tl.where(here, all_places[i].bias, to_b)
+    LAYERS: tl.constexpr = len(S.encoder) + 2
+    for i in tl.static_range(2 * LAYERS):
+        encoder = places.encoder1 if i < LAYERS else places.encoder2
+        to = encoder_linear(encoder, i % LAYERS, S)
+        here = program >= tl.constexpr(TILES.first_program[i])
+        start = tl.where(here, program - tl.constexpr(TILES.first_program[i]), start)
+        out = tl.where(here, tl.constexpr(TILES.column[i]), out)
+        outs = tl.where(here, tl.constexpr(TILES.outputs[i]), outs)
+        at = tl.where(here, tl.constexpr(TILES.input_column[i]), at)
+        inputs = tl.where(here, tl.constexpr(TILES.inputs[i]), inputs)
+        to_w, to_b = tl.where(here, to.weight, to_w), tl.where(here, to.bias, to_b)
     across = tl.maximum(tl.cdiv(inputs, T), 1)
     rows_out, cols_in = start // across * T + tl.arange(0, T), start % across * T + tl.arange(0, T)
     # 2. Its sums
