@@ -130,7 +130,11 @@ class AuxLossLayer:
                 y, terms = adapter(x, mask=repeats.mask, base=base)
         else:
             call = Call(self.aux_key, loss_weight, self.token_mask(x, adapter.config))
-            if not torch.compiler.is_compiling() and _will_be_recomputed():
+            forward = current()
+            if torch.compiler.is_compiling():
+                if forward is not None:
+                    forward.compiled = True
+            elif _will_be_recomputed(forward):
                 call.checkpointed, call.noise = True, generator_state(x.device)
             y, terms = adapter(x, mask=call.mask, base=base)
             local.call = call
@@ -190,11 +194,10 @@ class AuxLossLayer:
         self.last_terms, self.last_forward = values, number
 
 
-def _will_be_recomputed() -> bool:
+def _will_be_recomputed(forward: Forward | None) -> bool:
     """Whether this call is inside a checkpoint, as far as can be seen."""
     if torch.is_grad_enabled():
         return inside_checkpoint()
-    forward = current()
     return forward is not None and forward.grad
 
 
@@ -239,7 +242,6 @@ def _injected_again(out: Tensor, loss: Tensor, repeats: Call) -> Tensor:
 def _compiled(forward: Forward | None, out: Tensor, loss: Tensor) -> Tensor:
     if forward is None:
         return InjectAuxLossOnce.apply(out, loss)
-    forward.compiled = True
     forward.pending.append((None, 1.0, loss))
     return out
 
@@ -318,6 +320,7 @@ def attach_forward(forward: Forward, loss: Tensor, share: Tensor | float, keys: 
     forward.pending = [entry for entry in forward.pending if id(entry) not in gone]
     forward.values = [entry for entry in forward.values if keys is not None and entry[0] not in keys]
     if torch.compiler.is_compiling() or transformed():
+        forward.state.entered = True
         return loss + (share * total).to(loss)
     return TotalLoss.apply(loss, total, share, _Note(forward))
 
