@@ -24,7 +24,7 @@ from fvae_kernels.ops._raw import padded
 
 from .cost import Launch
 
-RECIPE = FVAEConfig(rank=16, kl_weight=2.0)
+RECIPE = FVAEConfig.preset("paper")
 STATISTICS = 16  # sums that a program of the forward leaves
 PROGRAMS = 264  # of layer_grads, about
 FEW = 8192  # tokens, below which blocks are small

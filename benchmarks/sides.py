@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 import fvae_kernels as fk
 from fvae_kernels.ops._backend import backends_for, interpreting
+from fvae_kernels.presets import preset
 
 from .cost import count
 
 RANK, ALPHA, SEED, DROPOUT = 16, 16, 0, 0.1
-METHOD: dict[str, Any] = {"alpha": ALPHA, "kl_weight": 2.0}  # weights cost nothing; else the package's defaults
+METHOD: dict[str, Any] = {"alpha": ALPHA, **preset("paper", RANK)}
 TITLES = {
     "base": "base layer",
     "plain": "plain PyTorch FVAE",
@@ -108,7 +109,7 @@ def peft_config(name: str, targets: list[str], linear: bool = False) -> Any:
     common: dict[str, Any] = {"r": RANK, "target_modules": targets}
     if name in FVAE:
         hidden: dict[str, Any] = {"encoder_hidden": ()} if linear else {}
-        return fk.FVAELoraConfig(**common, **METHOD, **hidden)
+        return fk.FVAELoraConfig(**common, **{**METHOD, **hidden})
     method, _, dropout = name.partition("_")
     if method in ("lora", "dora"):
         common |= {"lora_dropout": DROPOUT if dropout else 0.0}
@@ -215,7 +216,7 @@ def inference_sides(tokens: int, D: int) -> dict[str, Side]:
     modules["fvae"] = layer_module("plain", model).eval()
     modules["fvae_linear"] = layer_module("plain", model, linear=True).eval()
     # Merged before training, when the update is exactly zero: the shared weights stay what they are.
-    config = fk.FVAEConfig(rank=RANK, encoder_hidden=(), **METHOD)
+    config = fk.FVAEConfig(rank=RANK, **{**METHOD, "encoder_hidden": ()})
     wrapper = fk.FusedFVAELinear.from_linear(share(model).linear, config).eval()  # type: ignore[arg-type]
     wrapper.merge()
     modules["merged"] = wrapper

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
@@ -16,6 +17,7 @@ from examples import figure, report, train
 from examples.data import Snippet, Splits
 from examples.report import Result
 from examples.train import METHODS, Run, Settings, Tokenizer
+from fvae_kernels.diagnostics import linear_probe
 
 TOLERANCE = 1e-5  # of a logit
 
@@ -40,7 +42,7 @@ def one_seed(
     report.save(results, settings, out / "results.json")
     console.print()
     console.print(report.table(results))
-    for line in [*lines, f"figure: {out / 'demo.png'}; all numbers: {out / 'results.json'}"]:
+    for line in [report.verdict(results), *lines, f"figure: {out / 'demo.png'}; all numbers: {out / 'results.json'}"]:
         console.print(line, soft_wrap=True)
     console.print(f"seed {settings.seed} took {time.perf_counter() - start:.0f} s")
     return results, good
@@ -135,7 +137,7 @@ def latent_space(runs: Sequence[Run], tokenize: Tokenizer, splits: Splits) -> fi
     def readable(index: int) -> tuple[float, float]:
         def of(target: Any) -> float:
             fit_targets, test_targets = ([target(s) for s in part] for part in (splits.validation, splits.test))
-            return figure.linear_readout(fit[index], fit_targets, test[index], test_targets)
+            return linear_probe(fit[index], torch.tensor(fit_targets), test[index], torch.tensor(test_targets))
 
         return of(lambda s: s.label), of(lambda s: s.source)
 

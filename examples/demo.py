@@ -63,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--lr", type=number(float, 0, above=True), help="learning rate (5e-3)")
     out.add_argument("--lr-fvae", type=number(float, 0, above=True), metavar="LR", help="another one for FVAE-LoRA")
     out.add_argument(
+        "--preset", choices=("default", "paper"), help="networks, start and noise, see docs/recipes.md (default)"
+    )
+    out.add_argument(
         "--loss-weight",
         type=weight,
         metavar="W",
@@ -126,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sound = sound and good
     if args.seeds > 1:
         console.print(report.seeds_table(every))
+        for line in report.paired(every):
+            console.print(line)
     return 0 if sound else 1
 
 

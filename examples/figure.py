@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from examples.data import LABELS, SOURCES, Snippet
-from examples.report import Result
+from examples.report import Result, verdict
 from examples.train import METHODS, Run
 
 METHOD_COLOURS = {"lora": "#7f7f7f", "fvae": "#1f77b4"}
@@ -49,7 +49,7 @@ def draw(runs: Sequence[Run], results: Sequence[Result], latents: Latents | None
     settings = runs[0].settings
     figure.suptitle(
         f"LoRA and FVAE-LoRA, rank {settings.rank}, on review sentiment; "
-        f"in training the source agrees with the label in {settings.rho:.0%} of the snippets"
+        f"in training the source agrees with the label in {settings.rho:.0%} of the snippets\n{verdict(results)}"
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -140,12 +140,3 @@ def principal_components(points: Tensor) -> tuple[Tensor, list[float]]:
     first = directions[:2]
     first = first * first.gather(1, first.abs().argmax(1, keepdim=True)).sign()
     return centred @ first.T, (sizes.square() / sizes.square().sum().clamp(min=1e-300))[:2].tolist()
-
-
-def linear_readout(fit: Tensor, fit_targets: Sequence[int], test: Tensor, test_targets: Sequence[int]) -> float:
-    """Accuracy on `test` of the ridge regression of a two-valued target fitted on `fit`."""
-    mean, scale = fit.mean(0), fit.std(0).clamp(min=1e-8)
-    x, y = ((fit - mean) / scale).double(), torch.tensor(fit_targets).double() * 2 - 1
-    weights = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ (y - y.mean()))
-    guess = ((test - mean) / scale).double() @ weights + y.mean() > 0
-    return (guess == torch.tensor(test_targets).bool()).double().mean().item()

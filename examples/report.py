@@ -13,6 +13,13 @@ from torch import Tensor
 
 from examples.data import Group, Snippet, group_name
 
+RARE = tuple(group_name(group) for group in ((0, 0), (1, 1)))
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
+STUDENT = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
+
 
 @dataclass(frozen=True)
 class Share:
@@ -54,6 +61,12 @@ class Result:
         return Share(sum(s.right for s in self.groups.values()), sum(s.total for s in self.groups.values()))
 
     @property
+    def rare(self) -> Share:
+        """The groups whose source disagrees with the label, of which training has few."""
+        chosen = [self.groups[name] for name in RARE if name in self.groups]
+        return Share(sum(s.right for s in chosen), sum(s.total for s in chosen))
+
+    @property
     def worst(self) -> str:
         return min(self.groups, key=lambda name: self.groups[name].value)
 
@@ -65,6 +78,15 @@ def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     p, zz = right / total, z * z / total
     centre, half = p + zz / 2, z * math.sqrt(p * (1 - p) / total + zz / (4 * total))
     return max(0.0, (centre - half) / (1 + zz)), min(1.0, (centre + half) / (1 + zz))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and the bounds of its 95 % t interval; infinite for a single value."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
+    half = STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
 
 
 def by_group(logits: Tensor, snippets: Sequence[Snippet]) -> dict[str, Share]:
@@ -94,7 +116,8 @@ def table(results: Sequence[Result]) -> Table:
 
     row("accuracy [95 %]", *(str(r.overall) for r in results))
     row("worst group [95 %]", *(str(r.groups[r.worst]) for r in results))
-    row("  which is", *(r.worst for r in results), end=True)
+    row("  which is", *(r.worst for r in results))
+    row("two rare groups [95 %]", *(str(r.rare) for r in results), end=True)
     for name in results[0].groups:
         row(name, *(str(r.groups[name]) for r in results), end=name == list(results[0].groups)[-1])
     row("trainable parameters", *(f"{r.trainable:,}" for r in results))
@@ -105,16 +128,47 @@ def table(results: Sequence[Result]) -> Table:
     return out
 
 
+def verdict(results: Sequence[Result]) -> str:
+    """What one seed says of two methods: their difference, and whether it is more than the test set's noise."""
+    if len(results) != 2:
+        return ""
+    base, ours = results
+    difference = ours.overall.value - base.overall.value
+    spread = math.sqrt(sum(s.value * (1 - s.value) / s.total for s in (base.overall, ours.overall)))
+    half = 1.959964 * spread
+    apart = "that is more than" if abs(difference) > half else "within"
+    return (
+        f"{ours.title} - {base.title}: accuracy {difference:+.3f}, {apart} the noise of the test set ({half:.3f}); "
+        f"rare groups {ours.rare.value - base.rare.value:+.3f}. One seed: --seeds 5 gives an interval."
+    )
+
+
+def paired(per_seed: Sequence[Sequence[Result]]) -> list[str]:
+    """Differences of two methods over seeds, with 95 % t intervals of their mean."""
+    if len(per_seed) < 2 or len(per_seed[0]) != 2:
+        return []
+    scores = {
+        "accuracy": lambda r: r.overall.value,
+        "worst group": lambda r: r.groups[r.worst].value,
+        "two rare groups": lambda r: r.rare.value,
+    }
+    lines = [f"{per_seed[0][1].title} - {per_seed[0][0].title}, paired by seed, 95 % t interval:"]
+    for name, score in scores.items():
+        mean, low, high = interval([score(ours) - score(base) for base, ours in per_seed])
+        lines.append(f"  {name}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+    return lines
+
+
 def seeds_table(per_seed: Sequence[Sequence[Result]]) -> Table:
     """Mean and standard deviation over seeds."""
     out = Table(box=box.ASCII2, title=f"Mean and standard deviation over {len(per_seed)} seeds")
-    for column in ("", "accuracy", "worst group", "validation accuracy"):
+    for column in ("", "accuracy", "worst group", "two rare groups"):
         out.add_column(column, justify="right" if column else "left")
     for runs in zip(*per_seed, strict=True):
         scores = (
             [r.overall.value for r in runs],
             [r.groups[r.worst].value for r in runs],
-            [r.validation for r in runs],
+            [r.rare.value for r in runs],
         )
         out.add_row(runs[0].title, *(f"{statistics.mean(s):.3f} +- {statistics.stdev(s):.3f}" for s in scores))
     return out

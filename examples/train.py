@@ -22,6 +22,7 @@ from fvae_kernels.peft import FVAELoraLinear
 
 METHODS = {"lora": "LoRA", "fvae": "FVAE-LoRA"}
 TARGETS = ["query", "value"]
+WEIGHTS = ("recon_weight", "kl_weight", "gamma_weight", "loss_weight")
 MAX_TOKENS = 32
 
 logging.set_verbosity_error()  # that the classifier's weights are new is meant to be
@@ -44,6 +45,7 @@ class Settings:
     alpha: float = 16.0
     lr: float = 5e-3
     lr_fvae: float | None = None  # as lr
+    preset: str = "default"  # of FVAELoraConfig: networks, start, noise
     loss_weight: float | None = None  # lambda; 1 / (1000 * adapted layers)
     kl_weight: float = 3.0
     gamma_weight: float = 1.0
@@ -82,24 +84,17 @@ def base_model(folder: Path, seed: int) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
 
 
-def adapter_config(method: str, settings: Settings, model: Any) -> peft.PeftConfig:
-    """Stock LoRA, or the paper's recipe with the weights asked for."""
+def adapter_config(method: str, settings: Settings) -> peft.PeftConfig:
+    """Stock LoRA, or a preset of FVAE-LoRA with the weights asked for."""
     if method == "lora":
         return peft.LoraConfig(task_type="SEQ_CLS", r=settings.rank, lora_alpha=settings.alpha, target_modules=TARGETS)
-    layers = sum(name.rsplit(".", 1)[-1] in TARGETS for name, _ in model.named_modules())
-    weight = 1 / (1000 * layers) if settings.loss_weight is None else settings.loss_weight
-    return fk.FVAELoraConfig(
+    return fk.FVAELoraConfig.preset(
+        settings.preset,
         task_type="SEQ_CLS",
         r=settings.rank,
         alpha=settings.alpha,
         target_modules=TARGETS,
-        encoder_hidden=(16,),
-        decoder_hidden=(128, 128, 128),
-        dropout=0.1,
-        recon_weight=settings.recon_weight,
-        kl_weight=settings.kl_weight,
-        gamma_weight=settings.gamma_weight,
-        loss_weight=weight,
+        **{name: getattr(settings, name) for name in WEIGHTS},
     )
 
 
@@ -109,7 +104,7 @@ class Run:
     def __init__(self, method: str, settings: Settings, folder: Path):
         self.method, self.settings, self.history = method, settings, History()
         base = base_model(folder, settings.seed)
-        self.model = peft.get_peft_model(base, adapter_config(method, settings, base)).train()
+        self.model = peft.get_peft_model(base, adapter_config(method, settings)).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         lr = settings.lr_fvae if method == "fvae" and settings.lr_fvae else settings.lr
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import diagnostics, interop, reference, tuning
 from .config import FVAEConfig
 from .diagnostics import collect_terms
+from .nn.adapter import bound_noise
 from .nn.explain import explain
 from .nn.linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
@@ -47,6 +48,7 @@ __all__ = [
     "FusedFVAELinear",
     "attach_aux_loss",
     "available_backends",
+    "bound_noise",
     "collect_terms",
     "diagnostics",
     "divergence",

@@ -8,9 +8,14 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
+from .presets import preset
+from .reference import LOGVAR_LIMIT
+
 OBJECTIVES = ("fvae", "vae2lat", "beta_vae2lat", "symmetric")
 FUSIONS = ("concat", "average")
 ESTIMATORS = ("closed_form", "monte_carlo")
+STARTS = ("authors", "lora")
+AUTHORS_TASK_WEIGHT = 1000  # of the task loss, beside the mean of the objective over layers
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,14 @@ class FVAEConfig:
         prior2_mean: mean of every entry of p_2.
         prior2_std: standard deviation of every entry of p_2.
         loss_weight: lambda of (6); a number, or ``{module name pattern: number}``, where the first pattern that matches
-            the end of a module's name counts.
+            the end of a module's name counts. None is the authors' ``1 / (1000 * adapted layers)``.
         detach_target: no gradient flows into x as the target of the reconstruction.
+        start: parameters at the start. "authors": heads zero and B normal(0, 0.02). "lora": encoder 1's mean head as
+            PEFT starts LoRA's A, and B zero. Either way the output begins as the base layer's in eval mode; with "lora"
+            the task's gradient reaches B from the first step, as in LoRA.
+        logvar1_start: log-variance of z_1 at the start; -4 is a standard deviation of 0.14.
+        logvar1_max: upper bound of z_1's log-variance. None bounds it as every log-variance, by 20.
+        logvar1_held: z_1's log-variance stays at `logvar1_start` and is not learned.
         mask_padding: tokens that the model's attention_mask marks as padding stay out of the objective (`padding`).
         sample_at_inference: draw z_1 in eval mode too, instead of taking its mean.
 
@@ -48,20 +59,24 @@ class FVAEConfig:
     rank: int = 16
     alpha: float = 16.0
     rslora: bool = False
-    encoder_hidden: tuple[int, ...] = (16,)
+    encoder_hidden: tuple[int, ...] = ()
     separate_hidden: bool = False
-    decoder_hidden: tuple[int, ...] = (128, 128, 128)
+    decoder_hidden: tuple[int, ...] = ()
     dropout: float = 0.1
     fusion: str = "concat"
     objective: str = "fvae"
     recon_weight: float = 1.0
-    kl_weight: float = 1.0
+    kl_weight: float = 3.0
     gamma_weight: float | tuple[float, float] = 1.0
     gamma_estimator: str = "closed_form"
     prior2_mean: float = 1.5
     prior2_std: float = 1.0
-    loss_weight: float | Mapping[str, float] = 1e-3
+    loss_weight: float | Mapping[str, float] | None = None
     detach_target: bool = False
+    start: str = "lora"
+    logvar1_start: float = -4.0
+    logvar1_max: float | None = None
+    logvar1_held: bool = True
     mask_padding: bool = True
     sample_at_inference: bool = False
 
@@ -69,12 +84,13 @@ class FVAEConfig:
         _integer("rank", self.rank, "it is the size of the latent space")
         for name in ("encoder_hidden", "decoder_hidden"):
             object.__setattr__(self, name, _sizes(name, getattr(self, name)))
-        for name in ("rslora", "separate_hidden", "detach_target", "mask_padding", "sample_at_inference"):
+        for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "True or False")
         _choice("fusion", self.fusion, FUSIONS)
         _choice("objective", self.objective, OBJECTIVES)
         _choice("gamma_estimator", self.gamma_estimator, ESTIMATORS)
+        _choice("start", self.start, STARTS)
         _number("alpha", self.alpha)
         _number("dropout", self.dropout, low=0.0, below=1.0, why="it is the probability of dropping an activation")
         _number("recon_weight", self.recon_weight, low=0.0, why="a negative weight would reward bad reconstruction")
@@ -83,10 +99,22 @@ class FVAEConfig:
         _number("prior2_std", self.prior2_std, above=0.0, why="it is a standard deviation")
         self._check_gamma()
         self._check_loss_weight()
+        self._check_logvar1()
         if self.separate_hidden and not self.encoder_hidden:
             raise _wrong(
                 "separate_hidden", True, "False where encoder_hidden=()", "there is no hidden layer to separate"
             )
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> "FVAEConfig":
+        """A config by name: "paper", "authors" or "default" (docs/recipes.md), with other `options` where given.
+
+            fk.FVAEConfig.preset("paper", rank=8, kl_weight=10.0)
+
+        Raises:
+            ValueError: for an unknown name, or a value out of range.
+        """
+        return cls(**{**preset(name, options.get("rank", cls.rank)), **options})
 
     def _check_gamma(self) -> None:
         weight: Any = self.gamma_weight
@@ -108,6 +136,8 @@ class FVAEConfig:
 
     def _check_loss_weight(self) -> None:
         weight: Any = self.loss_weight
+        if weight is None:
+            return
         table = weight if isinstance(weight, Mapping) else {".*": weight}
         if not table:
             raise _wrong("loss_weight", weight, "a number or a table with at least one pattern")
@@ -119,6 +149,25 @@ class FVAEConfig:
             except re.error as error:
                 raise _wrong("loss_weight", pattern, "a regular expression", str(error)) from None
             _number("loss_weight", value, low=0.0, why="a negative lambda would maximise the objective's loss")
+
+    def _check_logvar1(self) -> None:
+        if self.logvar1_max is not None:
+            _number("logvar1_max", self.logvar1_max, -LOGVAR_LIMIT, at_most=LOGVAR_LIMIT)
+            if self.logvar1_held:
+                raise _wrong("logvar1_max", self.logvar1_max, "None with logvar1_held=True", "logvar1_start holds it")
+        highest = LOGVAR_LIMIT if self.logvar1_max is None else self.logvar1_max
+        why = "beyond the bounds of z_1's log-variance no gradient would bring it back"
+        _number("logvar1_start", self.logvar1_start, -LOGVAR_LIMIT, at_most=highest, why=why)
+
+    @property
+    def logvar1_bounds(self) -> tuple[float, float]:
+        """z_1's log-variance is clamped to these wherever a Gaussian is made of it; held where they are equal.
+
+        The gradient passes where it lies between them, bounds included, and nowhere where they are equal.
+        """
+        if self.logvar1_held:
+            return float(self.logvar1_start), float(self.logvar1_start)
+        return -LOGVAR_LIMIT, LOGVAR_LIMIT if self.logvar1_max is None else float(self.logvar1_max)
 
     @property
     def scaling(self) -> float:
@@ -132,28 +181,38 @@ class FVAEConfig:
         return (weight[0], weight[1]) if isinstance(weight, (tuple, list)) else (weight, weight)
 
     @property
+    def logvar1_bounds(self) -> tuple[float, float]:
+        """What z_1's log-variance is clamped to wherever a Gaussian is made of it."""
+        return -20.0, 20.0
+
+    @property
     def mergeable(self) -> bool:
         """Whether mean_1 is linear in x, so that a weight matrix holds the whole adapter."""
         return not self.encoder_hidden and not self.sample_at_inference
 
     def warn_if_unheld(self) -> None:
-        """Warn where the objective (4) puts no bound on the variance of z_1.
+        """Warn where the objective (4) puts no bound on the scale of z_1.
 
         The terms of one latent entry are ``beta/2 (mean^2 + var - 1 - logvar) - delta/2 (mean^2 + var)``: the pull
         towards zero that KL has, Gamma takes back. Their minimum is at ``var = beta / (beta - delta)``, and there is
-        none unless beta is above delta.
+        none unless beta is above delta. Where the log-variance is held, the mean alone is left, which is pushed away
+        where beta is below delta.
         """
         delta = self.gamma_weights[1]
-        if self.objective == "fvae" and self.kl_weight <= delta and delta > 0:
+        unheld = self.kl_weight < delta if self.logvar1_held else self.kl_weight <= delta
+        if self.objective == "fvae" and unheld and delta > 0:
+            grows = "mean" if self.logvar1_held else "variance"
             warnings.warn(
                 f"kl_weight={self.kl_weight:g} is not above gamma_weight={delta:g}: Gamma then cancels what KL does to "
-                "the scale of z_1, and its variance can grow without end. The paper advises kl_weight in 1..10 with "
+                f"the scale of z_1, and its {grows} can grow without end. The paper advises kl_weight in 1..10 with "
                 "gamma_weight=1; its code trains with kl_weight=1, gamma_weight=2/rank",
                 stacklevel=2,
             )
 
-    def loss_weight_for(self, module_name: str) -> float:
-        """lambda of (6) for the layer called `module_name`."""
+    def loss_weight_for(self, module_name: str, layers: int = 1) -> float:
+        """lambda of (6) for the layer called `module_name`, one of so many adapted `layers`."""
+        if self.loss_weight is None:
+            return 1 / (AUTHORS_TASK_WEIGHT * layers)
         if not isinstance(self.loss_weight, Mapping):
             return float(self.loss_weight)
         for pattern, value in self.loss_weight.items():
@@ -180,6 +239,7 @@ def matches(pattern: str, module_name: str) -> bool:
     return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module_name) is not None
 
 
+SWITCHES = tuple(f.name for f in fields(FVAEConfig) if f.type is bool)
 FIELDS = tuple(f.name for f in fields(FVAEConfig))
 
 
@@ -212,14 +272,16 @@ def _number(
     low: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    at_most: float | None = None,
     why: str = "",
 ) -> None:
     bounds = [
         f"{word} {bound}"
-        for word, bound in (("at least", low), ("above", above), ("below", below))
+        for word, bound in (("at least", low), ("above", above), ("below", below), ("at most", at_most))
         if bound is not None
     ]
     ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    ok = ok and (at_most is None or value <= at_most)
     ok = ok and (low is None or value >= low) and (above is None or value > above) and (below is None or value < below)
     if not ok:
         raise _wrong(name, value, " and ".join(["a finite number", *bounds]), why)

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOGVAR_LIMIT = 20.0  # log-variances are clamped to [-20, 20] wherever a Gaussian is made of them
-
 Linears = Sequence[tuple[Tensor, Tensor | None]]  # (weight [out, in], bias [out]) of each layer, input first
 
 
@@ -71,6 +70,13 @@ def mlp(x: Tensor, layers: Linears, dropout: float = 0.0) -> Tensor:
     return x
 
 
+def bounded(logvar: Tensor, low: float, high: float) -> Tensor:
+    """logvar clamped to [low, high]; held at `low`, with a gradient of zero, where the two are equal."""
+    if low < high:
+        return logvar.clamp(low, high)
+    return torch.where(torch.ones_like(logvar, dtype=torch.bool), torch.full_like(logvar, low), logvar)
+
+
 def sample(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
     """Reparameterisation: z = mean + exp(logvar / 2) * noise."""
     return mean + (logvar.clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT) / 2).exp() * noise
@@ -117,6 +123,28 @@ def divergence(
     return token_mean(gaussian_kl(mean1, logvar1), mask), token_mean(gamma, mask)
 
 
+def geometry(
+    mean1: Tensor,
+    logvar1: Tensor,
+    mean2: Tensor,
+    logvar2: Tensor,
+    prior2_mean: float = 1.5,
+    prior2_std: float = 1.0,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lambda and Delta of (5), the squared 2-Wasserstein distance of q_1 and q_2, and its bound of |Delta|."""
+    mismatch = gaussian_kl(mean2, logvar2) - gaussian_kl(mean2, logvar2, prior2_mean, prior2_std)
+    mean1, mean2 = widen(mean1), widen(mean2)
+    var1, var2 = (widen(v).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT).exp() for v in (logvar1, logvar2))
+    norm1, norm2 = (mean1.square() + var1).sum(-1), (mean2.square() + var2).sum(-1)
+    w2_squared = ((mean1 - mean2).square() + (var1.sqrt() - var2.sqrt()).square()).sum(-1)
+    bound = w2_squared / 2 + norm1.sqrt() * w2_squared.sqrt()
+    mismatch, discrepancy, w2_squared, bound = (
+        token_mean(t, mask) for t in (mismatch, 0.5 * (norm1 - norm2), w2_squared, bound)
+    )
+    return mismatch, discrepancy, w2_squared, bound
+
+
 def reconstruct(
     x: Tensor,
     latent: Tensor,
@@ -134,13 +162,15 @@ def reconstruct(
     return token_mean(nll, mask)
 
 
-def posterior(x: Tensor, encoder: Encoder, noise: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """mean, logvar and sample of q(z | x), hidden layers included."""
+def posterior(
+    x: Tensor, encoder: Encoder, noise: Tensor, dropout: float = 0.0, bounds: tuple[float, float] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mean, logvar (within `bounds`) and sample of q(z | x), hidden layers included."""
     _, hidden_logvar, w_mean, b_mean, w_logvar, b_logvar = encoder
     h = mlp(x, encoder.hidden, dropout)
-    if hidden_logvar is None:
-        return encode(h, w_mean, b_mean, w_logvar, b_logvar, noise)
-    mean, logvar = F.linear(h, w_mean, b_mean), F.linear(mlp(x, hidden_logvar, dropout), w_logvar, b_logvar)
+    h_logvar = h if hidden_logvar is None else mlp(x, hidden_logvar, dropout)
+    mean, logvar = F.linear(h, w_mean, b_mean), F.linear(h_logvar, w_logvar, b_logvar)
+    logvar = logvar if bounds is None else bounded(logvar, *bounds)
     return mean, logvar, sample(mean, logvar, noise)
 
 
@@ -156,7 +186,8 @@ def layer(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Terms]:
     """s B z_1, which the caller adds to W x + b, and the terms of the objective. `config` is an FVAEConfig."""
-    q1, q2 = posterior(x, encoder1, noise[0], dropout), posterior(x, encoder2, noise[1], dropout)
+    q1 = posterior(x, encoder1, noise[0], dropout, config.logvar1_bounds)
+    q2 = posterior(x, encoder2, noise[1], dropout)
     z1, z2 = q1[2], q2[2]
     target = x.detach() if config.detach_target else x
     latent = torch.cat((z1, z2), -1) if config.fusion == "concat" else (z1 + z2) / 2
@@ -169,6 +200,7 @@ Posterior = tuple[Tensor, Tensor, Tensor]  # mean, logvar, z
 
 def objective(nll: Tensor, q1: Posterior, q2: Posterior, config: Any, mask: Tensor | None = None) -> Terms:
     """The terms, and the loss of the chosen objective: fvae (4), vae2lat (2), beta_vae2lat (8), symmetric (9)."""
+    q1 = q1[0], bounded(q1[1], *config.logvar1_bounds), q1[2]
     prior1, prior2 = (0.0, 1.0), (config.prior2_mean, config.prior2_std)
     if config.gamma_estimator == "closed_form":
         log_p1, log_p2 = expected_log_prior(*q1[:2], *prior1), expected_log_prior(*q2[:2], *prior2)

@@ -4,9 +4,9 @@ Every parameter is registered on this module itself, never on a child. PEFT stri
 where it stands last or second to last (``...fvae_adapter.<adapter>.<parameter>``), so a nested layout loses weights.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import FVAEConfig
 from ..ops._backend import resolve
 from ..ops.layer import draw_noise, layer
-from ..reference import Decoder, Encoder, Linears, mlp, sample
+from ..reference import LOGVAR_LIMIT, Decoder, Encoder, Linears, bounded, mlp, sample
 
 
 class FVAEAdapter(nn.Module):
@@ -50,21 +50,32 @@ class FVAEAdapter(nn.Module):
         if not inference_only:
             config.warn_if_unheld()
         self.in_features, self.out_features = in_features, out_features
-        self.config, self.inference_only, self.alpha = config, inference_only, config.alpha
+        self.config, self.training_config, self.inference_only = config, config, inference_only
+        self.alpha = config.alpha  # before `set_scale`
         for name, shape in parameter_shapes(in_features, out_features, config):
             if inference_only and not is_served(name, config):
                 continue
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
+        self.freeze_held()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The authors' start: heads zero, so eval mode begins as the base layer; B normal(0, 0.02); scale one."""
+        """The start that the config names; in eval mode either begins as the base layer.
+
+        "authors": heads zero, B normal(0, 0.02). "lora": the mean head of encoder 1 as PEFT starts LoRA's A, B zero.
+        The log-variance of z_1 starts at `logvar1_start` for every token, and the decoder's scale at one.
+        """
+        lora = self.config.start == "lora"
         for name, parameter in self.named_parameters(recurse=False):
             if name == "B":
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.zeros_(parameter) if lora else nn.init.normal_(parameter, std=0.02)
             elif name == "decoder_scale":
                 nn.init.ones_(parameter)
+            elif name == "encoder1_logvar_bias":
+                nn.init.constant_(parameter, self.config.logvar1_start)
+            elif name == "encoder1_mean_weight" and lora:
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
             elif "_mean_" in name or name.endswith(("1_logvar_weight", "2_logvar_weight", "_logvar_bias")):
                 nn.init.zeros_(parameter)
             elif name.endswith("_weight"):
@@ -72,6 +83,43 @@ class FVAEAdapter(nn.Module):
             else:
                 fan_in = getattr(self, name.removesuffix("bias") + "weight").shape[1]
                 nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def requires_grad_(self, requires_grad: bool = True) -> "FVAEAdapter":
+        """As in torch, but for the parameters of a log-variance that is held: they are not trained."""
+        super().requires_grad_(requires_grad)
+        self.freeze_held()
+        return self
+
+    def freeze_held(self) -> None:
+        """Freeze the parameters of z_1's log-variance where the config holds it: nothing depends on them."""
+        if self.config.logvar1_held:
+            for name, parameter in self.named_parameters(recurse=False):
+                if name.startswith("encoder1_logvar_"):
+                    parameter.requires_grad_(False)
+
+    def bound_noise(self, logvar: float | None) -> None:
+        """Bound z_1's log-variance above by `logvar` in training from here on: warm-up of the noise.
+
+        The smaller of this bound and the config's counts. The bound is part of no file: a schedule sets it anew.
+
+        Args:
+            logvar: the bound, in [-20, 20]; None leaves the config's own.
+
+        Raises:
+            ValueError: out of range, or the config holds the log-variance.
+        """
+        config = self.config
+        if logvar is not None:
+            if not -LOGVAR_LIMIT <= logvar <= LOGVAR_LIMIT:
+                raise ValueError(f"logvar={logvar!r} is not allowed: expected a bound of at least -20 and at most 20")
+            if config.logvar1_held:
+                raise ValueError(
+                    f"z_1's log-variance is held at {config.logvar1_start} (logvar1_held=True), so a bound has no "
+                    "effect: set logvar1_held=False to warm up the noise"
+                )
+            high = min(logvar, config.logvar1_bounds[1])
+            config = replace(config, logvar1_max=high, logvar1_start=min(config.logvar1_start, high))
+        self.training_config = config
 
     def forward(
         self,
@@ -106,11 +154,13 @@ class FVAEAdapter(nn.Module):
         parameters = self._encoder(1), self._encoder(2), self._decoder(), self.B
         plain = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         backend = "reference" if plain else None  # torch.func differentiates PyTorch, not kernels
-        return layer(x, *parameters, self.config, noise, dropout, mask, base=base, backend=backend)
+        return layer(x, *parameters, self.training_config, noise, dropout, mask, base=base, backend=backend)
 
     def set_scale(self, scale: float) -> None:
         """Multiply the update by `scale`, from what the adapter was made with."""
-        self.config = dataclasses.replace(self.config, alpha=self.alpha * scale)
+        alpha = self.alpha * scale
+        self.config = replace(self.config, alpha=alpha)
+        self.training_config = replace(self.training_config, alpha=alpha)
 
     def trained(self) -> bool:
         """Whether any of its parameters is. A replica's, of DataParallel, are plain tensors, and count as trained."""
@@ -131,7 +181,7 @@ class FVAEAdapter(nn.Module):
         if self.config.sample_at_inference:
             h = mlp(x, self._hidden("encoder1_logvar" if self.config.separate_hidden else "encoder1"))
             logvar = F.linear(h, self.encoder1_logvar_weight, self.encoder1_logvar_bias)
-            z = sample(z, logvar, self.draw_noise(x))
+            z = sample(z, bounded(logvar, *self.config.logvar1_bounds), self.draw_noise(x))
         B = self._get("B")
         if base is None:
             return scaling * F.linear(z, B)
@@ -195,6 +245,28 @@ class FVAEAdapter(nn.Module):
     def extra_repr(self) -> str:
         served = ", inference_only" if self.inference_only else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.config.rank}{served}"
+
+
+def bound_noise(model: nn.Module, logvar: float | None) -> None:
+    """`FVAEAdapter.bound_noise` for every adapter of `model`: call it before a step to warm up the noise of z_1.
+
+        for step in range(steps):
+            fk.bound_noise(model, -8 + 8 * min(1, step / warm_up))  # standard deviation from 0.02 to 1
+
+    Raises:
+        ValueError: out of range, no adapter in the model, or one that holds its log-variance; no bound has changed.
+    """
+    adapters = [module for module in model.modules() if isinstance(module, FVAEAdapter)]
+    if not adapters:
+        raise ValueError(f"{type(model).__name__} has no FVAE adapter whose noise could be bounded: adapt it first")
+    before = [adapter.training_config for adapter in adapters]
+    try:
+        for adapter in adapters:
+            adapter.bound_noise(logvar)
+    except ValueError:
+        for adapter, config in zip(adapters, before, strict=True):
+            adapter.training_config = config
+        raise
 
 
 def is_served(name: str, config: FVAEConfig) -> bool:

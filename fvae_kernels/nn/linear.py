@@ -26,6 +26,7 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
             frozen.
         config: an FVAEConfig.
         name: the layer's name in its model, for a `loss_weight` by pattern.
+        layers: how many layers of the model are adapted, for a `loss_weight` of None.
         dtype: of the adapter; the base's where that is float32 or float64, else float32.
 
     Raises:
@@ -33,12 +34,17 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
     """
 
     def __init__(
-        self, base_layer: nn.Module, config: FVAEConfig, name: str = "", dtype: torch.dtype | None = None
+        self,
+        base_layer: nn.Module,
+        config: FVAEConfig,
+        name: str = "",
+        layers: int = 1,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self._init_aux_loss()
         self.in_features, self.out_features, self.transposed = linear_shape(base_layer)
-        self.config, self.loss_weight = config, config.loss_weight_for(name)
+        self.config, self.loss_weight = config, config.loss_weight_for(name, layers)
         weight = stored_weight(base_layer)
         if dtype is None:
             dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
@@ -237,11 +243,12 @@ def replace_linears(
     config.check_loss_weight_patterns(names)
     if freeze:
         model.requires_grad_(False)
+    layers = len({id(named[name]) for name in names})
     wrappers: dict[int, FusedFVAELinear] = {}  # a layer that stands in two places stays one layer
     for name in names:
         old = named[name]
         if id(old) not in wrappers:
-            wrappers[id(old)] = FusedFVAELinear.from_linear(old, config, name=name)
+            wrappers[id(old)] = FusedFVAELinear.from_linear(old, config, name=name, layers=layers)
         parent, _, child = name.rpartition(".")
         setattr(named[parent], child, wrappers[id(old)])
     install_hooks(model)

@@ -23,7 +23,7 @@ def composed(
     backend: str,
 ) -> tuple[Tensor, reference.Terms]:
     """`reference.layer` with the decoder's output layer, and KL and Gamma, on `backend`: x_hat is never stored."""
-    q1 = _posterior(x, encoder1, noise[0], dropout)
+    q1 = _posterior(x, encoder1, noise[0], dropout, config.logvar1_bounds)
     q2 = _posterior(x, encoder2, noise[1], dropout)
     target = x.detach() if config.detach_target else x
     latent = torch.cat((q1[2], q2[2]), -1) if config.fusion == "concat" else (q1[2] + q2[2]) / 2
@@ -36,6 +36,8 @@ def composed(
     return delta, reference.Terms(config.recon_weight * nll + config.kl_weight * kl - delta1 * gamma, nll, kl, gamma)
 
 
-def _posterior(x: Tensor, encoder: reference.Encoder, noise: Tensor, dropout: float) -> reference.Posterior:
-    mean, logvar, z = reference.posterior(x, encoder, noise, dropout)
+def _posterior(
+    x: Tensor, encoder: reference.Encoder, noise: Tensor, dropout: float, bounds: tuple[float, float] | None = None
+) -> reference.Posterior:
+    mean, logvar, z = reference.posterior(x, encoder, noise, dropout, bounds)
     return mean.to(x.dtype), logvar.to(x.dtype), z.to(x.dtype)  # autocast may have lowered it

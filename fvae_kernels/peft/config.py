@@ -8,6 +8,7 @@ from typing import Any
 from peft.config import PeftConfig
 
 from ..config import FIELDS, FVAEConfig
+from ..presets import preset
 from .files import read_adapter
 
 METHOD = "fvae"
@@ -59,8 +60,12 @@ class FVAELoraConfig(PeftConfig):
     gamma_estimator: str = _option("gamma_estimator")
     prior2_mean: float = _option("prior2_mean")
     prior2_std: float = _option("prior2_std")
-    loss_weight: float | Mapping[str, float] = _option("loss_weight")
+    loss_weight: float | Mapping[str, float] | None = _option("loss_weight")
     detach_target: bool = _option("detach_target")
+    start: str = _option("start")
+    logvar1_start: float = _option("logvar1_start")
+    logvar1_max: float | None = _option("logvar1_max")
+    logvar1_held: bool = _option("logvar1_held")
     mask_padding: bool = _option("mask_padding")
     sample_at_inference: bool = _option("sample_at_inference")
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "linear layers to adapt"})
@@ -83,6 +88,18 @@ class FVAELoraConfig(PeftConfig):
                 f"file comes from newer ones. It has: {sorted(known)}"
             )
         return super().__new__(cls)
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> "FVAELoraConfig":
+        """A config by name: "paper", "authors" or "default" (docs/recipes.md), with other `options` where given.
+
+            fk.FVAELoraConfig.preset("paper", r=8, task_type="SEQ_CLS", target_modules=["query", "value"])
+
+        Raises:
+            ValueError: for an unknown name, or a value out of range.
+            TypeError: for an unknown option.
+        """
+        return cls(**{**preset(name, options.get("r", DEFAULT.rank)), **options})
 
     def __getnewargs__(self) -> tuple[()]:
         return ()

@@ -44,6 +44,20 @@ class FVAELoraLayer(BaseTunerLayer, AuxLossLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; a log-variance that is held stays out of what it switches on."""
+        super().set_adapter(*args, **kwargs)
+        self._freeze_held()
+
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; a log-variance that is held stays out of what it switches on."""
+        super().set_requires_grad(*args, **kwargs)
+        self._freeze_held()
+
+    def _freeze_held(self) -> None:
+        for adapter in self.fvae_adapter.values():
+            adapter.freeze_held()  # type: ignore[operator]
+
 
 class FVAELoraLinear(nn.Module, FVAELoraLayer):
     """``y = W x + b + sum over active adapters s B z_1``; see FusedFVAELinear for the layer without PEFT."""

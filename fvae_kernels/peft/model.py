@@ -61,6 +61,7 @@ class FVAELoraModel(BaseTuner):
             D, M = _shape(name, model)
             kept = parameter_shapes(D, M, method)
             shapes[name] = {n: s for n, s in kept if not peft_config.inference_only or is_served(n, method)}
+        self._count = len(names)
         if names:
             peft_config.to_fvae_config().check_loss_weight_patterns(names)
         saved = peft_config.__dict__.pop("_saved", None)
@@ -89,7 +90,7 @@ class FVAELoraModel(BaseTuner):
         method = _layer_config(peft_config, current_key)
         options: dict[str, Any] = {
             "config": method,
-            "loss_weight": method.loss_weight_for(current_key),
+            "loss_weight": method.loss_weight_for(current_key, self._count),
             "init_weights": peft_config.init_weights,
             "inference_only": peft_config.inference_only,
         }

@@ -12,11 +12,20 @@ from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 
-from ..diagnostics import active_units, collect_terms, latent_geometry, posteriors
+from ..diagnostics import (
+    active_units,
+    collect_terms,
+    effective_rank,
+    latent_geometry,
+    posteriors,
+    signal_to_noise,
+    token_independent_share,
+)
 from ..nn.adapter import FVAEAdapter
 from .aux_loss import AuxLossLayer, aux_loss_layers
 from .recompute import in_backward
 from .trainer import check_trainer
+from .watch import Watch, has_settled
 
 Values = dict[str, float]
 
@@ -29,13 +38,17 @@ class FVAELoggingCallback(TrainerCallback):
 
     Of each layer, over the tokens of the step's last micro-batch: ``loss``, ``nll``, ``kl`` and ``gamma`` of the
     training forward (`collect_terms`); ``Lambda``, ``Delta``, ``Gamma``, ``W2_squared`` and ``delta_bound`` of the two
-    posteriors (`latent_geometry`) and ``active_units_z1``, ``active_units_z2`` (`active_units`), from both encoders
-    run once more on the layer's input, without dropout. Nats, but for W2 and the counts.
+    posteriors (`latent_geometry`); ``signal_to_noise`` of z_1, ``effective_rank`` and ``token_independent`` share of
+    the update; and ``active_units_z1``, ``active_units_z2``: from both encoders run once more on the layer's input,
+    without dropout, by the functions of `diagnostics`. Nats, but for W2, ratios and counts.
 
     They go to what `report_to` names (TensorBoard, Weights & Biases, ...) as ``fvae/<layer>/<value>``, and to a file
     with one JSON object a line: ``{"step", "epoch", "loss", ..., "layers": {<layer>: {<value>: number}}}``, whose
     first entries are the trainer's own log. Not-a-number and infinity stand as null. Lines are appended: after a
     resume, steps that were lost come again, and the last line of a step counts.
+
+    After the warm-up it warns, once each and with what to do, where the noise of z_1 drowns its mean, where the update
+    has collapsed to one direction, and where the task loss of a classifier is still at chance.
 
     In compiled layers there is nothing to see, and they are left out. Where another callback asks for a log at a step
     that the arguments do not name, the line holds the terms alone.
@@ -59,14 +72,18 @@ class FVAELoggingCallback(TrainerCallback):
         self.trainer = trainer
         self.path = None if path is None else Path(path)
         self.armed = False
-        self.seen: dict[str, dict[str, Tensor | int]] = {}
+        self.seen: dict[str, dict[str, Tensor | float]] = {}
         self.handles: list[Any] = []
+        self.watch = Watch()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the layers from here on."""
         self.on_train_end(args, state, control)
         if not state.is_world_process_zero:
             return
+        adapters = [active_adapter(layer) for layer in self._layers().values()]
+        self.watch = Watch(max((a.config.rank for a in adapters if a is not None), default=1))
+        self.handles.append(self.trainer.model.register_forward_hook(self._watch_task, with_kwargs=True))
         for name, layer in self._layers().items():
             self.handles.append(layer.register_forward_pre_hook(self._watcher(name)))
         if self.path is not None:
@@ -87,6 +104,7 @@ class FVAELoggingCallback(TrainerCallback):
         if logs is None or "loss" not in logs or not self.handles:  # an evaluation, or the summary at the end
             return
         layers = self._take()
+        self.watch.look(layers, has_settled(args, state))
         flat = {f"fvae/{layer}/{name}": value for layer, values in layers.items() for name, value in values.items()}
         reporters = tuple(get_reporting_integration_callbacks(args.report_to))
         for callback in self.trainer.callback_handler.callbacks:
@@ -100,6 +118,10 @@ class FVAELoggingCallback(TrainerCallback):
     def _layers(self) -> dict[str, Any]:
         modules = self.trainer.model.named_modules()
         return {name: module for name, module in modules if isinstance(module, AuxLossLayer)}
+
+    def _watch_task(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self.armed and model.training and not torch.compiler.is_compiling():
+            self.watch.note_task(output, kwargs.get("labels"))
 
     def _watcher(self, name: str) -> Any:
         def watch(layer: Any, args: tuple[Tensor, ...]) -> None:
@@ -145,13 +167,16 @@ def active_adapter(layer: Any) -> FVAEAdapter | None:
 
 
 @torch.no_grad()
-def geometry(adapter: FVAEAdapter, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor | int]:
-    """`latent_geometry` and `active_units` of both latents of x, over the tokens that `mask` keeps."""
+def geometry(adapter: FVAEAdapter, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor | float]:
+    """The geometry of both latents of x and of the update, over the tokens that `mask` keeps."""
     with torch.autocast(x.device.type, enabled=False):
         mean1, logvar1, mean2, logvar2 = posteriors(adapter, x.to(adapter.B.dtype))
     config = adapter.config
     return {
         **latent_geometry(mean1, logvar1, mean2, logvar2, config.prior2_mean, config.prior2_std, mask),
+        "signal_to_noise": signal_to_noise(mean1, logvar1, mask),
+        "effective_rank": effective_rank(mean1, adapter.B, mask),
+        "token_independent": token_independent_share(mean1, adapter.B, mask),
         "active_units_z1": active_units(mean1, mask=mask),
         "active_units_z2": active_units(mean2, mask=mask),
     }

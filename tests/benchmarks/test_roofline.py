@@ -60,7 +60,7 @@ def test_precisions_reach_the_operators() -> None:
 )
 @pytest.mark.parametrize("fusion", ["concat", "average"])
 def test_the_fused_layer_knows_its_parameters(options: dict, fusion: str) -> None:
-    config = fk.FVAEConfig(rank=3, fusion=fusion, **options)
+    config = fk.FVAEConfig.preset("paper", rank=3, fusion=fusion, **options)
     layer = fused.Layer(7, 12, 10, config)
     parameters = dict(FVAEAdapter(12, 10, config).named_parameters())
     assert layer.parameters == sum(p.numel() for p in parameters.values())
@@ -77,7 +77,7 @@ def test_ours_grows_with_tokens_as_its_tensors_do() -> None:
 
 
 def test_the_pages_say_what_the_commands_print() -> None:
-    assert pages.block(cost_table.README, "cost") == cost_table.table()
+    assert pages.block(cost_table.PAGE, "cost") == cost_table.table()
     assert pages.block(roofline.PAGE, "devices") == roofline.devices_table()
     assert pages.block(roofline.PAGE, "predictions") == roofline.table()
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
 from examples import assets, demo, report
 from examples.data import Snippet
 from tests import ROOT
@@ -45,7 +48,7 @@ def test_time_ratio_is_by_step() -> None:
     assert report.time_ratio([2.0, 20.0, 300.0], [1.0, 10.0, 100.0]) == 2.0
 
 
-def test_components_and_readout() -> None:
+def test_components() -> None:
     from examples import figure
 
     generator = torch.Generator().manual_seed(0)
@@ -53,10 +56,6 @@ def test_components_and_readout() -> None:
     scores, shares = figure.principal_components(points)
     assert shares[0] > 0.8 > 0.2 > shares[1] > 0.05
     assert abs(torch.corrcoef(torch.stack((scores[:, 0], points[:, 0].double())))[0, 1]) > 0.99
-    target = (points[:, 1] > 0).int().tolist()
-    assert figure.linear_readout(points[:200], target[:200], points[200:], target[200:]) > 0.9
-    noise = torch.randn(300, 5, generator=generator)
-    assert figure.linear_readout(noise[:200], target[:200], noise[200:], target[200:]) < 0.7
 
 
 def test_learning_rate_schedule() -> None:
@@ -67,6 +66,35 @@ def test_learning_rate_schedule() -> None:
     assert max(rates) == rates[9] == 1.0
     assert 0 < rates[-1] < 0.02
     assert linear_schedule(1)(0) == 1.0
+
+
+def result(method: str, rights: tuple[int, int, int, int]) -> report.Result:
+    names = ("negative, movies", "negative, Amazon", "positive, movies", "positive, Amazon")
+    groups = {name: report.Share(right, 200) for name, right in zip(names, rights, strict=True)}
+    return report.Result(method, method.upper(), 0.0, 0.0, groups, 1, 1, 1, 1.0, None)
+
+
+def test_rare_groups_are_those_whose_source_disagrees() -> None:
+    share = result("lora", (100, 190, 180, 120)).rare
+    assert (share.right, share.total) == (220, 400)
+
+
+@pytest.mark.parametrize(("rights", "words"), [((100, 190, 180, 122), "within"), ((20, 20, 20, 20), "more than")])
+def test_the_verdict_says_whether_a_difference_is_noise(rights: tuple[int, int, int, int], words: str) -> None:
+    base, ours = result("lora", (100, 190, 180, 120)), result("fvae", rights)
+    said = report.verdict([base, ours])
+    assert f"accuracy {ours.overall.value - base.overall.value:+.3f}" in said
+    assert words in said
+    assert report.verdict([base]) == ""
+
+
+def test_seeds_are_paired() -> None:
+    seeds = [[result("lora", (100, 190, 180, 120)), result("fvae", (100, 190, 180, 120 + more))] for more in (8, 16)]
+    lines = report.paired(seeds)
+    assert lines[0].startswith("FVAE - LORA, paired by seed")
+    assert lines[1] == "  accuracy: +0.015 [-0.049, +0.079]"  # 0.01 and 0.02: t of one degree of freedom
+    assert "two rare groups: +0.030" in lines[3]
+    assert report.paired(seeds[:1]) == []
 
 
 # --------------------------------------------------------------------------------------------- refusals

@@ -1,14 +1,15 @@
-"""Adapted models and the gradient of their total loss (6), computed directly, to compare a training loop with."""
+"""Adapted models, and the gradient of their total loss (6) computed directly, to compare training loops with."""
 
 import peft
 import torch
 from torch import Tensor, nn
 
 import fvae_kernels as fk
+from tests.helpers.recipe import SMALL_NETWORKS
 from tests.helpers.tiny_models import TARGETS, TASKS, build
 from tests.helpers.total_loss import by_hand
 
-OPTIONS = {"encoder_hidden": (5,), "decoder_hidden": (7,), "dropout": 0.0, "loss_weight": 0.01}
+OPTIONS = {**SMALL_NETWORKS, "loss_weight": 0.01}
 # transformers' causal LM loss is float32 whatever the model is, and so is its gradient, the weight
 EXACT, CAUSAL = 1e-9, 5e-7
 

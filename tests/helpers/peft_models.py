@@ -1,4 +1,4 @@
-"""Tiny models with a small adapter, as the tests of the PEFT plug-in use them."""
+"""Tiny models with a small adapter, for the tests of the PEFT plug-in."""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fvae_kernels as fk
 from fvae_kernels.peft import FVAELoraLinear
+from tests.helpers.recipe import SMALL_NETWORKS
 from tests.helpers.tiny_models import BUILD, TARGETS, TASKS, batch, build
 
 OLD_PEFT = tuple(map(int, peft.__version__.split(".")[:2])) < (0, 21)
@@ -19,7 +20,7 @@ PEFT_CALLS = "_prepare_encoder_decoder_kwargs_for_generation"  # of PEFT before 
 NO_SEQ2SEQ = OLD_PEFT and not hasattr(transformers.T5ForConditionalGeneration, PEFT_CALLS)
 BROKEN = pytest.mark.skipif(NO_SEQ2SEQ, reason="this PEFT's model for encoder-decoders needs another transformers")
 KINDS = [pytest.param(kind, marks=BROKEN) if kind == "t5" else kind for kind in BUILD]
-SMALL: dict[str, Any] = {"r": 3, "encoder_hidden": (5,), "decoder_hidden": (7,), "dropout": 0.0, "loss_weight": 0.01}
+SMALL: dict[str, Any] = {**SMALL_NETWORKS, "r": 3, "loss_weight": 0.01}
 BERT_QUERIES = [f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)]
 LINEAR: dict[str, Any] = {"encoder_hidden": ()}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -46,7 +47,7 @@ def adapted(kind: str = "bert", **options: Any) -> Any:
 
 
 def unlabelled(kind: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A batch to infer from; decoders of an encoder-decoder are given their tokens."""
+    """A batch without labels; an encoder-decoder gets decoder tokens."""
     inputs = batch(kind, dtype=dtype)
     labels = inputs.pop("labels")
     return {**inputs, "decoder_input_ids": labels} if kind in ("t5", "whisper") else inputs

@@ -1,4 +1,4 @@
-"""FVAEConfig and FVAELoraConfig: every wrong value is refused in words, the rest is kept and survives a file."""
+"""FVAEConfig and FVAELoraConfig: every wrong value has an error text; right values are kept, also through a file."""
 
 import dataclasses
 import json
@@ -33,8 +33,15 @@ WRONG = {
     "gamma_estimator": (["mc", None], "expected one of 'closed_form', 'monte_carlo'"),
     "prior2_mean": ([NAN, -INF, "1.5", None, False], FINITE),
     "prior2_std": ([0.0, -1.0, NAN, "1", None, True], "expected a finite number and above 0.0"),
-    "loss_weight": ([-1e-3, NAN, INF, "1", None, True], NOT_NEGATIVE),
+    "loss_weight": ([-1e-3, NAN, INF, "1", True], NOT_NEGATIVE),
     "detach_target": ([0, 1, "yes", None], SWITCH),
+    "start": (["peft", "", None, "LoRA"], "expected one of 'authors', 'lora'"),
+    "logvar1_start": (
+        [NAN, -21, 20.1, "0", None, True],
+        "expected a finite number and at least -20.0 and at most 20.0",
+    ),
+    "logvar1_max": ([NAN, INF, -21, 20.1, "0", True], "expected a finite number and at least -20.0 and at most 20.0"),
+    "logvar1_held": ([0, 1, "yes", None], SWITCH),
     "mask_padding": ([0, 1, "yes", None], SWITCH),
     "sample_at_inference": ([0, 1, "yes", None], SWITCH),
 }
@@ -49,6 +56,12 @@ INSIDE = [  # options, the part that is wrong, what the error must say besides
     ({"objective": "vae2lat", WEIGHT: 0.5}, "gamma_weight=0.5", "the default 1.0 (or 0.0) with objective='vae2lat'"),
     ({"objective": "symmetric", WEIGHT: (1.0, 0.0)}, "gamma_weight=(1.0, 0.0)", "with objective='symmetric'"),
     ({"objective": "vae2lat", "kl_weight": 2.0}, "kl_weight=2.0", "expected 1.0 with objective='vae2lat'"),
+    (
+        {"logvar1_max": -1.0, "logvar1_start": 0.0, "logvar1_held": False},
+        "logvar1_start=0.0",
+        "at most -1.0 (beyond the bounds of z_1's log-variance no gradient",
+    ),
+    ({"logvar1_max": 0.0, "logvar1_held": True}, "logvar1_max=0.0", "expected None with logvar1_held=True"),
     ({"loss_weight": {}}, "loss_weight={}", "a table with at least one pattern"),
     ({"loss_weight": {1: 1.0}}, "loss_weight={1: 1.0}", "a table whose keys are strings"),
     ({"loss_weight": {"a(": 1.0}}, "loss_weight='a('", "expected a regular expression"),
@@ -85,8 +98,21 @@ def test_bounds_that_are_allowed():
     FVAEConfig(
         rank=1, dropout=0.0, recon_weight=0, kl_weight=0, gamma_weight=0, loss_weight=0, alpha=-1, prior2_mean=-3
     )
-    FVAEConfig(objective="vae2lat", gamma_weight=(0.0, 0.0))
+    FVAEConfig(objective="vae2lat", kl_weight=1.0, gamma_weight=(0.0, 0.0))
     FVAEConfig(encoder_hidden=(), decoder_hidden=())
+
+
+@pytest.mark.parametrize(
+    ("options", "bounds"),
+    [
+        ({}, (-4, -4)),
+        ({"logvar1_start": -2, "logvar1_held": True}, (-2, -2)),
+        ({"logvar1_start": 1, "logvar1_held": False}, (-20, 20)),
+        ({"logvar1_start": -4, "logvar1_max": -2, "logvar1_held": False}, (-20, -2)),
+    ],
+)
+def test_bounds_of_the_log_variance_of_z1(options, bounds):
+    assert FVAEConfig(**options).logvar1_bounds == FVAELoraConfig(**options).to_fvae_config().logvar1_bounds == bounds
 
 
 def test_sequences_become_tuples():
@@ -111,7 +137,7 @@ def test_scaling(rank, alpha, rslora, s):
 
 def test_mergeable():
     assert FVAEConfig(encoder_hidden=()).mergeable
-    assert not FVAEConfig().mergeable
+    assert not FVAEConfig(encoder_hidden=(16,)).mergeable
     assert not FVAEConfig(encoder_hidden=(), sample_at_inference=True).mergeable
 
 
@@ -169,6 +195,7 @@ OPTIONS = {
     **{"decoder_hidden": (9,), "dropout": 0.25, "fusion": "average", "objective": "fvae", "recon_weight": 0.1},
     **{"kl_weight": 10.0, "gamma_weight": (0.5, 0.25), "gamma_estimator": "monte_carlo", "prior2_mean": -1.0},
     **{"prior2_std": 2.0, "loss_weight": {"query": 0.5, ".*": 0.25}, "detach_target": True},
+    **{"start": "lora", "logvar1_start": -4.0, "logvar1_max": -1.0, "logvar1_held": False},
     **{"mask_padding": False, "sample_at_inference": True},
 }
 

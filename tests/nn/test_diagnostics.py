@@ -1,4 +1,7 @@
-"""diagnostics.py: equation (5) and its bound as properties, and the terms that it reports of a model."""
+"""diagnostics.py: properties of equation (5) and of its bound, and the terms of a model."""
+
+import dataclasses
+import math
 
 import pytest
 import torch
@@ -117,14 +120,17 @@ class TestCollectTerms:
     def test_a_peft_model(self, kind):
         from peft import get_peft_model
 
-        config = fk.FVAELoraConfig(r=3, target_modules=TARGETS[kind], decoder_hidden=(5,), dropout=0.0)
+        config = fk.FVAELoraConfig(
+            r=3, target_modules=TARGETS[kind], decoder_hidden=(5,), dropout=0.0, loss_weight=1e-3
+        )
         model = get_peft_model(build(kind), config).train()
         loss = model(**batch(kind)).loss
         found = fk.collect_terms(model)
         assert len(found) == 4
         assert all(list(terms) == ["loss", "nll", "kl", "gamma"] for terms in found.values())
         assert all(
-            terms["loss"] == pytest.approx(terms["nll"] + terms["kl"] - terms["gamma"]) for terms in found.values()
+            terms["loss"] == pytest.approx(terms["nll"] + config.kl_weight * terms["kl"] - terms["gamma"])
+            for terms in found.values()
         )
         assert loss.item() > config.loss_weight * sum(terms["loss"] for terms in found.values())
 
@@ -144,5 +150,63 @@ class TestActiveUnits:
         assert diagnostics.active_units(torch.ones(0, 3)) == 0
 
     def test_a_fresh_layer_has_none(self):
-        layer = fk.FusedFVAELinear(nn.Linear(6, 5), CFG)
+        layer = fk.FusedFVAELinear(nn.Linear(6, 5), dataclasses.replace(CFG, start="authors"))
         assert [diagnostics.active_units(mean) for mean in layer.posterior_means(torch.randn(9, 6))] == [0, 0]
+
+
+class TestWhatTheLatentsHold:
+    """On latents whose answer is known."""
+
+    def test_signal_to_noise(self):
+        mean = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+        logvar = torch.tensor([0.25, 0.25]).log().expand(4, 2)
+        assert diagnostics.signal_to_noise(mean, logvar) == pytest.approx(2.0)
+        assert diagnostics.signal_to_noise(mean + 7, logvar) == pytest.approx(2.0)  # a constant tells nothing
+        assert diagnostics.signal_to_noise(mean[:0], logvar[:0]) == 0
+
+    @pytest.mark.parametrize("directions", [1, 2, 3])
+    def test_effective_rank_counts_equal_directions(self, directions):
+        mean, B = torch.zeros(60, 4), torch.linalg.qr(draw(9, 4))[0].float()
+        mean[torch.arange(60), torch.arange(60) % directions] = 2.0
+        assert diagnostics.effective_rank(mean, B) == pytest.approx(directions, rel=1e-5)
+
+    def test_effective_rank_is_that_of_the_updates(self):
+        mean, B = draw(50, 4), draw(9, 4, seed=1)
+        energies = torch.linalg.svdvals(mean @ B.T).square()
+        expected = float(energies.sum().square() / energies.square().sum())
+        assert diagnostics.effective_rank(mean, B) == pytest.approx(expected, rel=1e-10)
+        assert diagnostics.effective_rank(mean, 0 * B) == 0
+
+    def test_token_independent_share(self):
+        mean, B = draw(50, 4), draw(9, 4, seed=1)
+        u = mean @ B.T
+        expected = float(u.mean(0).square().sum() / u.square().sum(-1).mean())
+        assert diagnostics.token_independent_share(mean, B) == pytest.approx(expected, rel=1e-10)
+        assert diagnostics.token_independent_share(mean[:1].expand(9, 4), B) == pytest.approx(1)
+        assert diagnostics.token_independent_share(mean, 0 * B) == 0
+
+    def test_masked_tokens_do_not_count(self):
+        mean, logvar, B, mask = (
+            draw(4, 5, 3),
+            draw(4, 5, 3, seed=1),
+            draw(9, 3, seed=2),
+            torch.arange(20).view(4, 5) % 3 > 0,
+        )
+        loud = mean.where(mask[..., None], 100 * mean)
+        for of in (
+            lambda m, k: diagnostics.signal_to_noise(m, logvar if k is not None else logvar[mask], k),
+            lambda m, k: diagnostics.effective_rank(m, B, k),
+            lambda m, k: diagnostics.token_independent_share(m, B, k),
+        ):
+            assert of(loud, mask) == pytest.approx(of(mean[mask], None), rel=1e-12)
+
+    def test_not_a_number_stays_one(self):
+        assert math.isnan(diagnostics.effective_rank(torch.full((3, 2), math.nan), torch.ones(4, 2)))
+
+    @pytest.mark.parametrize("classes", [2, 3])
+    def test_linear_probe(self, classes):
+        y = torch.arange(300) % classes
+        x = torch.cat([torch.nn.functional.one_hot(y, classes) + 0.1 * draw(300, classes), 9 * draw(300, 2, seed=1)], 1)
+        assert diagnostics.linear_probe(x[:200], y[:200], x[200:], y[200:]) == 1.0
+        guess = diagnostics.linear_probe(x[:200, classes:], y[:200], x[200:, classes:], y[200:])
+        assert guess < 1 / classes + 0.2

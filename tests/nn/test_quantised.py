@@ -1,7 +1,7 @@
 """Adapters beside quantised base layers: gradients, what is trained, files, and the merge that is refused.
 
-Each case runs where its package is installed. Those that the environment keeps apart are tested in another process;
-bitsandbytes, of more than 100 MB, is not among them.
+Each case runs if its package is installed. Packages in a separate folder of the environment are tested in another
+process; bitsandbytes, more than 100 MB, is not among them.
 """
 
 import importlib.util
@@ -21,13 +21,14 @@ import fvae_kernels as fk
 from fvae_kernels.nn.quantised import is_quantised
 from fvae_kernels.peft import FVAELoraLinear
 from tests import ROOT
+from tests.helpers.recipe import SMALL_NETWORKS
 from tests.helpers.tiny_models import batch, build
 from tests.helpers.total_loss import fix_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cast from torch.float32 to float16:UserWarning")
 
 APART = Path(sys.prefix) / "quantised"
-OPTIONS = {"encoder_hidden": (5,), "decoder_hidden": (7,), "dropout": 0.0, "kl_weight": 2.0, "loss_weight": 0.01}
+OPTIONS = {**SMALL_NETWORKS, "kl_weight": 2.0, "loss_weight": 0.01}
 TARGETS = ["query", "value"]
 Quantise = Callable[[nn.Linear], nn.Module]
 

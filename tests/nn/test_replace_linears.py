@@ -119,6 +119,15 @@ def test_weights_that_leave_the_variance_without_bound_warn(weights: tuple[float
         make(objective="vae2lat")
 
 
+def test_where_the_variance_is_held_the_mean_alone_can_grow() -> None:
+    held = {"logvar1_start": -4.0, "logvar1_held": True, "gamma_weight": 1.0}
+    with pytest.warns(UserWarning, match="kl_weight=0.5 is not above .* its mean can grow without end"):
+        make(kl_weight=0.5, **held)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(kl_weight=1.0, **held)
+
+
 def test_the_latent_terms_are_least_where_the_warning_says() -> None:
     logvar = torch.zeros(1, 1, requires_grad=True)
     mean, beta, delta = torch.zeros(1, 1), 4.0, 1.0

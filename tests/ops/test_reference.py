@@ -1,4 +1,4 @@
-"""reference.py, which every kernel is checked against, against torch.distributions, Monte Carlo, the equations."""
+"""reference.py against torch.distributions, Monte Carlo and the equations; kernels are checked against it."""
 
 import itertools
 import math
@@ -8,22 +8,9 @@ import torch
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
 from fvae_kernels import FVAEConfig, reference
-from fvae_kernels.nn.adapter import FVAEAdapter
+from tests.helpers.reference_layers import D, M, N, R, draw, equal, latents, make, run
 
-D, M, R, N = 5, 4, 3, 7
 PRIORS = [(0.0, 1.0), (1.5, 1.0), (-2.0, 0.5), (0.3, 3.0)]
-
-
-def draw(*shape, scale=1.0, seed=0):
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def latents(shape=(2, N, R)):
-    return [draw(*shape, scale=s, seed=i) for i, s in enumerate((1.0, 0.7, 2.0, 1.2))]
-
-
-def equal(ours, theirs, tolerance=1e-12):
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 def gaussian(mean, logvar):
@@ -98,25 +85,15 @@ class TestReconstruct:
         equal(ours, reference.reconstruct(x, latent, [], w_out, zeros, zeros + 2))
 
 
-def make(dtype=torch.float64, seed=0, **options):
-    """An adapter with random parameters, x and noise. FVAEAdapter only names and groups them here."""
-    options = {"rank": R, "alpha": 4.0, "encoder_hidden": (6,), "decoder_hidden": (7,), "dropout": 0.0, **options}
-    config = FVAEConfig(**options)
-    adapter = FVAEAdapter(D, M, config, dtype=dtype)
-    with torch.no_grad():
-        for i, parameter in enumerate(adapter.parameters()):
-            parameter.copy_(draw(*parameter.shape, scale=0.5, seed=100 * seed + i))
-        adapter.decoder_scale.abs_().add_(0.3)
-    return adapter, draw(2, N, D, seed=7).to(dtype), tuple(draw(2, N, R, seed=8 + i).to(dtype) for i in range(2))
-
-
-def run(adapter, x, noise, **more):
-    encoders = adapter._encoder(1), adapter._encoder(2)
-    return reference.layer(x, *encoders, adapter._decoder(), adapter.B, adapter.config, noise, **more)
+def within(logvar, config):
+    """z_1's log-variance as the options ask for it: learned, bounded above, or a constant that has no gradient."""
+    if config.logvar1_held:
+        return torch.full_like(logvar, config.logvar1_start) + 0 * logvar
+    return logvar if config.logvar1_max is None else torch.stack([min(v, v * 0 + config.logvar1_max) for v in logvar])
 
 
 def by_the_equations(p, config, x, noise):
-    """s B z_1 and the terms, token by token, from the state dict and the equations alone."""
+    """s B z_1 and the terms, token by token, from the parameters and the equations."""
     depth, keys, deltas, losses, nlls, kls, gammas = len(config.encoder_hidden), p.keys(), [], [], [], [], []
 
     def affine(stem, h):
@@ -133,7 +110,8 @@ def by_the_equations(p, config, x, noise):
         for i in (1, 2):
             h = relu_stack(f"encoder{i}", token, depth)
             v = relu_stack(f"encoder{i}_logvar", token, depth) if config.separate_hidden else h
-            mean, variance = affine(f"encoder{i}_mean", h), affine(f"encoder{i}_logvar", v).exp()
+            mean, logvar = affine(f"encoder{i}_mean", h), affine(f"encoder{i}_logvar", v)
+            variance = (logvar if i == 2 else within(logvar, config)).exp()
             q.append((mean, variance, mean + variance.sqrt() * eps[i - 1]))
         (m1, v1, z1), (m2, v2, z2) = q
         g = torch.cat([z1, z2]) if config.fusion == "concat" else 0.5 * (z1 + z2)
@@ -199,9 +177,45 @@ def test_layer_is_the_equations_with(options):
     equal(tuple(ours[1]), tuple(theirs[1]))
 
 
+LOGVAR1 = {
+    "bounded": {"logvar1_start": -0.2, "logvar1_max": -0.2, "logvar1_held": False},
+    "held": {"logvar1_start": -0.5, "logvar1_held": True},
+}
+
+
+@pytest.mark.parametrize("estimator", ["closed_form", "monte_carlo"])
+@pytest.mark.parametrize(("encoder_hidden", "separate"), [((), 0), ((6,), 0), ((6,), 1)])
+@pytest.mark.parametrize("logvar1", LOGVAR1)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_layer_is_the_equations_with_bounds(objective, logvar1, encoder_hidden, separate, estimator):
+    shape = {"encoder_hidden": encoder_hidden, "separate_hidden": bool(separate), "gamma_estimator": estimator}
+    adapter, x, noise = make(objective=objective, **shape, **LOGVAR1[logvar1], **OBJECTIVES[objective])
+    leaves = dict(adapter.named_parameters())
+    for leaf in leaves.values():
+        leaf.requires_grad_()  # those of a held log-variance too, whose gradient is zero
+    ours, theirs = run(adapter, x, noise), by_the_equations(dict(adapter.named_parameters()), adapter.config, x, noise)
+    equal(ours[0], theirs[0])
+    equal(tuple(ours[1]), tuple(theirs[1]))
+    grads = [torch.autograd.grad(t.loss + (y * y.detach()).sum(), list(leaves.values())) for y, t in (ours, theirs)]
+    equal(*grads, tolerance=1e-10)
+    head = dict(zip(leaves, grads[0], strict=True))["encoder1_logvar_weight"]
+    assert head.any() == (logvar1 == "bounded")
+
+
+@pytest.mark.parametrize("logvar1", LOGVAR1)
+def test_one_sided_gradient_at_the_bounds(logvar1):
+    """At the upper bound the gradient passes, so that the bound can be left; where both bounds are one, never."""
+    low, high = FVAEConfig(**LOGVAR1[logvar1]).logvar1_bounds
+    logvar = torch.tensor([high - 1, high, high + 1], dtype=torch.float64, requires_grad=True)
+    value = reference.bounded(logvar, low, high)
+    assert value.tolist() == [max(low, high - 1), high, high]
+    value.sum().backward()
+    assert logvar.grad.tolist() == ([1, 1, 0] if low < high else [0, 0, 0])
+
+
 @pytest.mark.parametrize("weights", [1.0, (0.5, 2.0)])
 def test_monte_carlo_averages_to_the_closed_form(weights):
-    """Over many noises, on one token: gamma and loss - nll, whose sampled parts are unbiased."""
+    """Means over many samples of noise, for one token: gamma and loss - nll, whose estimates are unbiased."""
     sampled, x, _ = make(gamma_estimator="monte_carlo", gamma_weight=weights, prior2_std=1.7)
     closed = make(gamma_weight=weights, prior2_std=1.7)[0]
     torch.manual_seed(2)

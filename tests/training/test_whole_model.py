@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import fvae_kernels as fk
 from fvae_kernels.ops._backend import why_missing
+from tests.helpers.precisions import Setting, adapted, inputs_for
 from tests.helpers.tiny_models import build
-from tests.training.test_precision import Setting, adapted, inputs_for
 
 # Export of the inference path
 
@@ -82,7 +82,10 @@ def bytes_per_token_and_layer(backend: str) -> float:
     for adapters in (False, True):
         model = build("vit", hidden_size=64)
         if adapters:
-            assert len(fk.replace_linears(model, fk.FVAEConfig(), target_modules=["q_proj", "v_proj"])) == layers
+            assert (
+                len(fk.replace_linears(model, fk.FVAEConfig.preset("paper"), target_modules=["q_proj", "v_proj"]))
+                == layers
+            )
         model.requires_grad_(True)  # so that the plain model keeps the inputs of its layers as well
         with fk.use_backend(backend):
             counts.append(kept(model.train(), inputs))

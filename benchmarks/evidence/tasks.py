@@ -1,0 +1,79 @@
+"""What the runner needs to know of a task: a pretrained model with a fresh head, examples in groups, batches."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Group = tuple[int, int]  # label, spurious attribute
+
+
+class Example(Protocol):
+    """One example; tasks keep what else they need in it."""
+
+    @property
+    def group(self) -> Group:
+        """Label and spurious attribute."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run is trained: AdamW, linear warm-up over a tenth of the steps, linear decay, gradients clipped to 1."""
+
+    epochs: int
+    lr: float
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Examples of one seed; validation and test do not depend on it, and their groups are of equal size."""
+
+    train: Sequence[Any]
+    validation: Sequence[Any]
+    test: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where PEFT puts adapters, and what else it trains: options that every method's config takes."""
+
+    target_modules: Sequence[str]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """A task under group shift: label and spurious attribute agree in training, and are independent in the tests."""
+
+    name: str
+    recipe: Recipe
+    placement: Placement
+    minority: Sequence[Group]  # rare in training
+
+    def splits(self, seed: int) -> Splits:
+        """The examples; the seed chooses those for training."""
+
+    def model(self, seed: int) -> nn.Module:
+        """The pretrained model with a head drawn from the seed; called with a batch it returns loss and logits."""
+
+    def batch(self, examples: Sequence[Any]) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Keyword arguments of the model, and the labels."""
+
+
+def find(name: str) -> Task:
+    """The task of this name, its model and data at hand.
+
+    Raises:
+        ValueError: for another name.
+        examples.assets.AssetError: if model or data cannot be had.
+    """
+    if name == "text":
+        from .text import TextTask
+
+        return TextTask()
+    if name == "images":
+        from .images import ImageTask
+
+        return ImageTask()
+    raise ValueError(f"there is no task {name!r}; there are text and images")

@@ -1,0 +1,109 @@
+"""One cell: train a method on a task with one seed, score it on validation and test."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from examples.data import batches
+from examples.train import linear_schedule
+from fvae_kernels import diagnostics
+from fvae_kernels.training.aux_loss import AuxLossLayer
+from fvae_kernels.training.callback import active_adapter
+
+from .methods import Method
+from .tasks import Recipe, Splits, Task
+
+Scores = dict[str, Any]
+
+
+def run(task: Task, method: Method, seed: int, splits: Splits, recipe: Recipe) -> dict[str, Any]:
+    """What the JSON line holds of the run, beside the cell's own settings."""
+    model = method.adapt(task.model(seed), task)
+    start, cpu = time.perf_counter(), time.process_time()
+    losses = train(task, model, splits.train, recipe, seed)
+    took, cpu_took = time.perf_counter() - start, time.process_time() - cpu
+    third = max(1, len(losses) // 3)
+    return {
+        "test": score(task, model, splits.test),
+        "validation": score(task, model, splits.validation),
+        "task_loss": [round(statistics.mean(losses[i * third : (i + 1) * third]), 4) for i in range(3)],
+        "anatomy": anatomy(task, model, splits.validation),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "steps": len(losses),
+        "seconds": round(took, 1),
+        "cpu_seconds": round(cpu_took, 1),
+    }
+
+
+def train(task: Task, model: Any, examples: Sequence[Any], recipe: Recipe, seed: int) -> list[float]:
+    """The task loss of every step. The noise of a step depends on seed and step alone, as in the demo."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr)
+    steps = recipe.epochs * (len(examples) // recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_schedule(steps))
+    losses = []
+    for index, batch in enumerate(batches(examples, recipe.batch_size, steps, seed)):
+        torch.manual_seed(seed * 1_000_003 + index)
+        inputs, labels = task.batch(batch)
+        out = model(**inputs, labels=labels)  # in training its loss includes the objective of the adapters
+        out["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(F.cross_entropy(out["logits"].detach(), labels).item())
+    return losses
+
+
+@torch.no_grad()
+def score(task: Task, model: Any, examples: Sequence[Any]) -> Scores:
+    """Accuracy by group; mean, worst, and mean of the two groups that the training set has least of."""
+    model.eval()
+    right: dict[tuple[int, int], list[bool]] = {}
+    order = sorted(examples, key=lambda e: len(getattr(e, "text", "")))  # batches of like length
+    for start in range(0, len(order), 64):
+        part = order[start : start + 64]
+        inputs, labels = task.batch(part)
+        hits = model(**inputs)["logits"].argmax(-1) == labels
+        for example, hit in zip(part, hits.tolist(), strict=True):
+            right.setdefault(tuple(example.group), []).append(hit)
+    groups = {f"{y}{a}": sum(hits) / len(hits) for (y, a), hits in sorted(right.items())}
+    rare = [groups[f"{y}{a}"] for y, a in task.minority]
+    return {
+        "average": round(statistics.mean(groups.values()), 6),
+        "worst": round(min(groups.values()), 6),
+        "minority": round(statistics.mean(rare), 6),
+        "groups": {name: round(value, 6) for name, value in groups.items()},
+    }
+
+
+@torch.no_grad()
+def anatomy(task: Task, model: Any, examples: Sequence[Any]) -> dict[str, float]:
+    """Means over the FVAE layers of what their latents hold on a batch; empty for other methods."""
+    adapted = {m: active_adapter(m) for m in model.modules() if isinstance(m, AuxLossLayer)}
+    seen: list[dict[str, float]] = []
+
+    def look(module: Any, args: Any) -> None:
+        adapter = adapted[module]
+        assert adapter is not None
+        mean1, logvar1, _, logvar2 = diagnostics.posteriors(adapter, args[0])
+        seen.append(
+            {
+                "noise1": float((logvar1 / 2).exp().mean()),
+                "noise2": float((logvar2 / 2).exp().mean()),
+                "signal_to_noise": diagnostics.signal_to_noise(mean1, logvar1),
+                "effective_rank": diagnostics.effective_rank(mean1, adapter.B),
+                "token_independent": diagnostics.token_independent_share(mean1, adapter.B),
+                "active_units": diagnostics.active_units(mean1),
+            }
+        )
+
+    handles = [module.register_forward_pre_hook(look) for module in adapted]
+    model(**task.batch(examples[:: max(1, len(examples) // 64)])[0])
+    for handle in handles:
+        handle.remove()
+    return {name: round(statistics.mean(s[name] for s in seen), 4) for name in seen[0]} if seen else {}
