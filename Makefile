@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(VENV)/constraints.txt
 ARGS ?=
 
-.PHONY: help demo test versions check bench sanitize gpu gpu-compile tables clean
+.PHONY: help demo test versions check bench host-cost sanitize gpu gpu-compile tables clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -26,6 +26,9 @@ check: $(READY)  ## style and types
 
 bench: $(READY)  ## time all sides in turns, write benchmarks/results/REPORT.md; ARGS="--full" for more
 	$(BIN)/python -m benchmarks.report $(ARGS)
+
+host-cost: $(READY)  ## what a step of one adapted layer costs the host, without a GPU; ARGS="--full" for more
+	$(BIN)/python -m benchmarks.host_cost $(ARGS)
 
 sanitize: $(READY)  ## the C++ kernels once more, under AddressSanitizer and UBSan (Linux, gcc; 3 minutes)
 	$(BIN)/python -m tests.tools.sanitize $(ARGS)

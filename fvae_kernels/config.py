@@ -181,11 +181,6 @@ class FVAEConfig:
         return (weight[0], weight[1]) if isinstance(weight, (tuple, list)) else (weight, weight)
 
     @property
-    def logvar1_bounds(self) -> tuple[float, float]:
-        """What z_1's log-variance is clamped to wherever a Gaussian is made of it."""
-        return -20.0, 20.0
-
-    @property
     def mergeable(self) -> bool:
         """Whether mean_1 is linear in x, so that a weight matrix holds the whole adapter."""
         return not self.encoder_hidden and not self.sample_at_inference

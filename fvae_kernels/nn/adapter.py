@@ -51,7 +51,7 @@ class FVAEAdapter(nn.Module):
             config.warn_if_unheld()
         self.in_features, self.out_features = in_features, out_features
         self.config, self.training_config, self.inference_only = config, config, inference_only
-        self.alpha = config.alpha  # before `set_scale`
+        self.alpha = config.alpha
         for name, shape in parameter_shapes(in_features, out_features, config):
             if inference_only and not is_served(name, config):
                 continue
@@ -159,8 +159,7 @@ class FVAEAdapter(nn.Module):
     def set_scale(self, scale: float) -> None:
         """Multiply the update by `scale`, from what the adapter was made with."""
         alpha = self.alpha * scale
-        self.config = replace(self.config, alpha=alpha)
-        self.training_config = replace(self.training_config, alpha=alpha)
+        self.config, self.training_config = replace(self.config, alpha=alpha), replace(self.training_config, alpha=alpha)
 
     def trained(self) -> bool:
         """Whether any of its parameters is. A replica's, of DataParallel, are plain tensors, and count as trained."""
