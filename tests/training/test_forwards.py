@@ -5,6 +5,7 @@ Every case is compared with the terms added by hand, graph and all, to the loss 
 
 import collections
 import dataclasses
+import gc
 import threading
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import fvae_kernels as fk
 from fvae_kernels.training import aux_loss
+from fvae_kernels.training.forward import PENDING
 from tests.helpers.gradients import OPTIONS, adapted, assert_same, checkpoint_activations, grads, params
 from tests.helpers.padded_batches import padded, sequences
 from tests.helpers.total_loss import by_hand, fix_noise
@@ -278,6 +280,23 @@ def replicas(model: nn.Module, count: int) -> list[nn.Module]:
                     setattr(copy, name, parameter.view_as(parameter))
         made.append(copies[0])
     return made
+
+
+def test_forwards_that_no_backward_follows_are_freed() -> None:
+    """Outputs in the middle of the graph (hidden states) must not keep the terms that come after them."""
+    model = adapted("bert")
+    gc.collect()
+    gc.disable()
+    try:
+        for attach in (False, True):
+            output = model(**inputs(), output_hidden_states=True)
+            if attach:
+                fk.attach_aux_loss(model, output.hidden_states[1].square().mean())
+            assert len(PENDING) == 1
+            del output
+            assert not PENDING
+    finally:
+        gc.enable()
 
 
 # What is around the layers
