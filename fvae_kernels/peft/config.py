@@ -149,7 +149,7 @@ class FVAELoraConfig(PeftConfig):
         return FVAEConfig(rank=self.r if rank is None else rank, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """What a file holds: its types, and the tables of patterns as pairs, since PEFT sorts keys and the first counts."""
+        """What a file holds: its types, and tables of patterns as pairs, since PEFT sorts keys and the first counts."""
         tables = {name: getattr(self, name) for name in TABLES}
         pairs = {
             name: [list(pair) for pair in table.items()] for name, table in tables.items() if isinstance(table, Mapping)

@@ -12,7 +12,7 @@ HEADS = {
     "token": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "image": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
 }
-WIDE, VOCAB, LONG = 16, 32, 6
+WIDE, VOCAB, LONG, LARGEST = 16, 32, 6, 1_000_000
 ONE = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth")
 TWO = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
 TWO += ("num_key_value_heads", "num_experts", "num_local_experts", "n_routed_experts")
@@ -53,8 +53,15 @@ def tiny(kind: str, head: str) -> nn.Module:
     accepted = set(inspect.signature(config_class.__init__).parameters) | set(vars(config_class()))
     accepted |= set(getattr(config_class, "attribute_map", {})) | {"num_labels"}
     config = config_class(**{key: value for key, value in SIZES.items() if key in accepted})
+    for key, value in vars(config).items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
     if head == "causal" and hasattr(config, "is_decoder"):
         config.is_decoder = True
+    with torch.device("meta"):
+        size = sum(p.numel() for p in getattr(transformers, name)(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{name} has {size} parameters: the recipe does not reach all of its sizes")
     torch.manual_seed(0)
     return getattr(transformers, name)(config)
 
@@ -66,6 +73,7 @@ def example(head: str, size: int = 4) -> dict[str, Tensor]:
         pixels = torch.randn(size, 3, 8, 8, generator=generator)
         return {"pixel_values": pixels, "labels": torch.arange(size) % 3}
     ids = torch.randint(3, VOCAB, (size, LONG), generator=generator)
+    ids[:, -1] = 2  # the end of a sequence, where some pool
     labels = {"sequence": torch.arange(size) % 3, "token": ids % 3, "causal": ids.clone()}[head]
     if head != "sequence":
         labels[0, :3] = -100
