@@ -63,7 +63,11 @@ def tiny(kind: str, head: str) -> nn.Module:
     if size > LARGEST:
         raise ValueError(f"{name} has {size} parameters: the recipe does not reach all of its sizes")
     torch.manual_seed(0)
-    return getattr(transformers, name)(config)
+    model = getattr(transformers, name)(config)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def example(head: str, size: int = 4) -> dict[str, Tensor]:
