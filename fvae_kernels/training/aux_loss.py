@@ -44,6 +44,20 @@ class InjectAuxLoss(torch.autograd.Function):
         return grad_out, ctx.call.gradient(*ctx.like), None
 
 
+class Keep(torch.autograd.Function):
+    """Identity, by a node of its own, which can own what the node of `out` cannot (`Forward.own`)."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        """The same memory, and no view."""
+        return torch.ops.aten._unsafe_view(out, out.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Tensor:
+        """As it comes."""
+        return grad_out
+
+
 class InjectAuxLossOnce(torch.autograd.Function):
     """The same with weight 1 and no side effect: what torch.compile can trace."""
 
@@ -127,7 +141,7 @@ class AuxLossLayer:
         repeats = repeated_call(self.aux_key, x.device)
         if repeats is not None:
             with noise_of(repeats, x.device):
-                y, terms = adapter(x, mask=repeats.mask, base=base)
+                y, terms = adapter.planned(x, base, repeats.mask, None) or adapter(x, mask=repeats.mask, base=base)
         else:
             call = Call(self.aux_key, loss_weight, self.token_mask(x, adapter.config))
             forward = current()
@@ -136,7 +150,12 @@ class AuxLossLayer:
                     forward.compiled = True
             elif _will_be_recomputed(forward):
                 call.checkpointed, call.noise = True, generator_state(x.device)
-            y, terms = adapter(x, mask=call.mask, base=base)
+            # the layer's own backward asks for the gradient, unless the output has to own the forward
+            call.asked = torch.is_grad_enabled() and forward is not None
+            gradient = call.gradient if call.asked else None
+            planned = None if transformed() else adapter.planned(x, base, call.mask, gradient)
+            call.asked = call.asked and planned is not None
+            y, terms = planned or adapter(x, mask=call.mask, base=base)
             local.call = call
         local.repeats = repeats
         return self.inject(y, terms, loss_weight)
@@ -212,7 +231,8 @@ def _injected(forward: Forward | None, out: Tensor, loss: Tensor, call: Call) ->
     forward.pending.append(Term(call, call.loss_weight, loss))
     if transformed():
         return InjectInTransform.apply(out, loss, call.loss_weight) if alone else out
-    out = InjectAuxLoss.apply(out, loss, call)
+    if not call.asked:
+        out = InjectAuxLoss.apply(out, loss, call)
     if alone:
         forward.own([out])
         forward.recall([out])

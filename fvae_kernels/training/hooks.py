@@ -16,6 +16,7 @@ from .aux_loss import (
     AuxLossLayer,
     InjectAuxLossOnce,
     InjectInTransform,
+    Keep,
     attach_forward,
     aux_loss_layers,
     inherited,
@@ -157,13 +158,16 @@ class Scope:
         if compiled:
             forward.pending = [term for term in forward.pending if term.call is not None]
         if not (torch.compiler.is_compiling() or transformed()) and (forward.pending or forward.values):
+            nodes = {id(term.loss.grad_fn) for term in forward.pending}
+            for tensor in [t for t in tensors(output, 1) if id(t.grad_fn) in nodes]:  # a layer's own output
+                output = replaced(output, tensor, Keep.apply(tensor))
             forward.own(tensors(output))
         inject = compiled and not self.hooks.external
         if transformed() and forward.pending:
             compiled, inject = [(term.weight, term.loss) for term in forward.pending], True
         carrier = next((t for t in tensors(output, 1) if t.is_floating_point()), None) if inject else None
         if carrier is None:
-            return None
+            return output
         loss = weighted_sum(compiled)
         injected = InjectInTransform.apply(carrier, loss, 1.0) if transformed() else _once(carrier, loss)
         return replaced(output, carrier, injected)

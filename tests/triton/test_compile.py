@@ -16,7 +16,7 @@ if interpreting():
     pytest.skip("interpreted kernels do not compile", allow_module_level=True)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from fvae_kernels._triton import FIXED, LAUNCHERS, tuned
+from fvae_kernels._triton.launchers import FIXED, LAUNCHERS, tuned
 from tests.tools.triton import compile_all
 from tests.tools.triton.compile_all import calls, compiled, layer_calls
 from tests.tools.triton.gpu_compile import TARGETS, compiling, metrics

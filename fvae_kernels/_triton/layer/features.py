@@ -22,7 +22,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .._common import product, tile
+from .._common import tile
 from .arguments import decoder_inputs, first_units, state_width, width_of
 from .forward import reading
 from .networks import (
@@ -33,6 +33,7 @@ from .networks import (
     grad_activate,
     grad_linear,
     load_columns,
+    product,
     residual,
     sliced,
 )
@@ -49,7 +50,7 @@ class Made(NamedTuple):
 
 
 class EncoderTiles(NamedTuple):
-    """Where the programs of one layer of an encoder begin, and what they multiply; it has no inputs where it reads x."""
+    """Where the programs of an encoder's layer begin, and what they multiply; it has no inputs if it reads x."""
 
     first_program: int
     column: int  # of its outputs in the state
@@ -114,7 +115,7 @@ def x_features(
             x_hat = add_bias(x_hat, output.bias, cols, cols < D)
             r, inverse = residual(x_hat, x.to(S.acc), layer.networks.decoder.scale, cols, counts, D)
             if MADE.decoder:
-                grad_out = product(tl.trans(r.to(P)), g.to(P), grad_out, S.precision)
+                grad_out = product(tl.trans(r.to(P)), g.to(P), grad_out, S)
                 grad_bias += r
             if MADE.scale:
                 grad_scale += tl.where(counts, 1 - r * r, 0.0)
@@ -127,7 +128,7 @@ def x_features(
                 grad = load_columns(grad_state_ptr, state_width(S), rows, inside, i * UNITS, UNITS)
                 of_weight = grad_reading[i]
                 if MADE.encoders:
-                    of_weight = product(tl.trans(grad.to(P)), x.to(P), of_weight, S.precision)
+                    of_weight = product(tl.trans(grad.to(P)), x.to(P), of_weight, S)
                 added = added + (of_weight,)
                 if NEEDS_X:
                     grad_x = add_grad_products(grad_x, grad, linears[i].weight, D, cols, cols < D, UNITS, S, BLOCK_K)
@@ -162,7 +163,7 @@ def y_features(
         z1, _z2 = samples(state_ptr, layer, bounds, rows, inside, S, state_width(S))
         in_y = inside[:, None] & (cols < M)[None, :]
         grad_y = tl.load(tile(grad_y_ptr, rows, cols, (grad_y_stride, 1)), mask=in_y, other=0)
-        sums = product(tl.trans(grad_y.to(P)), z1.to(P), sums, S.precision)
+        sums = product(tl.trans(grad_y.to(P)), z1.to(P), sums, S)
     store_sums(parts_ptr, tl.full((), scaling, S.acc) * sums, cols, 0, ins, M, S.R, S.R)
 
 
@@ -192,7 +193,7 @@ def encoder_tile(
         in_grad, in_h = inside[:, None] & (rows_out < outs)[None, :], inside[:, None] & (cols_in < inputs)[None, :]
         grad = tl.load(tile(grad_state_ptr, rows, out + rows_out, (WIDTH, 1)), mask=in_grad, other=0)
         h = tl.load(tile(state_ptr, rows, at + cols_in, (WIDTH, 1)), mask=in_h, other=0)
-        sums = product(tl.trans(grad.to(P)), h.to(P), sums, S.precision)
+        sums = product(tl.trans(grad.to(P)), h.to(P), sums, S)
         grad_bias += tl.sum(grad, 0)
     store_sums(parts_ptr + to_w, sums, rows_out, 0, cols_in, outs, inputs, inputs)
     tl.store(parts_ptr + to_b + rows_out, grad_bias, mask=rows_out < tl.where(start % across == 0, outs, 0))
@@ -246,7 +247,7 @@ def decoder_rows(
             inputs = ((z1 + z2) / 2,) if S.average else (z1, z2)
         added = ()
         for i in tl.static_range(PARTS):
-            added = added + (product(tl.trans(grad.to(P)), inputs[i].to(P), sums[i], S.precision),)
+            added = added + (product(tl.trans(grad.to(P)), inputs[i].to(P), sums[i], S),)
         sums = added
         grad_bias += tl.sum(tl.where(inside[:, None], grad, 0.0), 0)
     for i in tl.static_range(PARTS):
@@ -297,8 +298,8 @@ def layer_grads_kernel(
             if program % len(MADE) == i:
                 cols = program // len(MADE) * BLOCK_D + tl.arange(0, BLOCK_D)
                 x_features(
-                    layer, grad_state_ptr, inputs_ptr, grad_x_ptr, parts_ptr, places, c_nll, cols, N, D, MADE[i],
-                    THROUGH_TARGET, S, BLOCK_N, BLOCK_K,
+                    layer, grad_state_ptr, inputs_ptr, grad_x_ptr, parts_ptr, places, c_nll, cols, N, D,
+                    tl.constexpr(MADE[i]), THROUGH_TARGET, S, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
     elif program < first_encoder:
         if NEEDS.B:

@@ -106,7 +106,7 @@ class Prepared:
 
     def launch(self, name: str, kernel: Any, **constants: Any) -> Launch:
         """A kernel of the layer with its row of the table, no block of features wider than what it covers."""
-        # products of 16 bits, which add up 16 numbers at least, take blocks that are made for them where those are smaller
+        # products of 16 bits add up 16 numbers at least: wide layers take the smaller blocks that are made for them
         narrow = self.size == tables.WIDE and self.case.precision in ("bfloat16", "float16")
         row = tables.layer_row(name, 2 if narrow else self.case.dtype.itemsize, self.size, on_amd())
         chosen = {
@@ -122,7 +122,7 @@ class Prepared:
         return Launch(kernel, constants | chosen, warps, stages)
 
     def backward(self, needs: Needs, detach_target: bool, decode: bool, given: tuple[bool, ...]) -> "Backward":
-        """For these gradients; `decode`: whether any arrives through the decoder; `given`: which parameters there are."""
+        """For these gradients. `decode`: whether any passes the decoder; `given`: which parameters there are."""
         key = needs, detach_target, decode, given
         found = self._backwards.get(key)
         if found is None:
@@ -175,7 +175,7 @@ class Backward:
 
     def _place(self, prepared: Prepared, given: tuple[bool, ...]) -> None:
         """Sums of each gradient start at a multiple of 16; gradients themselves lie one after the other."""
-        case, hidden, shapes = prepared.case, len(prepared.case.encoder), shapes_of(prepared.case)
+        hidden, shapes = len(prepared.case.encoder), shapes_of(prepared.case)
         made, self.flags = self.needs.flags([True] * len(given), hidden), tuple(self.needs.flags(given, hidden))
         starts, self.length = [], 0
         for flag, shape in zip(made, shapes, strict=True):
