@@ -19,7 +19,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 def small() -> nn.Module:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     config = fk.FVAEConfig(
-        rank=2, encoder_hidden=(4,), decoder_hidden=(5,), kl_weight=4.0, loss_weight={"0": 0.5, ".*": 2.0}
+        rank=2,
+        encoder_hidden=(4,),
+        decoder_hidden=(5,),
+        kl_weight=4.0,
+        loss_weight={"0": 0.5, ".*": 2.0},
+        logvar1_held=False,
     )
     fk.replace_linears(model, config)
     return model
