@@ -153,7 +153,8 @@ class AuxLossLayer:
             # the layer's own backward asks for the gradient, unless the output has to own the forward
             call.asked = torch.is_grad_enabled() and forward is not None
             gradient = call.gradient if call.asked else None
-            planned = None if transformed() else adapter.planned(x, base, call.mask, gradient)
+            general = torch.compiler.is_compiling() or transformed()
+            planned = None if general else adapter.planned(x, base, call.mask, gradient)
             call.asked = call.asked and planned is not None
             y, terms = planned or adapter(x, mask=call.mask, base=base)
             local.call = call
