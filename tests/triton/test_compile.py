@@ -128,3 +128,19 @@ def test_the_table_is_written_and_spills_fail(tmp_path, monkeypatch, capsys):
     assert "\n2 kernels spill registers to memory" in printed
     with pytest.raises(SystemExit):
         compile_all.main(["sm_70"])
+
+
+def test_another_triton_compiles_in_a_process_of_its_own(tmp_path, monkeypatch):
+    ran = []
+
+    def run(command, env, check):
+        ran.append((command[3:], env["PYTHONPATH"].split(os.pathsep)[0]))
+        return compile_all.subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(compile_all.subprocess, "run", run)
+    arguments = ["sm_90", "--triton", str(tmp_path), "--dtypes", "bfloat16"]
+    with pytest.raises(SystemExit, match="there is no Triton in"):
+        compile_all.main(arguments)
+    (tmp_path / "triton").mkdir()
+    assert compile_all.main(arguments) == 1
+    assert ran == [(["sm_90", "--dtypes", "bfloat16"], str(tmp_path))]

@@ -1,8 +1,8 @@
 """Two roads to a launch.
 
 The general one is Triton's: it looks at every argument, and finds or makes the compiled kernel. That costs the host
-some 100 us for a kernel of the layer. The straight one hands the arguments to what was compiled before, for arguments that
-Triton's specialisation could not tell from these, and costs 10 us.
+some 100 us for a kernel of the layer. The straight one hands the arguments to what was compiled before, for arguments
+that Triton's specialisation could not tell from these, and costs 10 us.
 """
 
 import os

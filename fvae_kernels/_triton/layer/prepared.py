@@ -142,13 +142,10 @@ class Backward:
         self.tokens = prepared.launch("layer_bwd", layer_bwd_kernel, S=prepared.S, DECODE=decode)
         self.inputs = needs.decoder or needs.scale or self.target  # of the decoder's output layer
         self.hidden = needs.decoder and bool(case.decoder)
-        made = Made(*needs[:4])
-        kinds = (
-            Made(needs.x, *(False,) * 3),
-            Made(False, needs.encoders, False, False),
-            Made(False, False, *needs[2:4]),
-        )
-        self.made = tuple(kind for kind in (kinds if prepared.size == tables.WIDE else (made,)) if any(kind))
+        made = needs[:4]
+        apart = (needs.x, False, False, False), (False, needs.encoders, False, False), (False, False, *needs[2:4])
+        kinds = [kind for kind in (apart if prepared.size == tables.WIDE else (made,)) if any(kind)]
+        self.made = Made(*(tuple(kind[i] for kind in kinds) for i in range(4)))
         launch = prepared.launch("layer_grads", layer_grads_kernel)
         T = launch.constants["BLOCK_D"]
         tiles, encoder_programs = encoder_tiles(case.encoder, case.R, T)
@@ -163,7 +160,7 @@ class Backward:
             THROUGH_TARGET=self.target,
         )
         self.programs = (
-            -(-case.D // T) * len(self.made)
+            -(-case.D // T) * len(kinds)
             + (-(-case.M // T) if needs.B else 0)
             + (encoder_programs if needs.encoders else 0)
             + (sum(-(-size // T) for size in case.decoder) if needs.decoder else 0)
@@ -207,7 +204,7 @@ def shapes_of(case: Case) -> list[tuple[int, ...]]:
     return [*(shape for layer in layers for shape in layer), (case.D,), (case.M, case.R)]
 
 
-def encoder_tiles(sizes: tuple[int, ...], R: int, T: int) -> tuple[tuple[EncoderTiles, ...], int]:
+def encoder_tiles(sizes: tuple[int, ...], R: int, T: int) -> tuple[EncoderTiles, int]:
     """For weights cut into tiles of T: each layer of encoder 1, then of encoder 2; and how many programs they are."""
     hidden, heads = len(sizes), 2 * sum(sizes)
     found, programs = [], 0
@@ -218,9 +215,9 @@ def encoder_tiles(sizes: tuple[int, ...], R: int, T: int) -> tuple[tuple[Encoder
             before = min(i, hidden) - 1  # the hidden layer that it reads
             inputs = sizes[before] if before >= 0 else 0
             at = 2 * sum(sizes[:before]) + side * inputs if inputs else 0
-            found.append(EncoderTiles(programs, column, outputs, at, inputs))
+            found.append((programs, column, outputs, at, inputs))
             programs += -(-outputs // T) * max(-(-inputs // T), 1)
-    return tuple(found), programs
+    return EncoderTiles(*zip(*found, strict=True)), programs
 
 
 def threshold(dropout: float) -> int | None:
