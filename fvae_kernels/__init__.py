@@ -11,28 +11,30 @@ from .nn.explain import explain
 from .nn.linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
 from .ops._backend import BackendUnavailable, available_backends, use_backend
+from .training import schedules
 from .training.aux_loss import attach_aux_loss
 from .training.hooks import external_loss, token_mask
+from .training.schedules import ObjectiveSchedule
 from .training.trainer import FVAETrainerMixin, prepare_trainer
 
 if TYPE_CHECKING or _find_spec("peft") is not None:
     from .peft import FVAELoraConfig, FVAELoraModel, export_for_inference
 if TYPE_CHECKING:
-    from .training.callback import FVAELoggingCallback
+    from .training.callback import FVAELoggingCallback, FVAEScheduleCallback
 
 
 def __getattr__(name: str) -> Any:
     """Names that need PEFT or transformers, which may be missing; `import fvae_kernels` alone needs neither."""
     if name in ("FVAELoraConfig", "FVAELoraModel", "export_for_inference"):
         raise ImportError(f"fvae_kernels.{name} needs PEFT, which is not installed: pip install 'fvae_kernels[peft]'")
-    if name == "FVAELoggingCallback":
+    if name in ("FVAELoggingCallback", "FVAEScheduleCallback"):
         if _find_spec("transformers") is None:
             raise ImportError(
                 f"fvae_kernels.{name} needs transformers, which is not installed: pip install 'fvae_kernels[peft]'"
             )
-        from .training.callback import FVAELoggingCallback
+        from .training import callback
 
-        return FVAELoggingCallback
+        return getattr(callback, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -44,8 +46,10 @@ __all__ = [
     "FVAELoggingCallback",
     "FVAELoraConfig",
     "FVAELoraModel",
+    "FVAEScheduleCallback",
     "FVAETrainerMixin",
     "FusedFVAELinear",
+    "ObjectiveSchedule",
     "attach_aux_loss",
     "available_backends",
     "bound_noise",
@@ -61,6 +65,7 @@ __all__ = [
     "reconstruct",
     "reference",
     "replace_linears",
+    "schedules",
     "token_mask",
     "tuning",
     "use_backend",

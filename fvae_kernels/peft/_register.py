@@ -1,9 +1,11 @@
 """Registration with stock PEFT, which knows no plug-ins: its enum gets one more member, the rest is its public API."""
 
 import enum
+import functools
+import inspect
 from typing import Any
 
-from peft import PeftType
+from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
@@ -28,6 +30,25 @@ def extend_str_enum(enum_class: type[enum.Enum], name: str) -> Any:
     return member
 
 
+def _refuse_pickles(config_class: type) -> None:
+    """Have PeftModel.save_pretrained refuse to write a pickle of this method, which `files` would refuse to read."""
+    own = PeftModel.save_pretrained
+
+    @functools.wraps(own)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(own).bind(self, *args, **kwargs).arguments
+        names = given.get("selected_adapters") or list(self.peft_config)
+        ours = [name for name in names if isinstance(self.peft_config.get(name), config_class)]
+        if ours and not given.get("safe_serialization", True):
+            raise ValueError(
+                f"safe_serialization=False would write the adapter {ours[0]!r} as a pickle, which can run code when it "
+                "is loaded, and which is refused there. Leave safe_serialization=True, the default"
+            )
+        return own(self, *args, **kwargs)
+
+    PeftModel.save_pretrained = save_pretrained
+
+
 def register(name: str, config_class: type, model_class: type) -> Any:
     """Make `name` a method of PEFT, and return its PeftType. Twice is fine; another method of that name is not.
 
@@ -39,6 +60,7 @@ def register(name: str, config_class: type, model_class: type) -> Any:
         if (known.__module__, known.__qualname__) == (config_class.__module__, config_class.__qualname__):
             return PeftType(key)
         raise ImportError(f"peft already has a method called {key!r}: {known.__module__}.{known.__qualname__}")
+    _refuse_pickles(config_class)
     member = extend_str_enum(PeftType, key)
     register_peft_method(name=name, config_cls=config_class, model_cls=model_class, prefix=f"{name}_")
     return member

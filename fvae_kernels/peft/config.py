@@ -1,5 +1,7 @@
 """FVAELoraConfig: the options of FVAEConfig, and those that say where PEFT puts the adapters."""
 
+import enum
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -147,12 +149,12 @@ class FVAELoraConfig(PeftConfig):
         return FVAEConfig(rank=self.r if rank is None else rank, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's, with the tables of patterns as pairs: it sorts the keys of a file, and the first match counts."""
+        """What a file holds: its types, and tables of patterns as pairs, since PEFT sorts keys and the first counts."""
         tables = {name: getattr(self, name) for name in TABLES}
         pairs = {
             name: [list(pair) for pair in table.items()] for name, table in tables.items() if isinstance(table, Mapping)
         }
-        return {**super().to_dict(), **pairs}
+        return {name: _as_in_file(value) for name, value in {**super().to_dict(), **pairs}.items()}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -171,3 +173,21 @@ class FVAELoraConfig(PeftConfig):
         if os.path.isdir(folder) and not kwargs.get("ignore_mismatched_sizes"):
             config.__dict__["_saved"] = read_adapter(folder)  # checked against the model when it is adapted
         return config
+
+
+def _as_in_file(value: Any) -> Any:
+    """Sets and tuples as lists, members of an enum by their value; sets in order."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (list, tuple)):
+        return [_as_in_file(entry) for entry in value]
+    return {key: _as_in_file(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+
+
+# `__new__` takes anything, so that it can refuse by name; what may be given is in the constructor's signature.
+_signature = inspect.signature(FVAELoraConfig.__init__)
+FVAELoraConfig.__signature__ = _signature.replace(  # type: ignore[attr-defined]
+    parameters=list(_signature.parameters.values())[1:], return_annotation=inspect.Signature.empty
+)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..config import FVAEConfig
 from ..reference import Terms
-from .forward import PENDING, Call, Forward, current, local, reached
+from .forward import PENDING, Call, Forward, Term, current, local, reached
 from .padding import stated_flags
 from .recompute import generator_state, in_backward, inside_checkpoint, noise_of, region, repeated_call
 
@@ -30,18 +30,32 @@ _inside: dict[int, tuple[set[int], Tensor]] = {}  # by backward: layers, and the
 
 
 class InjectAuxLoss(torch.autograd.Function):
-    """Identity on `out`; its backward sends the call's gradient into `loss`. It keeps `owner` as long as the graph."""
+    """Identity on `out`; its backward sends the call's gradient into `loss`."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, loss: Tensor, call: Call, owner: Forward | None) -> Tensor:
+    def forward(ctx: Any, out: Tensor, loss: Tensor, call: Call) -> Tensor:
         """The same memory, and no view: what comes next may write to it, as relu_() does, in a hooked module too."""
-        ctx.call, ctx.owner, ctx.like = call, owner, (loss.dtype, loss.device)
+        ctx.call, ctx.like = call, (loss.dtype, loss.device)
         return torch.ops.aten._unsafe_view(out, out.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, None]:
         """See `Call.gradient`."""
-        return grad_out, ctx.call.gradient(*ctx.like), None, None
+        return grad_out, ctx.call.gradient(*ctx.like), None
+
+
+class Keep(torch.autograd.Function):
+    """Identity, by a node of its own, which can own what the node of `out` cannot (`Forward.own`)."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        """The same memory, and no view."""
+        return torch.ops.aten._unsafe_view(out, out.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Tensor:
+        """As it comes."""
+        return grad_out
 
 
 class InjectAuxLossOnce(torch.autograd.Function):
@@ -130,11 +144,17 @@ class AuxLossLayer:
                 y, terms = adapter.planned(x, base, repeats.mask, None) or adapter(x, mask=repeats.mask, base=base)
         else:
             call = Call(self.aux_key, loss_weight, self.token_mask(x, adapter.config))
-            if not torch.compiler.is_compiling() and _will_be_recomputed():
+            forward = current()
+            if torch.compiler.is_compiling():
+                if forward is not None:
+                    forward.compiled = True
+            elif _will_be_recomputed(forward):
                 call.checkpointed, call.noise = True, generator_state(x.device)
             # the layer's own backward asks for the gradient, unless the output has to own the forward
-            call.asked = torch.is_grad_enabled() and current() is not None
-            planned = adapter.planned(x, base, call.mask, call.gradient if call.asked else None)
+            call.asked = torch.is_grad_enabled() and forward is not None
+            gradient = call.gradient if call.asked else None
+            general = torch.compiler.is_compiling() or transformed()
+            planned = None if general else adapter.planned(x, base, call.mask, gradient)
             call.asked = call.asked and planned is not None
             y, terms = planned or adapter(x, mask=call.mask, base=base)
             local.call = call
@@ -194,31 +214,29 @@ class AuxLossLayer:
         self.last_terms, self.last_forward = values, number
 
 
-def _will_be_recomputed() -> bool:
+def _will_be_recomputed(forward: Forward | None) -> bool:
     """Whether this call is inside a checkpoint, as far as can be seen."""
     if torch.is_grad_enabled():
         return inside_checkpoint()
-    forward = current()
     return forward is not None and forward.grad
 
 
 def _injected(forward: Forward | None, out: Tensor, loss: Tensor, call: Call) -> Tensor:
-    owner, call.armed = None, True
-    if forward is None:  # a layer that is called alone: its output owns the forward
-        forward = owner = Forward(grad=True)
+    call.armed, alone = True, forward is None
+    if forward is None:
+        forward = Forward(grad=True)
         forward.inherited = inherited([call.key])
-        PENDING.add(forward)
     call.fixed, call.state = forward.inherited, forward.state
     forward.calls.append(call)
     forward.recomputed = forward.recomputed or call.checkpointed
-    forward.pending.append((call, call.loss_weight, loss))
+    forward.pending.append(Term(call, call.loss_weight, loss))
     if transformed():
-        out = InjectInTransform.apply(out, loss, call.loss_weight) if owner is not None else out
-    elif not call.asked:
-        out = InjectAuxLoss.apply(out, loss, call, owner)
-    if owner is not None:
-        owner.own([out])
-        owner.recall([out])
+        return InjectInTransform.apply(out, loss, call.loss_weight) if alone else out
+    if not call.asked:
+        out = InjectAuxLoss.apply(out, loss, call)
+    if alone:
+        forward.own([out])
+        forward.recall([out])
     return out
 
 
@@ -237,14 +255,13 @@ def _injected_again(out: Tensor, loss: Tensor, repeats: Call) -> Tensor:
         if repeats.task is None:
             _warn_unprobed()
         repeats.task, forward.state.injected, call.fixed = task, True, loss.new_ones(())
-    return InjectAuxLoss.apply(out, loss, call, None)
+    return InjectAuxLoss.apply(out, loss, call)
 
 
 def _compiled(forward: Forward | None, out: Tensor, loss: Tensor) -> Tensor:
     if forward is None:
         return InjectAuxLossOnce.apply(out, loss)
-    forward.compiled = True
-    forward.pending.append((None, 1.0, loss))
+    forward.pending.append(Term(None, 1.0, loss))
     return out
 
 
@@ -314,14 +331,16 @@ def attach_forward(forward: Forward, loss: Tensor, share: Tensor | float, keys: 
     values = [(w, value) for key, w, value in forward.values if keys is None or key in keys]
     if not (held or values):
         return loss
-    total = weighted_sum([(w, term) for _, w, term in held] + values)
-    for call, _, _ in held:
-        if call is not None:
-            call.attached = True
+    total = weighted_sum([(term.weight, term.loss) for term in held] + values)
+    for term in held:
+        if term.call is not None:
+            term.call.attached = True
     gone = set(map(id, held))
-    forward.pending = [entry for entry in forward.pending if id(entry) not in gone]
+    forward.pending = [term for term in forward.pending if id(term) not in gone]
+    forward.left = [reference for reference in forward.left if id(reference()) not in gone]
     forward.values = [entry for entry in forward.values if keys is not None and entry[0] not in keys]
     if torch.compiler.is_compiling() or transformed():
+        forward.state.entered = True
         return loss + (share * total).to(loss)
     return TotalLoss.apply(loss, total, share, _Note(forward))
 

@@ -23,7 +23,10 @@ from ..diagnostics import (
 )
 from ..nn.adapter import FVAEAdapter
 from .aux_loss import AuxLossLayer, aux_loss_layers
+from .hooks import hooks_of
+from .meter import LossMeter
 from .recompute import in_backward
+from .schedules import ObjectiveSchedule
 from .trainer import check_trainer
 from .watch import Watch, has_settled
 
@@ -41,6 +44,9 @@ class FVAELoggingCallback(TrainerCallback):
     posteriors (`latent_geometry`); ``signal_to_noise`` of z_1, ``effective_rank`` and ``token_independent`` share of
     the update; and ``active_units_z1``, ``active_units_z2``: from both encoders run once more on the layer's input,
     without dropout, by the functions of `diagnostics`. Nats, but for W2, ratios and counts.
+
+    Beside them stand the two parts of the reported loss, ``task_loss`` and ``objective`` (over all micro-batches since
+    the last log), in the trainer's own log too.
 
     They go to what `report_to` names (TensorBoard, Weights & Biases, ...) as ``fvae/<layer>/<value>``, and to a file
     with one JSON object a line: ``{"step", "epoch", "loss", ..., "layers": {<layer>: {<value>: number}}}``, whose
@@ -74,7 +80,7 @@ class FVAELoggingCallback(TrainerCallback):
         self.armed = False
         self.seen: dict[str, dict[str, Tensor | float]] = {}
         self.handles: list[Any] = []
-        self.watch = Watch()
+        self.watch, self.meter = Watch(), LossMeter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the layers from here on."""
@@ -84,6 +90,7 @@ class FVAELoggingCallback(TrainerCallback):
         adapters = [active_adapter(layer) for layer in self._layers().values()]
         self.watch = Watch(max((a.config.rank for a in adapters if a is not None), default=1))
         self.handles.append(self.trainer.model.register_forward_hook(self._watch_task, with_kwargs=True))
+        self._meter(self.meter)
         for name, layer in self._layers().items():
             self.handles.append(layer.register_forward_pre_hook(self._watcher(name)))
         if self.path is not None:
@@ -93,6 +100,7 @@ class FVAELoggingCallback(TrainerCallback):
         """Leave the layers as they were."""
         for handle in self.handles:
             handle.remove()
+        self._meter(None)
         self.handles, self.armed, self.seen = [], False, {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -103,9 +111,13 @@ class FVAELoggingCallback(TrainerCallback):
         """Send the values of the step that the trainer has just logged."""
         if logs is None or "loss" not in logs or not self.handles:  # an evaluation, or the summary at the end
             return
+        parts = self.meter.split(float(logs["loss"]))
+        for log in (logs, *state.log_history[-1:]):
+            log.update(parts)
         layers = self._take()
         self.watch.look(layers, has_settled(args, state))
         flat = {f"fvae/{layer}/{name}": value for layer, values in layers.items() for name, value in values.items()}
+        flat |= {f"fvae/{name}": value for name, value in parts.items()}
         reporters = tuple(get_reporting_integration_callbacks(args.report_to))
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, reporters):
@@ -114,6 +126,10 @@ class FVAELoggingCallback(TrainerCallback):
             row = {"step": state.global_step, "epoch": state.epoch, **logs, "layers": layers}
             with self.path.open("a") as file:
                 file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+
+    def _meter(self, meter: LossMeter | None) -> None:
+        for hooks in hooks_of(self.trainer.model):
+            hooks.meter = meter
 
     def _layers(self) -> dict[str, Any]:
         modules = self.trainer.model.named_modules()
@@ -140,6 +156,23 @@ class FVAELoggingCallback(TrainerCallback):
             for name in self._layers()
             if name in terms or name in seen
         }
+
+
+class FVAEScheduleCallback(TrainerCallback):
+    """Sets an `ObjectiveSchedule` at every step of a transformers.Trainer.
+
+        schedule = fk.ObjectiveSchedule(model, loss_weight=fk.schedules.warmup(1000))
+        trainer.add_callback(fk.FVAEScheduleCallback(schedule))
+
+    It goes by the trainer's step, which is in every checkpoint: a resumed run continues the schedule.
+    """
+
+    def __init__(self, schedule: ObjectiveSchedule) -> None:
+        self.schedule = schedule
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set what holds at the step that begins."""
+        self.schedule.step(state.global_step)
 
 
 def will_log(args: Any, state: Any, data: Any) -> bool:

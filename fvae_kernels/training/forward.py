@@ -60,17 +60,32 @@ class Call:
         """
         if not self.armed or (self.attached and self.state.entered):
             return None
-        if self.fixed is not None:
-            return self.fixed.to(device=device, dtype=dtype) * self.loss_weight
         task = torch._C._current_graph_task_id()
         if self.task not in (None, task):
             return None
+        if self.fixed is not None:
+            self.task = task
+            return self.fixed.to(device=device, dtype=dtype) * self.loss_weight
         if self.task is None:
             self.task, self.state.injected = task, True
             from . import aux_loss
 
             aux_loss._warn_unprobed()
         return torch.full((), self.loss_weight, dtype=dtype, device=device)
+
+
+class Term:
+    """A layer's loss, graph and all, that waits for a loss of its model; without a call where the layer is compiled."""
+
+    __slots__ = ("__weakref__", "call", "loss", "weight")
+
+    def __init__(self, call: Call | None, weight: float, loss: Tensor) -> None:
+        self.call, self.weight, self.loss = call, weight, loss
+
+    def waits(self, wanted: set[int]) -> bool:
+        """Whether it is of a layer in `wanted` and has not reached any gradient."""
+        call = self.call
+        return call is None or (id(call.key) in wanted and not call.attached and call.task is None)
 
 
 class Forward:
@@ -81,7 +96,8 @@ class Forward:
         self.grad = grad  # whether autograd was on at its beginning
         self.scopes: list[tuple[Any, Padding]] = []  # of the modules that run: which argument is for whom, the masks
         self.calls: list[Call] = []
-        self.pending: list[tuple[Call | None, float, Tensor]] = []  # weight and loss, graph and all; no call: compiled
+        self.pending: list[Term] = []  # while it runs
+        self.left: list[weakref.ref[Term]] = []  # afterwards: the graph owns them, and must not be owned by itself
         self.values: list[tuple[Any, float, Tensor]] = []  # key, weight and loss of calls without a graph
         self.compiled = False  # some of its layers are
         self.recomputed = False  # some of its calls are inside a checkpoint
@@ -105,16 +121,24 @@ class Forward:
             problem.warn(key)
         return None
 
-    def held(self, keys: Iterable[Any]) -> list[tuple[Call | None, float, Tensor]]:
+    def held(self, keys: Iterable[Any]) -> list[Term]:
         """The terms of these layers that still wait for a loss."""
         wanted = set(map(id, keys))
-        return [entry for entry in self.pending if entry[0] is None or _waits(entry[0], wanted)]
+        terms = (*self.pending, *(reference() for reference in self.left))
+        return [term for term in terms if term is not None and term.waits(wanted)]
 
     def own(self, outputs: Iterable[Tensor]) -> None:
-        """Live as long as the graph of these outputs, and be found from there."""
+        """Live as long as the graph of these outputs, and be found from there.
+
+        A node owns the terms that were made before it: it is not part of their graph.
+        """
+        numbers = [_number(term.loss) for term in self.pending]
         for tensor in outputs:
             if tensor.grad_fn is not None:
-                tensor.grad_fn.metadata[MARK] = self
+                earlier = [t for t, number in zip(self.pending, numbers, strict=True) if number < _number(tensor)]
+                tensor.grad_fn.metadata[MARK] = self, earlier
+        self.left = [weakref.ref(term) for term in self.pending]
+        self.pending = []
         PENDING.add(self)
 
     def recall(self, outputs: Iterable[Tensor], start: int = 0) -> None:
@@ -129,8 +153,8 @@ class Forward:
         return Forward(self.grad)
 
 
-def _waits(call: Call, wanted: set[int]) -> bool:
-    return id(call.key) in wanted and not call.attached and call.task is None
+def _number(tensor: Tensor) -> int:
+    return tensor.grad_fn._sequence_nr() if tensor.grad_fn is not None else -1  # type: ignore[attr-defined]
 
 
 PENDING: "weakref.WeakSet[Forward]" = weakref.WeakSet()  # forwards whose loss nobody has attached yet
@@ -163,7 +187,7 @@ def reached(loss: Tensor, forwards: list[Forward]) -> list[Forward]:
         return forwards
     wanted, found = set(map(id, forwards)), {}
     for node in _nodes(loss.grad_fn):
-        forward = node.metadata.get(MARK)
+        forward, _ = node.metadata.get(MARK, (None, None))
         if forward is not None and id(forward) in wanted:
             found[id(forward)] = forward
             if len(found) == len(wanted):

@@ -16,6 +16,7 @@ from .aux_loss import (
     AuxLossLayer,
     InjectAuxLossOnce,
     InjectInTransform,
+    Keep,
     attach_forward,
     aux_loss_layers,
     inherited,
@@ -123,7 +124,9 @@ class Scope:
             return None
         forward, start = entry
         scope = forward.scopes.pop()
-        if output is None:  # it raised
+        if output is None:  # it raised, or there is nothing to tie the forward to
+            if not forward.scopes:
+                forward.pending = []
             return None
         compiling, outermost = torch.compiler.is_compiling(), not forward.scopes
         if outermost:
@@ -149,19 +152,22 @@ class Scope:
         if not forward.grad:
             keep_values(forward.values)
             return None
-        compiled = [(weight, term) for call, weight, term in forward.pending if call is None]
+        compiled = [(term.weight, term.loss) for term in forward.pending if term.call is None]
         if self.hooks.external and compiled:
             local.compiled.append(weighted_sum(compiled))
         if compiled:
-            forward.pending = [entry for entry in forward.pending if entry[0] is not None]
+            forward.pending = [term for term in forward.pending if term.call is not None]
         if not (torch.compiler.is_compiling() or transformed()) and (forward.pending or forward.values):
+            nodes = {id(term.loss.grad_fn) for term in forward.pending}
+            for tensor in [t for t in tensors(output, 1) if id(t.grad_fn) in nodes]:  # a layer's own output
+                output = replaced(output, tensor, Keep.apply(tensor))
             forward.own(tensors(output))
         inject = compiled and not self.hooks.external
         if transformed() and forward.pending:
-            compiled, inject = [(weight, term) for _, weight, term in forward.pending], True
+            compiled, inject = [(term.weight, term.loss) for term in forward.pending], True
         carrier = next((t for t in tensors(output, 1) if t.is_floating_point()), None) if inject else None
         if carrier is None:
-            return None
+            return output
         loss = weighted_sum(compiled)
         injected = InjectInTransform.apply(carrier, loss, 1.0) if transformed() else _once(carrier, loss)
         return replaced(output, carrier, injected)

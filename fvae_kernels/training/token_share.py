@@ -9,6 +9,7 @@ Trainer. The auxiliary loss must follow the task loss, so that their ratio stays
 is observed: it gets the number as a tensor that notices when something is computed with it.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -61,10 +62,18 @@ def observe_items(kwargs: dict[str, Any]) -> dict[str, Any]:
 def token_share(model: nn.Module, kwargs: dict[str, Any], loss: Tensor) -> Tensor | float:
     """The share of this forward; 1 where the task loss is a plain mean."""
     items = kwargs.get(ITEMS)
-    if items is None or (isinstance(items, ObservedItems) and not items.used[0]):
+    if items is None or not _used(model, items):
         return 1.0
     share = labelled_share(model, kwargs, torch.as_tensor(items).as_subclass(torch.Tensor))
     return 1.0 if share is None else share.sum()
+
+
+def _used(model: nn.Module, items: Any) -> bool:
+    """Whether the head computed with the number; while compiling, whether it calls a loss function that may."""
+    if isinstance(items, ObservedItems):
+        return items.used[0]
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    return code is None or "loss_function" in code.co_names
 
 
 def labelled_share(model: nn.Module, inputs: Any, items: Tensor | int) -> Tensor | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .aux_loss import attached, aux_loss_layers
-from .hooks import external_loss
+from .hooks import external_loss, hooks_of
 from .token_share import labelled_share
 
 
@@ -93,6 +93,10 @@ def _total_loss(
     total = attached(model, loss, share)
     if total is None:
         return result  # no adapter took part: the sum over layers is empty
+    for hooks in hooks_of(model):
+        if hooks.meter is not None:
+            hooks.meter.add(loss, total)
+            break
     return (total, *result[1:]) if return_outputs else total
 
 

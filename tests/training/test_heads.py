@@ -1,0 +1,106 @@
+"""Whether a head divides its loss by `num_items_in_batch` is observed: objective / task loss is the same either way.
+
+Trainer passes the number wherever the model takes it. A head that uses it gives a share of the step's
+loss, a head that does not gives a mean, and the objective follows. Here for every family of transformers with one of
+four heads that a recipe of tiny sizes builds.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fvae_kernels as fk
+from fvae_kernels.nn.linear import is_linear
+from tests.helpers.heads import HEADS, example, families, tiny
+from tests.helpers.total_loss import fix_noise
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+FAMILIES = families()
+CERTAIN = {"bert", "roberta", "distilbert", "electra", "gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "vit"}
+CONFIG = fk.FVAEConfig(
+    rank=2, encoder_hidden=(), decoder_hidden=(4,), kl_weight=10.0, loss_weight=1.0, dropout=0.0
+)  # fmt: skip
+
+
+class Ratio:
+    """In place of the meter of a log: the objective of the last forward, by its task loss."""
+
+    value: float | None = None
+
+    def add(self, task: Tensor, total: Tensor) -> None:
+        self.value = float((total - task).detach() / task.detach())
+
+
+def adapted(kind: str, head: str) -> nn.Module:
+    """One linear layer of the trunk adapted; skipped where transformers cannot build or run the model."""
+    try:
+        model = tiny(kind, head).train()
+        assert model(**example(head)).loss.isfinite()
+    except Exception as error:
+        if kind in CERTAIN:
+            raise
+        pytest.skip(f"{kind}, {head}: {type(error).__name__}")
+    first = next(n for n, m in model.named_modules() if is_linear(m) and type(m).__name__ in ("Linear", "Conv1D"))
+    fk.replace_linears(model, CONFIG, [first])
+    return model
+
+
+@pytest.mark.compat("Trainers", "`num_items_in_batch`: all heads for sequences, tokens, images and causal models")
+@pytest.mark.parametrize(("kind", "head"), [(kind, head) for kind, heads in FAMILIES.items() for head in heads])
+def test_the_objective_follows_the_head(kind: str, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_noise(monkeypatch)
+    model: Any = adapted(kind, head)
+    meter = model._fvae_hooks.meter = Ratio()
+    ratios = []
+    for items in (None, torch.tensor(1000), 1000):
+        meter.value = None
+        model(**example(head), **({} if items is None else {"num_items_in_batch": items}))
+        ratios.append(meter.value)
+    if ratios[0] is None and kind not in CERTAIN:
+        pytest.skip(f"{kind}, {head}: its first linear layer does not run")
+    assert ratios[1:] == [pytest.approx(ratios[0], rel=1e-3)] * 2
+
+
+def test_both_kinds_of_heads_are_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that divides (Llama's, in a class of another name too), and heads that do not."""
+    from transformers import LlamaForCausalLM
+
+    class Mine(LlamaForCausalLM):
+        def forward(self, input_ids: Any = None, labels: Any = None, **rest: Any) -> Any:
+            return super().forward(input_ids, labels=labels, **rest)
+
+    fix_noise(monkeypatch)
+    for kind, head, cls, divides in (
+        ("llama", "causal", None, True),
+        ("llama", "causal", Mine, True),
+        ("llama", "sequence", None, False),
+        ("bert", "sequence", None, False),
+    ):
+        model = tiny(kind, head)
+        model = model if cls is None else cls(model.config)
+        given = example(head)
+        plain, passed = model(**given).loss, model(**given, num_items_in_batch=torch.tensor(1000)).loss
+        assert bool(passed < plain / 10) == divides, kind
+        torch.testing.assert_close(float(plain), float(model(**given).loss), msg=kind)
+    assert set(HEADS) == {"sequence", "causal", "token", "image"}
+
+
+def test_a_number_that_is_looked_at_alone_is_not_used() -> None:
+    from fvae_kernels.training.token_share import observe_items
+
+    number = observe_items({"num_items_in_batch": torch.tensor(4)})["num_items_in_batch"]
+    assert number.dim() == 0
+    assert number.device.type == "cpu"
+    assert repr(number)
+    moved = number.to("cpu").float()
+    assert not number.used[0]
+    result = torch.ones(2) / moved
+    assert number.used[0]
+    assert type(result) is Tensor
+    assert torch.equal(result, torch.full((2,), 0.25))
+    for convert in (int, float, lambda n: n.item()):
+        number = observe_items({"num_items_in_batch": 4})["num_items_in_batch"]
+        assert convert(number) == 4
+        assert number.used[0]
