@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(VENV)/constraints.txt
 ARGS ?=
 
-.PHONY: help demo test conformance check bench sanitize gpu gpu-compile tables clean
+.PHONY: help demo test versions check bench host-cost sanitize gpu gpu-compile tables clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -16,8 +16,8 @@ demo: $(READY)  ## fine-tune a real model with LoRA and FVAE-LoRA side by side; 
 test: $(READY)  ## the whole test suite, kernels on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
-conformance: $(READY)  ## the tests of the PEFT plug-in under peft 0.18.1 to 0.21.2; table in .conformance/RESULTS.md
-	$(BIN)/python -m tests.tools.conformance $(ARGS)
+versions: $(READY)  ## the tests with other versions of Python, torch, Triton, transformers and peft; table in docs/versions.md
+	$(BIN)/python -m tests.tools.versions $(ARGS)
 
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .
@@ -27,13 +27,16 @@ check: $(READY)  ## style and types
 bench: $(READY)  ## time all sides in turns, write benchmarks/results/REPORT.md; ARGS="--full" for more
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
+host-cost: $(READY)  ## what a step of one adapted layer costs the host, without a GPU; ARGS="--full" for more
+	$(BIN)/python -m benchmarks.host_cost $(ARGS)
+
 sanitize: $(READY)  ## the C++ kernels once more, under AddressSanitizer and UBSan (Linux, gcc; 3 minutes)
 	$(BIN)/python -m tests.tools.sanitize $(ARGS)
 
-gpu: $(READY)  ## on a GPU: whole suite, timings, prediction against measurement, one report; ARGS="--dry-run" without one
+gpu: $(READY)  ## on a GPU: right, and how fast, in one report (docs/gpu.md); ARGS="--minutes 9", "--dry-run" without a GPU
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-tables: $(READY)  ## count launches and bytes: the README's cost table, and the predictions of docs/roofline.md
+tables: $(READY)  ## count launches and bytes: the tables of docs/cost.md and docs/roofline.md
 	$(BIN)/python -m benchmarks.cost_table
 	$(BIN)/python -m benchmarks.roofline
 

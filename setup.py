@@ -4,7 +4,15 @@ import subprocess
 import sys
 from glob import glob
 
+import setuptools
 from setuptools import setup
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # it would call pyproject.toml invalid, and not say why
+    sys.exit(
+        f"fvae_kernels builds with setuptools 77 or newer, and this is {setuptools.__version__}: "
+        "pip install 'setuptools>=77'"
+    )
+
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for is a header: serial without it

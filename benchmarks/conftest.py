@@ -28,6 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: a bench that runs with --full only")
+    config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, which may be missing")
 
 
 @pytest.fixture(autouse=True)

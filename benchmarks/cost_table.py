@@ -1,4 +1,4 @@
-"""The README's cost table, counted and not timed, so the same on every machine: ``make tables`` writes it."""
+"""The table of docs/cost.md, counted and not timed, so the same on every machine: ``make tables`` writes it."""
 
 import warnings
 from pathlib import Path
@@ -8,7 +8,7 @@ from .pages import replace_block, row
 from .roofline import Shape, dispatched, fused_launches
 from .sides import TITLES, layer_sides
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "cost.md"
 SHAPE = Shape("ViT-B/16, 8 images", 1576, 768, 768)
 SIDES = ("plain", "dora_dropout", "dora", "lora_dropout", "lora")
 AUTHORS = row(["the authors' code", "235", "451", "-"])  # counted once, on their published code
@@ -41,9 +41,9 @@ def _row(title: str, launches: int, moved: int, kept: int) -> str:
 
 
 def main() -> None:
-    """Write it into the README, and print it."""
+    """Write it into the page, and print it."""
     lines = table()
-    replace_block(README, "cost", lines)
+    replace_block(PAGE, "cost", lines)
     print(*lines, sep="\n")
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-import fvae_kernels as fk
-from fvae_kernels import testing
+from fvae_kernels import ops, testing
 
 from . import gate, memory, models, sides, stats
 from .cost import count
@@ -100,7 +99,7 @@ def checked_op(
 ) -> tuple[Callable[[], Any], dict[str, Any]]:
     """One side of an op, checked against the reference: what to time (outputs and all gradients), and its cost."""
     inputs = testing.INPUTS[op]((tokens,), dtype=dtype, device=device, **size)
-    function, backend = getattr(fk, op), sides.backend_of(name)
+    function, backend = getattr(ops, op), sides.backend_of(name)
     call = torch.compile(function, dynamic=False, backend=compiler) if name == "compiled" else function
     gate.check_op(op, call, inputs, compiled=name == "compiled", backend=backend)
 
@@ -110,7 +109,8 @@ def checked_op(
 
     def run() -> None:
         outputs = call(**inputs, backend=backend)
-        torch.autograd.grad(outputs, leaves, weights)
+        if leaves:
+            torch.autograd.grad(outputs, leaves, weights)
 
     return run, {} if name == "compiled" else count(run, leaves)
 

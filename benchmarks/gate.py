@@ -37,7 +37,7 @@ def check_op(
     tokens = next(iter(inputs.values())).shape[:-1].numel()
     floor = max(FLOOR, COMPILED * tokens**0.5) if compiled else FLOOR
     dtype = next(iter(testing.leaves(inputs).values())).dtype
-    _no_worse(op, testing.run(function, inputs, **options), rounded, exact, floor + half_roundings(dtype))
+    no_worse(op, testing.run(function, inputs, **options), rounded, exact, floor + half_roundings(dtype))
 
 
 def check_adapter(adapter: Any, backend: str, tokens: int | None = None) -> None:
@@ -49,7 +49,7 @@ def check_adapter(adapter: Any, backend: str, tokens: int | None = None) -> None
     twin, tokens = without_dropout(adapter), tokens or TOKENS
     exact = run_adapter(copy.deepcopy(twin).double(), "reference", tokens)
     rounded, floor = run_adapter(twin, "reference", tokens), FLOOR + half_roundings(adapter.B.dtype)
-    _no_worse("layer", run_adapter(twin, backend, tokens), rounded, exact, floor)
+    no_worse("layer", run_adapter(twin, backend, tokens), rounded, exact, floor)
 
 
 def run_adapter(adapter: Any, backend: str, tokens: int) -> Results:
@@ -101,7 +101,7 @@ def half_roundings(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / torch.finfo(torch.float32).eps / 4 if half else 0.0
 
 
-def _no_worse(what: str, actual: Results, rounded: Results, exact: Results, roundings: float) -> None:
+def no_worse(what: str, actual: Results, rounded: Results, exact: Results, roundings: float) -> None:
     """Root mean square errors against float64: FACTOR times the baseline's, and so many roundings of the largest."""
     for name, truth in exact.items():
         if not truth.numel():

@@ -134,7 +134,7 @@ def step_side(name: str, model: nn.Module, batch: Batch) -> Side:
     """One training step of a side: forward, backward, AdamW (fused, as Trainer's default) on what it trains."""
     adapted = adapt(name, model, ATTENTION)
     trained = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True, capturable=trained[0].is_cuda) if trained else None
 
     def forward() -> Tensor:
         return adapted(**batch)["loss"]

@@ -1,4 +1,4 @@
-// What the kernels share: the accumulation type, and the walk over tiles of tokens.
+// Shared by the kernels: the accumulation type, and the loop over tiles of tokens.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-// A loop worth compiling for newer vector units too; the best version is picked when the library is loaded.
+// Compiles a function for newer vector units as well; the loader picks the best version.
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
 #define FVAE_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -25,7 +25,7 @@ namespace fvae {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using Needs = std::array<bool, 4>;  // which gradients a backward has to compute; the others come back empty
+using Needs = std::array<bool, 4>;  // the gradients that a backward computes; the others are returned empty
 
 #define FVAE_DISPATCH(type, name, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, name, __VA_ARGS__)
@@ -33,16 +33,10 @@ using Needs = std::array<bool, 4>;  // which gradients a backward has to compute
 // log-variances are clamped to [-20, 20] wherever a Gaussian is made of them.
 constexpr double kLogvarLimit = 20.0;
 
-// exp of clamped log-variances, in fresh memory. ATen's clamp and exp use the vector instructions of the machine that
-// runs them, which the loops of this library, compiled for any machine, cannot. NaN stays NaN.
+// exp of clamped log-variances, in fresh memory; NaN stays NaN. ATen's clamp and exp use the vector instructions of the
+// machine they run on; the loops here are compiled for any machine.
 inline Tensor clamped_exp(const Tensor& logvar, double factor = 1) {
   return logvar.clamp(-kLogvarLimit, kLogvarLimit).mul_(factor).exp_();
-}
-
-// NaN stays NaN.
-template <typename T>
-T clamp_logvar(T logvar) {
-  return logvar < -kLogvarLimit ? T(-kLogvarLimit) : logvar > kLogvarLimit ? T(kLogvarLimit) : logvar;
 }
 
 template <typename T>
@@ -55,14 +49,14 @@ inline at::ScalarType wide(const Tensor& t) {
   return at::toOpMathType(t.scalar_type());
 }
 
-// A kernel computes on plain tensors: it records no graph, and autocast does not reach into its products. Worker
-// threads need a guard of their own, for they do not inherit the state of the calling thread.
+// Turns off autograd and autocast inside a kernel. Worker threads need a guard of their own: they do not inherit the
+// state of the calling thread.
 struct PlainTensors {
   at::AutoDispatchBelowADInplaceOrView autograd;
   c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
 };
 
-// Memory for a gradient [shape]; empty where it is not needed.
+// Memory for a gradient [shape]; empty if it is not needed.
 inline Tensor gradient(bool needed, at::IntArrayRef shape, const at::TensorOptions& options) {
   return needed ? at::empty(shape, options) : at::empty({0}, options);
 }
@@ -71,7 +65,7 @@ struct Tile {
   int64_t index, start, length;  // tokens start ... start + length - 1
   int64_t worker;
 
-  // These tokens of t [N, ...], contiguous and in the given type; no copy where they already are.
+  // These tokens of t [N, ...], contiguous and in the given type; a copy only if they are not.
   Tensor rows(const Tensor& t, at::ScalarType type) const {
     return t.narrow(0, start, length).to(type).contiguous();
   }
@@ -80,10 +74,11 @@ struct Tile {
   }
 };
 
-// N tokens cut into tiles whose rows of `width` fill at most `floats`, 256 KB unless told, a part of a core's L2, the
-// same number for every thread, but never so short that starting a thread costs more: `work` is what a token costs in
-// elements of a simple loop. Each worker walks a contiguous run of tiles. Both depend on sizes and on the number of
-// threads alone, and partial results of tiles and workers are added in order, so the same inputs give the same bits.
+// N tokens, cut into tiles. A tile holds at most `floats` entries in rows of `width`: 256 KB by default, a part of a
+// core's L2. Every thread gets the same number of tiles, but a tile is never so short that starting a thread costs more
+// than it saves; `work` is the cost of a token, in elements of a simple loop. Each worker takes consecutive tiles. Tiles
+// and workers depend on sizes and on the number of threads only, and partial results are added in order, so the same
+// inputs give the same bits.
 struct Tiles {
   int64_t tokens, length, count, workers;
 
@@ -110,7 +105,7 @@ struct Tiles {
   }
 };
 
-// The tokens that a mask [N] keeps; all of them where there is none.
+// The tokens that a mask [N] keeps; all of them if there is no mask.
 struct Kept {
   Tensor mask;
   const bool* flags = nullptr;

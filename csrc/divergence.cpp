@@ -2,28 +2,12 @@
 //
 //   kl    = 1/2 sum( mean1^2 + var1 - 1 - logvar1 )
 //   gamma = 1/2 sum( mean1^2 + var1 - ((mean2 - mu)^2 + var2) / tau^2 ) - R log tau
-#include "common.h"
+#include "posteriors.h"
 
 namespace fvae {
 namespace {
 
-using Divergence = std::array<double, 2>;  // KL, and Gamma but for R log tau
-using Geometry = std::array<double, 4>;  // Lambda, but for R log tau; Delta; W2^2; bound of |Delta|
-
-template <typename acc_t>
-struct Prior2 {
-  acc_t mean, precision;
-  Prior2(double mean, double std) : mean(mean), precision(1 / (std * std)) {}
-};
-
-// One posterior's rows of a tile, in the accumulation type.
-struct Posterior {
-  Tensor mean, logvar, variance;
-  Posterior(const Tile& tile, const Tensor& mean, const Tensor& logvar)
-      : mean(tile.rows(mean, wide(mean))),
-        logvar(tile.rows(logvar, wide(logvar)).clamp(-kLogvarLimit, kLogvarLimit)),
-        variance(this->logvar.exp()) {}
-};
+using Divergence = std::array<double, 2>;  // KL, and Gamma without R log tau
 
 template <typename acc_t>
 Divergence tile_divergence(const Tile& tile, const Posterior& q1, const Posterior& q2, Prior2<acc_t> p2, const Kept& kept) {
@@ -44,57 +28,6 @@ Divergence tile_divergence(const Tile& tile, const Posterior& q1, const Posterio
     sums[1] += 0.5 * gamma;
   }
   return sums;
-}
-
-template <typename acc_t>
-Geometry tile_geometry(
-    const Tile& tile, const Posterior& q1, const Posterior& q2, Prior2<acc_t> p2, const Kept& kept) {
-  const int64_t R = q1.mean.size(1);
-  const acc_t *mean1 = q1.mean.const_data_ptr<acc_t>(), *mean2 = q2.mean.const_data_ptr<acc_t>();
-  const acc_t *var1 = q1.variance.const_data_ptr<acc_t>(), *var2 = q2.variance.const_data_ptr<acc_t>();
-  Geometry sums{};
-  for (int64_t n = 0; n < tile.length; ++n) {
-    if (!kept[tile.start + n]) continue;
-    acc_t mismatch = 0, discrepancy = 0, distance = 0, norm1 = 0;
-    for (int64_t i = n * R; i < (n + 1) * R; ++i) {
-      const acc_t squares1 = mean1[i] * mean1[i] + var1[i], squares2 = mean2[i] * mean2[i] + var2[i];
-      const acc_t from_prior2 = mean2[i] - p2.mean, apart = mean1[i] - mean2[i];
-      const acc_t wider = std::sqrt(var1[i]) - std::sqrt(var2[i]);
-      mismatch += squares2 - (from_prior2 * from_prior2 + var2[i]) * p2.precision;
-      discrepancy += squares1 - squares2;
-      distance += apart * apart + wider * wider;
-      norm1 += squares1;
-    }
-    sums[0] += 0.5 * mismatch;
-    sums[1] += 0.5 * discrepancy;
-    sums[2] += distance;
-    sums[3] += 0.5 * distance + std::sqrt(norm1) * std::sqrt(distance);
-  }
-  return sums;
-}
-
-// Means over the kept tokens, 0 where there is none, of what `tile_sums` adds up in each tile.
-template <typename Sums, typename TileSums>
-Sums token_means(
-    const std::array<Tensor, 4>& q, double prior2_mean, double prior2_std, const Kept& kept, TileSums tile_sums) {
-  const Tiles tiles(q[0].size(0), 4 * q[0].size(1));
-  std::vector<Sums> partial(tiles.count);
-  FVAE_DISPATCH(q[0].scalar_type(), "token_means", [&] {
-    const Prior2<at::opmath_type<scalar_t>> p2(prior2_mean, prior2_std);
-    tiles.for_each([&](const Tile& tile) {
-      partial[tile.index] = tile_sums(tile, Posterior(tile, q[0], q[1]), Posterior(tile, q[2], q[3]), p2, kept);
-    });
-  });
-  Sums mean{};
-  for (const Sums& sums : partial) {
-    for (size_t i = 0; i < mean.size(); ++i) mean[i] += sums[i] / std::max<int64_t>(kept.count, 1);
-  }
-  return mean;
-}
-
-// What the mean over the kept tokens of R log tau is.
-double mean_log_scale(const Tensor& mean, double prior2_std, const Kept& kept) {
-  return kept.count > 0 ? mean.size(1) * std::log(prior2_std) : 0;
 }
 
 }  // namespace
@@ -136,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_bwd(
   FVAE_DISPATCH(mean1.scalar_type(), "divergence_bwd", [&] {
     using acc_t = at::opmath_type<scalar_t>;
     const Prior2<acc_t> p2(prior2_mean, prior2_std);
-    const double share = 1.0 / std::max<int64_t>(kept.count, 1);  // of one token in the mean
+    const double share = 1.0 / std::max<int64_t>(kept.count, 1);  // of one token
     const acc_t kl = grad_kl.has_value() ? grad_kl->item<double>() * share : 0;
     const acc_t gamma = grad_gamma.has_value() ? grad_gamma->item<double>() * share : 0;
     const auto fill = [&](int which, const Tensor& input, bool is_logvar, const auto& derivative) {
@@ -161,27 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_bwd(
   return {grads[0], grads[1], grads[2], grads[3]};
 }
 
-// Means over tokens of Lambda, Delta, W2^2 and the bound of |Delta|; see diagnostics.latent_geometry.
-Tensor geometry_fwd(
-    const Tensor& mean1,
-    const Tensor& logvar1,
-    const Tensor& mean2,
-    const Tensor& logvar2,
-    double prior2_mean,
-    double prior2_std,
-    const OptionalTensor& mask) {
-  const PlainTensors guard;
-  const Kept kept(mask, mean1.size(0));
-  Geometry mean = token_means<Geometry>(
-      {mean1, logvar1, mean2, logvar2}, prior2_mean, prior2_std, kept, [](auto&&... a) { return tile_geometry(a...); });
-  mean[0] -= mean_log_scale(mean1, prior2_std, kept);
-  Tensor result = at::empty({4}, mean1.options().dtype(at::kDouble));
-  std::copy(mean.begin(), mean.end(), result.mutable_data_ptr<double>());
-  return result.to(wide(mean1));
-}
-
 TORCH_LIBRARY_IMPL(fvae_cpp, CPU, m) {
-  m.impl("geometry_fwd", &geometry_fwd);
   m.impl("divergence_fwd", &divergence_fwd);
   m.impl("divergence_bwd", &divergence_bwd);
 }

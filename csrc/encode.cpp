@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> encode_fwd(
   const PlainTensors guard;
   const int64_t N = x.size(0), D = x.size(1), R = w_mean.size(0);
   const auto type = wide(x);
-  const Tensor w = at::cat({w_mean, w_logvar}).to(type).t().contiguous();  // [D, 2R], as the product likes it
+  const Tensor w = at::cat({w_mean, w_logvar}).to(type).t().contiguous();  // [D, 2R], the layout that is fastest in the product
   const Tensor b = both_biases(b_mean, b_logvar, w_mean).to(type);
   const Tensor mean = at::empty({N, R}, x.options()), logvar = at::empty_like(mean), z = at::empty_like(mean);
 
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> encode_fwd(
   return {mean, logvar, z};
 }
 
-// [grad_mean | grad_logvar] of the heads, [N, 2R]: what arrives at mean and logvar themselves and through z.
+// Gradients of both heads [N, 2R], side by side: those of the outputs mean and logvar, and those through z.
 Tensor encode_bwd(
     const OptionalTensor& grad_mean,
     const OptionalTensor& grad_logvar,

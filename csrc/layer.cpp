@@ -54,7 +54,9 @@ using Statistics = std::array<double, kStatistics>;
 
 // Sums over the tokens kept, in doubles: the terms are small differences of them.
 template <typename acc_t>
-Statistics latent_statistics(const Tensor& heads, const Sample& sample, double mu, const Kept& kept, const Tile& tile) {
+Statistics latent_statistics(
+    const Tensor& heads, const Sample& sample, double mu, const std::array<Bounds, 2>& bounds, const Kept& kept,
+    const Tile& tile) {
   const int64_t R = sample.z.size(1) / 2;
   Statistics sums{};
   for (int64_t side = 0; side < 2; ++side) {
@@ -69,13 +71,12 @@ Statistics latent_statistics(const Tensor& heads, const Sample& sample, double m
         squares += mean * mean;
         from_mu += (mean - mu) * (mean - mu);
         var += sd * sd;
-        logvar += clamp_logvar(q[R + r]);
+        logvar += bounds[side].clamp(q[R + r]);
         sampled += off_center * off_center;
       }
     }
     double* to = sums.data() + (side == 0 ? kSquares1 : kSquares2);
-    to[0] = squares, to[1] = from_mu, to[2] = var, to[3] = logvar;
-    sums[kSampled1 + side] = sampled;
+    to[0] = squares, to[1] = from_mu, to[2] = var, to[3] = logvar, to[4] = sampled;
   }
   return sums;
 }
@@ -106,33 +107,32 @@ Statistics forward_tile(
   const Tensor x_rows = tile.rows(layer.x, layer.type);
   const Tensor heads = layer.encoders.output(state_rows, layer.encoders.hidden());
   layer.encoders.forward<acc_t>(x_rows, state_rows, layer.dropout, tile);
-  sample.template draw<acc_t>(heads, layer.noise_rows(tile));
+  sample.template draw<acc_t>(heads, layer.noise_rows(tile), layer.bounds);
   update(
       y.narrow(0, tile.start, tile.length), base.defined() ? base.narrow(0, tile.start, tile.length) : base,
       block(sample.z, 1, 0, 2), layer.up.t());
   layer.decoder.forward<acc_t>(sample, outputs, residual, layer.dropout, tile);
-  Statistics sums = latent_statistics<acc_t>(heads, sample, layer.mu, layer.kept, tile);
+  Statistics sums = latent_statistics<acc_t>(heads, sample, layer.mu, layer.bounds, layer.kept, tile);
   sums[kNll] = sum_of_squares<acc_t>(x_rows, residual, layer.decoder, layer.kept, tile) / 2;
   return sums;
 }
 
 }  // namespace
 
-// y, loss, nll, kl, gamma, and the encoders' state.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_fwd(
-    const OptionalTensor& base, const Tensor& x, const Parameters& encoder1, const Parameters& encoder2,
-    const Parameters& decoder, const Tensor& scale, const Tensor& B, const OptionalTensor& noise1,
-    const OptionalTensor& noise2, const OptionalTensor& mask, const OptionalTensor& seed, double dropout, bool average,
-    double scaling, double prior2_mean, at::ArrayRef<double> table,
-    std::optional<at::ScalarType> products) {
+// y, the terms [4] (loss, nll, kl, gamma), and the encoders' state.
+std::tuple<Tensor, Tensor, Tensor> layer_fwd(
+    const OptionalTensor& base, const Tensor& x, const Parameters& parameters, const OptionalTensor& noise1,
+    const OptionalTensor& noise2, const OptionalTensor& mask, const OptionalTensor& seed, int64_t encoder_hidden,
+    double dropout, bool average, double scaling, double prior2_mean, double logvar1_low, double logvar1_high,
+    at::ArrayRef<double> objective, std::optional<at::ScalarType> products) {
   const PlainTensors guard;
-  in_own_precision(products);
-  const Layer layer(
-      x, encoder1, encoder2, decoder, scale, B, noise1, noise2, mask, seed, dropout, average, scaling, prior2_mean);
+  const Inputs inputs{x,       parameters, noise1,      noise2,      mask,         seed,      encoder_hidden, dropout,
+                      average, scaling,    prior2_mean, logvar1_low, logvar1_high, objective, products};
+  const Layer layer(inputs);
   const int64_t N = x.size(0);
   const auto options = x.options().dtype(layer.type);
   const Tensor from = base.value_or(Tensor()), state = at::empty({N, layer.encoders.width}, options);
-  const Tensor y = at::empty({N, B.size(0)}, (base.has_value() ? from : B).options());
+  const Tensor y = at::empty({N, layer.up.size(0)}, (base.has_value() ? from : inputs.B()).options());
   std::vector<Statistics> partial(layer.tiles.count);
 
   AT_DISPATCH_FLOATING_TYPES(layer.type, "layer_fwd", [&] {
@@ -143,16 +143,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_fwd(
   });
 
   const Kept& kept = layer.kept;
-  const auto number = [&](double value) { return at::full({}, value, options); };
-  if (kept.count == 0) return {y, number(0), number(0), number(0), number(0), state};
+  const Tensor terms = at::zeros({4}, options);
+  if (kept.count == 0) return {y, terms, state};
   Statistics means{};
   for (const Statistics& sums : partial) {
     for (int i = 0; i < kStatistics; ++i) means[i] += sums[i] / kept.count;
   }
   means[kOne] = 1;
-  means[kNll] += (scale.to(at::kDouble).abs().log() + kHalfLog2Pi).sum().item<double>();
-  const auto term = [&](Term which) { return number(total(table, which, means)); };
-  return {y, term(kLoss), number(means[kNll]), term(kKl), term(kGamma), state};
+  means[kNll] += (inputs.scale().to(at::kDouble).abs().log() + kHalfLog2Pi).sum().item<double>();
+  const auto term = [&](Term which) { return total(objective, which, means); };
+  AT_DISPATCH_FLOATING_TYPES(layer.type, "layer_fwd", [&] {
+    scalar_t* to = terms.mutable_data_ptr<scalar_t>();
+    to[0] = term(kLoss), to[1] = means[kNll], to[2] = term(kKl), to[3] = term(kGamma);  // inf beyond its range
+  });
+  return {y, terms, state};
 }
 
 TORCH_LIBRARY_IMPL(fvae_cpp, CPU, m) {

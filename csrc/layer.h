@@ -7,27 +7,67 @@
 
 namespace fvae {
 
-using Parameters = c10::List<std::optional<Tensor>>;  // weight, bias or none, weight, ...: the input's layer first
+using Parameters = c10::List<std::optional<Tensor>>;  // weight, bias or none, weight, ...; then scale and B
+
+// What both directions of the layer take; fvae_kernels/ops/_layer_inputs.py declares it.
+struct Inputs {
+  const Tensor& x;               // [N, D]
+  const Parameters& parameters;  // encoder 1, encoder 2 (hidden layers, mean, logvar), decoder (hidden layers, output)
+  const OptionalTensor &noise1, &noise2, &mask, &seed;
+  int64_t encoder_hidden;
+  double dropout;
+  bool average;
+  double scaling, prior2_mean, logvar1_low, logvar1_high;
+  at::ArrayRef<double> objective;  // [kTerms, kStatistics]
+  std::optional<at::ScalarType> products;
+
+  Tensor parameter(int64_t i) const {
+    return *parameters.get(i);
+  }
+  Tensor scale() const {
+    return parameter(static_cast<int64_t>(parameters.size()) - 2);
+  }
+  Tensor B() const {
+    return parameter(static_cast<int64_t>(parameters.size()) - 1);
+  }
+  // Numbers of the linear layers: encoder i = 0, 1 has its hidden layers, mean and logvar from here on; then the decoder.
+  int64_t encoder(int64_t i) const {
+    return i * (encoder_hidden + 2);
+  }
+  int64_t decoder() const {
+    return encoder(2);
+  }
+  int64_t layers() const {
+    return static_cast<int64_t>(parameters.size()) / 2 - 1;
+  }
+};
 
 // The means over tokens that every objective is a linear function of; mu is the mean of prior 2.
 enum Statistic {
   kOne, kNll,
-  kSquares1, kFromMu1, kVar1, kLogvar1,  // sums of mean1^2, (mean1 - mu)^2, var1, logvar1
-  kSquares2, kFromMu2, kVar2, kLogvar2,
-  kSampled1, kSampled2,  // sums of z1^2, (z2 - mu)^2
+  kSquares1, kFromMu1, kVar1, kLogvar1, kSampled1,  // sums of mean1^2, (mean1 - mu)^2, var1, logvar1, z1^2
+  kSquares2, kFromMu2, kVar2, kLogvar2, kSampled2,  // the same of posterior 2, and of (z2 - mu)^2
   kStatistics
 };
 enum Term { kLoss, kKl, kGamma, kTerms };  // rows of the table [kTerms, kStatistics] that defines an objective
 
+// What log-variances are clamped to wherever a Gaussian is made of them; none passes a gradient where both are one.
+struct Bounds {
+  double low = -kLogvarLimit, high = kLogvarLimit;
+
+  template <typename T>
+  T clamp(T logvar) const {  // NaN stays NaN
+    return logvar < T(low) ? T(low) : logvar > T(high) ? T(high) : logvar;
+  }
+  template <typename T>
+  bool passes(T logvar) const {
+    return low < high && logvar >= T(low) && logvar <= T(high);
+  }
+};
+
 // Floats in a tile's rows of x, and tokens that it has at least. Measured: products of shorter tiles are slower.
 constexpr int64_t kLayerTile = 1 << 18, kTokens = 128;
 constexpr int64_t kWork = 64;  // of a token for each entry of x, against a simple loop
-
-inline void in_own_precision(const std::optional<at::ScalarType>& products) {
-  TORCH_CHECK(
-      !products.has_value(), "layer: the C++ kernel multiplies in the dtype of its parameters, and got products=",
-      *products, "; expected none");
-}
 
 inline Tensor block(const Tensor& t, int64_t dim, int64_t i, int64_t blocks) {
   const int64_t size = t.size(dim) / blocks;
@@ -62,10 +102,11 @@ struct Linear {
   }
 };
 
-// The i-th layers of some networks stacked: rows of the first network, then of the next one.
-inline Linear stacked(const std::vector<std::pair<Parameters, int64_t>>& parts, at::ScalarType type, int64_t blocks) {
+// Some linear layers stacked: rows of the first one, then of the next one.
+inline Linear stacked(
+    const Parameters& parameters, const std::vector<int64_t>& numbers, at::ScalarType type, int64_t blocks) {
   std::vector<Tensor> w, b;
-  for (const auto& [parameters, i] : parts) {
+  for (const int64_t i : numbers) {
     const Tensor weight = *parameters.get(2 * i);
     const std::optional<Tensor> bias = parameters.get(2 * i + 1);
     w.push_back(weight);
@@ -84,13 +125,14 @@ struct Encoders {
   std::vector<int64_t> first_column;  // of each layer in the state
   int64_t width = 0, R;
 
-  Encoders(const Parameters& encoder1, const Parameters& encoder2, at::ScalarType type) {
-    const int64_t hidden = static_cast<int64_t>(encoder1.size()) / 2 - 2;
-    for (int64_t i = 0; i < hidden; ++i) {
-      add(stacked({{encoder1, i}, {encoder2, i}}, type, i == 0 ? 1 : 2));  // the first one reads x, shared by both
+  Encoders(const Inputs& in, at::ScalarType type) {
+    const int64_t hidden = in.encoder_hidden, first = in.encoder(0), second = in.encoder(1);
+    for (int64_t i = 0; i < hidden; ++i) {  // the first one reads x, shared by both
+      add(stacked(in.parameters, {first + i, second + i}, type, i == 0 ? 1 : 2));
     }
     const int64_t mean = hidden, logvar = hidden + 1;
-    add(stacked({{encoder1, mean}, {encoder1, logvar}, {encoder2, mean}, {encoder2, logvar}}, type, hidden ? 2 : 1));
+    const std::vector<int64_t> heads{first + mean, first + logvar, second + mean, second + logvar};
+    add(stacked(in.parameters, heads, type, hidden ? 2 : 1));
     R = layers.back().w.size(0) / 4;
   }
   void add(Linear layer) {
@@ -120,7 +162,7 @@ struct Sample {
   Tensor z, std;  // [T, 2R]
 
   template <typename acc_t>
-  void draw(const Tensor& heads, const std::array<Tensor, 2>& noise) const {
+  void draw(const Tensor& heads, const std::array<Tensor, 2>& noise, const std::array<Bounds, 2>& bounds) const {
     const int64_t R = z.size(1) / 2;
     acc_t *to = z.mutable_data_ptr<acc_t>(), *sd = std.mutable_data_ptr<acc_t>();
     const auto each = [&](const auto& body) {
@@ -128,11 +170,11 @@ struct Sample {
         const acc_t* q = heads.const_data_ptr<acc_t>() + 2 * R * side;
         const acc_t* eps = noise[side].template const_data_ptr<acc_t>();
         for (int64_t n = 0; n < z.size(0); ++n, q += heads.stride(0), eps += R) {
-          for (int64_t r = 0; r < R; ++r) body((2 * n + side) * R + r, q[r], q[R + r], eps[r]);
+          for (int64_t r = 0; r < R; ++r) body((2 * n + side) * R + r, q[r], bounds[side].clamp(q[R + r]), eps[r]);
         }
       }
     };
-    each([&](int64_t i, acc_t, acc_t logvar, acc_t) { sd[i] = clamp_logvar(logvar) / 2; });
+    each([&](int64_t i, acc_t, acc_t logvar, acc_t) { sd[i] = logvar / 2; });
     Tensor(std).exp_();  // ATen's exp uses the vector instructions of the machine that runs it
     each([&](int64_t i, acc_t mean, acc_t, acc_t eps) { to[i] = mean + sd[i] * eps; });
   }
@@ -144,13 +186,10 @@ struct Decoder {
   bool average;
   int64_t first_dropout;  // the layers of the encoders come before
 
-  Decoder(const Parameters& decoder, const Tensor& scale, bool average, const Encoders& encoders)
-      : average(average), first_dropout(encoders.hidden()) {
-    const auto type = wide(scale);
-    for (int64_t i = 0; i < static_cast<int64_t>(decoder.size()) / 2; ++i) {
-      layers.push_back(stacked({{decoder, i}}, type, 1));
-    }
-    inverse_scale = scale.to(type).reciprocal().contiguous();
+  explicit Decoder(const Inputs& in) : average(in.average), first_dropout(in.encoder_hidden) {
+    const auto type = wide(in.scale());
+    for (int64_t i = in.decoder(); i < in.layers(); ++i) layers.push_back(stacked(in.parameters, {i}, type, 1));
+    inverse_scale = in.scale().to(type).reciprocal().contiguous();
   }
   int64_t hidden() const {
     return static_cast<int64_t>(layers.size()) - 1;
@@ -206,17 +245,18 @@ struct Layer {
   Decoder decoder;
   Tensor up;  // s B [M, R]
   double mu;
+  std::array<Bounds, 2> bounds;
   Tiles tiles;
   std::vector<Scratch> scratch;
 
-  Layer(
-      const Tensor& x, const Parameters& encoder1, const Parameters& encoder2, const Parameters& decoder,
-      const Tensor& scale, const Tensor& B, const OptionalTensor& noise1, const OptionalTensor& noise2,
-      const OptionalTensor& mask, const OptionalTensor& seed, double dropout, bool average, double scaling,
-      double prior2_mean)
-      : x(x), noise{given(noise1), given(noise2)}, type(wide(B)), kept(mask, x.size(0)), dropout(seed, dropout),
-        encoders(encoder1, encoder2, type), decoder(decoder, scale, average, encoders), up(B.to(type).mul(scaling)),
-        mu(prior2_mean), tiles(x.size(0), x.size(1), std::max(kLayerTile, kTokens * x.size(1)), kWork * x.size(1)) {
+  explicit Layer(const Inputs& in)
+      : x(in.x), noise{given(in.noise1), given(in.noise2)}, type(wide(in.B())), kept(in.mask, x.size(0)),
+        dropout(in.seed, in.dropout), encoders(in, type), decoder(in), up(in.B().to(type).mul(in.scaling)),
+        mu(in.prior2_mean), bounds{Bounds{in.logvar1_low, in.logvar1_high}, Bounds{}},
+        tiles(x.size(0), x.size(1), std::max(kLayerTile, kTokens * x.size(1)), kWork * x.size(1)) {
+    TORCH_CHECK(
+        !in.products.has_value(), "layer: the C++ kernel multiplies in the dtype of its parameters, and got products=",
+        *in.products, "; expected none");
     for (int64_t i = 0; i < tiles.workers; ++i) scratch.emplace_back(encoders, this->decoder, tiles.length);
   }
   static Tensor given(const OptionalTensor& noise) {

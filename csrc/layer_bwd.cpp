@@ -55,7 +55,7 @@ struct Slopes {
   acc_t mean, mean_offset, var, logvar, z, z_offset;
   Slopes(const Coefficients& c, int side, double mu) {
     const double* own = c.data() + (side == 0 ? kSquares1 : kSquares2);
-    const double sampled = 2 * c[kSampled1 + side];
+    const double sampled = 2 * own[4];
     mean = 2 * (own[0] + own[1]), mean_offset = -2 * own[1] * mu;
     var = own[2], logvar = own[3];
     z = sampled, z_offset = side == 0 ? 0 : -sampled * mu;
@@ -66,8 +66,8 @@ struct Slopes {
 template <typename acc_t>
 void grad_latents(
     const Tensor& grad_heads, const Tensor& heads, const Sample& sample, const std::array<Tensor, 2>& noise,
-    const Tensor& grad_z1, const Tensor& grad_latent, bool average, const Coefficients& c, double mu, const Kept& kept,
-    const Tile& tile) {
+    const Tensor& grad_z1, const Tensor& grad_latent, bool average, const Coefficients& c, double mu,
+    const std::array<Bounds, 2>& bounds, const Kept& kept, const Tile& tile) {
   const int64_t R = sample.z.size(1) / 2, L = grad_latent.size(1);
   for (int64_t side = 0; side < 2; ++side) {
     const Slopes<acc_t> slopes(c, side, mu);
@@ -89,7 +89,7 @@ void grad_latents(
           grad_logvar = slopes.var * std[r] * std[r] + slopes.logvar;
         }
         to_mean[r] = grad_z + grad_mean;
-        to_logvar[r] = clamp_passes(logvar[r]) ? grad_z * eps[n * R + r] * std[r] / 2 + grad_logvar : acc_t(0);
+        to_logvar[r] = bounds[side].passes(logvar[r]) ? grad_z * eps[n * R + r] * std[r] / 2 + grad_logvar : acc_t(0);
       }
     }
   }
@@ -176,28 +176,29 @@ void Backward::tile(const Tile& tile) const {
   Tensor grad_x_rows = needs[kX] ? grad_x.narrow(0, tile.start, tile.length) : Tensor();
   const bool in_place = needs[kX] && grad_x.scalar_type() == layer.type;  // grad_x is the residual's memory
   if (in_place) memory.residual = grad_x_rows;
-  memory.sample.draw<acc_t>(heads, noise);
+  memory.sample.draw<acc_t>(heads, noise, layer.bounds);
   const Tensor grad_z1 = through_y(tile, memory.sample);
   if (!latents() && !needs[kDecoder] && !needs[kScale]) return;
   const Tensor grad_latent = through_decoder<acc_t>(tile, x_rows, memory);
   if (!latents()) return;
   const Tensor grad_heads = at::empty({tile.length, 4 * layer.encoders.R}, layer.up.options());
   grad_latents<acc_t>(
-      grad_heads, heads, memory.sample, noise, grad_z1, grad_latent, layer.decoder.average, c, layer.mu, layer.kept,
-      tile);
+      grad_heads, heads, memory.sample, noise, grad_z1, grad_latent, layer.decoder.average, c, layer.mu, layer.bounds,
+      layer.kept, tile);
   through_encoders<acc_t>(tile, grad_heads, x_rows, state_rows, memory.residual);
   if (needs[kX] && !in_place) grad_x_rows.copy_(memory.residual);
 }
 
+// Of a token's statistics, from the gradients of the terms.
 Coefficients combine(
-    at::ArrayRef<double> table, const OptionalTensor& grad_loss, const OptionalTensor& grad_nll,
+    at::ArrayRef<double> objective, const OptionalTensor& grad_loss, const OptionalTensor& grad_nll,
     const OptionalTensor& grad_kl, const OptionalTensor& grad_gamma, int64_t tokens) {
   const auto value = [](const OptionalTensor& grad) { return grad.has_value() ? grad->item<double>() : 0.0; };
   const double loss = value(grad_loss), kl = value(grad_kl), gamma = value(grad_gamma);
   const double share = 1.0 / std::max<int64_t>(tokens, 1);
   Coefficients c;
   for (int i = 0; i < kStatistics; ++i) {
-    const auto weight = [&](Term term) { return table[int{term} * kStatistics + i]; };
+    const auto weight = [&](Term term) { return objective[int{term} * kStatistics + i]; };
     c[i] = share * (loss * weight(kLoss) + kl * weight(kKl) + gamma * weight(kGamma));
   }
   c[kNll] += share * value(grad_nll);
@@ -206,27 +207,26 @@ Coefficients combine(
 
 }  // namespace
 
-// grad_x [N, D], and the gradients of encoder1, encoder2, decoder, scale and B in one list.
+// grad_x [N, D], and the gradients of the parameters in their order.
 std::tuple<Tensor, std::vector<Tensor>> layer_bwd(
     const OptionalTensor& grad_y, const OptionalTensor& grad_loss, const OptionalTensor& grad_nll,
-    const OptionalTensor& grad_kl, const OptionalTensor& grad_gamma, const Tensor& x, const Parameters& encoder1,
-    const Parameters& encoder2, const Parameters& decoder, const Tensor& scale, const Tensor& B,
-    const OptionalTensor& noise1, const OptionalTensor& noise2, const OptionalTensor& mask,
-    const OptionalTensor& seed, double dropout, bool average, double scaling, double prior2_mean,
-    at::ArrayRef<double> table, std::optional<at::ScalarType> products, const Tensor& state, bool detach_target,
-    std::array<bool, kNeeds> needs) {
+    const OptionalTensor& grad_kl, const OptionalTensor& grad_gamma, const Tensor& x, const Parameters& parameters,
+    const OptionalTensor& noise1, const OptionalTensor& noise2, const OptionalTensor& mask, const OptionalTensor& seed,
+    int64_t encoder_hidden, double dropout, bool average, double scaling, double prior2_mean, double logvar1_low,
+    double logvar1_high, at::ArrayRef<double> objective, std::optional<at::ScalarType> products, const Tensor& state,
+    bool detach_target, std::array<bool, kNeeds> needs) {
   const PlainTensors guard;
-  in_own_precision(products);
-  const Layer layer(
-      x, encoder1, encoder2, decoder, scale, B, noise1, noise2, mask, seed, dropout, average, scaling, prior2_mean);
+  const Inputs inputs{x,       parameters, noise1,      noise2,      mask,         seed,      encoder_hidden, dropout,
+                      average, scaling,    prior2_mean, logvar1_low, logvar1_high, objective, products};
+  const Layer layer(inputs);
   const int64_t workers = layer.tiles.workers;
-  const Coefficients c = combine(table, grad_loss, grad_nll, grad_kl, grad_gamma, layer.kept.count);
+  const Coefficients c = combine(objective, grad_loss, grad_nll, grad_kl, grad_gamma, layer.kept.count);
   const bool decode = grad_loss.has_value() || grad_nll.has_value();
   const Backward backward{
       layer, grad_y.value_or(Tensor()), state, c, needs, !detach_target, decode,
       layer.decoder.inverse_scale * c[kNll], at::zeros({workers, x.size(1)}, layer.up.options().dtype(at::kDouble)),
       gradient(needs[kX], x.sizes(), x.options()),
-      at::zeros({needs[kB] ? workers : 0, B.size(0), B.size(1)}, layer.up.options()),
+      at::zeros({needs[kB] ? workers : 0, layer.up.size(0), layer.up.size(1)}, layer.up.options()),
       sums_of(layer.encoders.layers, needs[kEncoders], workers),
       sums_of(layer.decoder.layers, needs[kDecoder], workers)};
 
@@ -236,12 +236,12 @@ std::tuple<Tensor, std::vector<Tensor>> layer_bwd(
     });
   }
 
-  Gradients gradients{B.options(), {}};
-  gradients.add_encoder(backward.encoder_sums, encoder1, 0);
-  gradients.add_encoder(backward.encoder_sums, encoder2, 1);
-  for (size_t i = 0; i < backward.decoder_sums.size(); ++i) gradients.add(backward.decoder_sums[i], decoder, i);
-  gradients.add(backward.slack * backward.factor, needs[kScale]);
-  gradients.add(backward.sums_B.mul(scaling), needs[kB]);
+  Gradients gradients{inputs, {}};
+  gradients.add_encoder(backward.encoder_sums, 0);
+  gradients.add_encoder(backward.encoder_sums, 1);
+  for (size_t i = 0; i < backward.decoder_sums.size(); ++i) gradients.add(backward.decoder_sums[i], inputs.decoder() + i);
+  gradients.add(backward.slack * backward.factor, bool{needs[kScale]});
+  gradients.add(backward.sums_B.mul(scaling), bool{needs[kB]});
   return {backward.grad_x, gradients.all};
 }
 

@@ -26,24 +26,25 @@ inline std::vector<LinearSums> sums_of(const std::vector<Linear>& layers, bool n
 
 // Gradients in the order and with the shapes of the parameters, in their dtype.
 struct Gradients {
-  at::TensorOptions options;
+  const Inputs& in;
   std::vector<Tensor> all;
 
   // Rows `part` of `parts` of the sums over workers, for a parameter that is there and needed.
   void add(const Tensor& sums, bool needed, int64_t part = 0, int64_t parts = 1) {
+    const at::TensorOptions options = in.B().options();
     if (!needed) return all.push_back(at::empty({0}, options));
     const bool whole = sums.size(0) == 1 && parts == 1;  // nothing to add, and memory that no other result shares
     all.push_back((whole ? sums[0] : block(sums, 1, part, parts).sum(0)).to(options.dtype()));
   }
-  // The i-th weight and bias of `parameters`.
-  void add(const LinearSums& sums, const Parameters& parameters, int64_t i, int64_t part = 0, int64_t parts = 1) {
+  // Weight and bias of the linear layer with this number.
+  void add(const LinearSums& sums, int64_t number, int64_t part = 0, int64_t parts = 1) {
     add(sums.w, sums.needed, part, parts);
-    add(sums.b, sums.needed && parameters.get(2 * i + 1).has_value(), part, parts);
+    add(sums.b, sums.needed && in.parameters.get(2 * number + 1).has_value(), part, parts);
   }
-  void add_encoder(const std::vector<LinearSums>& sums, const Parameters& parameters, int64_t which) {
-    const int64_t hidden = static_cast<int64_t>(sums.size()) - 1;
-    for (int64_t i = 0; i < hidden; ++i) add(sums[i], parameters, i, which, 2);
-    for (int64_t head = 0; head < 2; ++head) add(sums[hidden], parameters, hidden + head, 2 * which + head, 4);
+  void add_encoder(const std::vector<LinearSums>& sums, int64_t which) {
+    const int64_t hidden = in.encoder_hidden, first = in.encoder(which);
+    for (int64_t i = 0; i < hidden; ++i) add(sums[i], first + i, which, 2);
+    for (int64_t head = 0; head < 2; ++head) add(sums[hidden], first + hidden + head, 2 * which + head, 4);
   }
 };
 

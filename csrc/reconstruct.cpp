@@ -3,7 +3,7 @@
 //   x_hat = g O^T + o,   q_d = mean over tokens of ((x_hat_d - x_d) / t_d)^2
 //   nll   = sum over features of  q_d / 2 + log |t_d| + log(2 pi) / 2
 //
-// x_hat exists for one tile of tokens at a time, in a scratch that stays in cache; backward makes it once more.
+// x_hat exists for one tile of tokens at a time, in a buffer that stays in cache; backward computes it again.
 #include "common.h"
 
 namespace fvae {
@@ -11,7 +11,7 @@ namespace {
 
 constexpr double kHalfLog2Pi = 0.91893853320467274178;
 
-// What every tile reads, in the accumulation type.
+// The output layer in the accumulation type, read by every tile.
 struct OutputLayer {
   Tensor w, b, inverse_scale;  // [D, H], [D] or undefined, [D]
   Tensor scratch;              // [workers, length, D]
@@ -30,7 +30,7 @@ struct OutputLayer {
 
 }  // namespace
 
-// nll, and d nll / d scale [D], which falls out of the same sums: (1 - q) / t.
+// nll, and d nll / d scale [D] = (1 - q) / t from the same sums.
 std::tuple<Tensor, Tensor> reconstruct_fwd(
     const Tensor& x,
     const Tensor& g,
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_bwd(
   const auto [need_x, need_g, need_w, need_b] = needs;
   const Tensor grad_x = gradient(need_x, x.sizes(), x.options());
   const Tensor grad_g = gradient(need_g, g.sizes(), g.options());
-  // Each worker and each tile has sums of its own, added in order at the end.
+  // Every worker or tile has its own sums; they are added in order at the end.
   const Tensor sums_w = at::zeros({need_w ? tiles.workers : 0, D, H}, layer.w.options());
   const Tensor sums_b = at::zeros({need_b ? tiles.count : 0, D}, layer.w.options());
 

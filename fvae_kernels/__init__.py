@@ -12,7 +12,7 @@ from .nn.linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
 from .ops._backend import BackendUnavailable, available_backends, use_backend
 from .training.aux_loss import attach_aux_loss
-from .training.hooks import external_loss
+from .training.hooks import external_loss, token_mask
 from .training.trainer import FVAETrainerMixin, prepare_trainer
 
 if TYPE_CHECKING or _find_spec("peft") is not None:
@@ -61,6 +61,7 @@ __all__ = [
     "reconstruct",
     "reference",
     "replace_linears",
+    "token_mask",
     "tuning",
     "use_backend",
 ]

@@ -1,9 +1,9 @@
-"""The authors' settings and tensor names, in ours: what `interop` is built on.
+"""The authors' settings and tensor names, mapped to ours, for `interop`.
 
-Their objective is, with means over latent entries, ``minus_elbo = l_rec NLL + l_kl KL_1 + l_z2 mean((z_2 - mu)^2) -
-l_z1 mean(z_1^2)``: our loss with the sampled Gamma and the pair ``gamma_weight = (2 l_z2 / r, 2 l_z1 / r)``. It has no
-tau, whatever their ``z2_std`` says, so `prior2_std` is 1. Their layer scale is ``alpha / (r + 1e-5)``, and their
-decoder's ``scale_tril + 1e-5``; both are folded in. lora_E, lora_dropout and z1z2_orthogonal_reg do nothing there.
+Their objective is ``minus_elbo = l_rec NLL + l_kl KL_1 + l_z2 mean((z_2 - mu)^2) - l_z1 mean(z_1^2)``, with means over
+latent entries: our loss with the sampled Gamma and the pair ``gamma_weight = (2 l_z2 / r, 2 l_z1 / r)``. It has no
+tau and ignores ``z2_std``, so `prior2_std` is 1. The layer scale is ``alpha / (r + 1e-5)``, the decoder's scale
+``scale_tril + 1e-5``; both are folded in. lora_E, lora_dropout and z1z2_orthogonal_reg have no effect in their code.
 """
 
 import json
@@ -18,15 +18,15 @@ from torch import Tensor
 from .config import FVAEConfig
 from .nn.adapter import parameter_shapes
 
-RANK_EPSILON = 1e-5  # added by their code to the rank
-SCALE_EPSILON = float(torch.tensor(1e-5))  # and to the decoder's scale, there in float32 whatever the scale's dtype
+RANK_EPSILON = 1e-5  # their code adds it to the rank
+SCALE_EPSILON = float(torch.tensor(1e-5))  # and to the decoder's scale, in float32 for any dtype
 STEMS = {
     "encoder1": "lora_A.views_conditionalGaussianEncoders_list.0",
     "encoder2": "lora_A.views_conditionalGaussianEncoders_list.1",
     "decoder": "lora_A.views_conditionalGaussianDecoders",
 }
 SCALE = f"{STEMS['decoder']}.scale_tril"
-FIRST_BIAS = f"{STEMS['encoder1']}.mean.bias"  # a linear encoder 1 has none here
+FIRST_BIAS = f"{STEMS['encoder1']}.mean.bias"  # ours has none in a linear encoder 1
 
 _PARTS = {"hidden": "layers", "logvar_hidden": "layers_logvar", "out": "output_layer", "scale": "scale_tril"}
 _OURS = re.compile(r"(encoder1|encoder2|decoder)_(logvar_hidden|hidden|mean|logvar|out|scale)(\d*)_?(weight|bias)?")
@@ -35,14 +35,14 @@ _KEY = re.compile(r"(?:(.+)\.)?(?:(lora_A)(?:\.([^.]+))?\.(views_.+)|(lora_B|lor
 
 
 def config_from_official(settings: Mapping[str, Any]) -> FVAEConfig:
-    """The config under which our objective is theirs.
+    """The FVAEConfig with which our objective equals the authors'.
 
     Args:
-        settings: by their adapter_config.json's names (latent_dim, enc_hidden_layer, ...) or the short ones (r,
-            enc_hidden, ...), as Python values or JSON strings. What is absent has their default, and dropout is 0.
+        settings: by the names of their adapter_config.json (latent_dim, enc_hidden_layer, ...) or short names (r,
+            enc_hidden, ...), as Python values or JSON strings. Absent settings have the authors' default; dropout is 0.
 
     Raises:
-        ValueError: for a setting without counterpart here; it says what came, what is allowed and why.
+        ValueError: a setting without a counterpart here.
     """
     given = {name: _plain(value) for name, value in settings.items()}
     for name, value in given.items():
@@ -88,7 +88,7 @@ def config_from_official(settings: Mapping[str, Any]) -> FVAEConfig:
 
 
 def group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Adapter tensors by module, without the adapter's name, and all the rest."""
+    """Adapter tensors by module, without the adapter's name, and all other tensors."""
     layers: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -106,7 +106,7 @@ def group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
 
 
 def official_names(D: int, M: int, config: FVAEConfig) -> dict[str, str]:
-    """Theirs, without the adapter's name, for each of our parameters."""
+    """Our parameter name -> the authors', without the adapter's name."""
     names = {"B": "lora_B"}
     for name, _ in parameter_shapes(D, M, config):
         if match := _OURS.fullmatch(name):
@@ -119,7 +119,7 @@ def official_names(D: int, M: int, config: FVAEConfig) -> dict[str, str]:
 
 
 def to_ours(tensors: Mapping[str, Tensor], config: FVAEConfig, D: int, M: int, where: str) -> dict[str, Tensor]:
-    """The adapter's state dict, after every check."""
+    """The state dict of our adapter. Everything is checked first."""
     names, remaining = official_names(D, M, config), dict(tensors)
     rank = remaining.pop("ranknum", None)
     remaining.pop("lora_E", None)
@@ -146,7 +146,7 @@ def to_ours(tensors: Mapping[str, Tensor], config: FVAEConfig, D: int, M: int, w
 
 
 def _plain(value: Any) -> Any:
-    """The value of a JSON string; another string is itself."""
+    """A JSON string as its value; any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,22 +1,19 @@
-"""What the adapters of a model are doing: the terms of the last step, and the geometry of the two latent spaces."""
+"""Diagnostics of a model's adapters: terms of the last step, and the geometry of the two latent spaces."""
 
-import torch
 from torch import Tensor, nn
 
 from .nn.adapter import FVAEAdapter
-from .ops import _backend
-from .ops._checks import rows, token_flags
-from .ops._raw import RAW
+from .ops import geometry
 from .ops.divergence import check_posteriors
-from .reference import LOGVAR_LIMIT, gaussian_kl, posterior, token_mean, widen
+from .reference import posterior
 from .training.aux_loss import AuxLossLayer
 
 
 def collect_terms(model: nn.Module) -> dict[str, dict[str, float]]:
     """loss, nll, kl and gamma (nats, means over tokens) of each adapted layer in its last training forward.
 
-    Layers that have not run in training, or ran inside torch.compile, are left out. It copies to the host: call it when
-    you log, not at every step.
+    Layers that have not run in training, or that ran inside torch.compile, are left out. The numbers are copied to the
+    host, which waits for the device: call it when you log, not at every step.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AuxLossLayer)}
     return {
@@ -47,7 +44,7 @@ def latent_geometry(
 ) -> dict[str, Tensor]:
     """Mismatch, discrepancy and distance of the two posteriors (paper, equation 5 and appendix B).
 
-    A kernel reads the posteriors once, and has no backward: where an input asks for a gradient, "reference" runs.
+    `ops.geometry` by name. Its kernels have no backward: if an input requires grad, "reference" runs.
 
     Args:
         mean1: ``[..., R]``, like `logvar1`, `mean2` and `logvar2`.
@@ -56,7 +53,7 @@ def latent_geometry(
         logvar2: log-variances of q_2.
         prior2_mean: mean of p_2.
         prior2_std: standard deviation of p_2.
-        mask: tokens that count.
+        mask: ``[...]``, the tokens that count.
         backend: "triton", "cpp" or "reference"; None takes the fastest for the device of mean1.
 
     Returns:
@@ -66,33 +63,13 @@ def latent_geometry(
 
     Raises:
         TypeError: not floating point, or more than one dtype.
-        ValueError: shapes do not fit, more than one device, or a prior that is no distribution.
-        BackendUnavailable: a backend was named and cannot run, or has to give a gradient.
+        ValueError: shapes do not fit, more than one device, or an invalid prior.
+        BackendUnavailable: the named backend cannot run here, or is a kernel and an input requires grad.
     """
     check_posteriors("latent_geometry", mean1, logvar1, mean2, logvar2, prior2_mean, prior2_std, mask)
-    asked = torch.is_grad_enabled() and any(t.requires_grad for t in (mean1, logvar1, mean2, logvar2))
-    named = _backend._selected if backend is None else backend
-    backend = "reference" if asked and named is None else _backend.resolve("geometry", mean1.device, backend)
-    if backend != "reference":
-        if asked:
-            raise _backend.BackendUnavailable(
-                f"backend {backend!r} was asked for to run latent_geometry, but cannot: its kernel has no backward, "
-                "and an input asks for a gradient; call it under torch.no_grad(), or leave the backend unnamed."
-            )
-        latents = (rows(t) for t in (mean1, logvar1, mean2, logvar2))
-        priors = float(prior2_mean), float(prior2_std)
-        return _named(*RAW[backend].geometry_fwd(*latents, *priors, token_flags(mask)).unbind())
-    var1, var2 = (widen(v).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT).exp() for v in (logvar1, logvar2))
-    mean1, mean2 = widen(mean1), widen(mean2)
-    mismatch = gaussian_kl(mean2, logvar2) - gaussian_kl(mean2, logvar2, prior2_mean, prior2_std)
-    norm1, norm2 = (mean1.square() + var1).sum(-1), (mean2.square() + var2).sum(-1)
-    discrepancy = 0.5 * (norm1 - norm2)
-    w2_squared = ((mean1 - mean2).square() + (var1.sqrt() - var2.sqrt()).square()).sum(-1)
-    bound = w2_squared / 2 + norm1.sqrt() * w2_squared.sqrt()
-    return _named(*(token_mean(value, mask) for value in (mismatch, discrepancy, w2_squared, bound)))
-
-
-def _named(mismatch: Tensor, discrepancy: Tensor, w2_squared: Tensor, bound: Tensor) -> dict[str, Tensor]:
+    mismatch, discrepancy, w2_squared, bound = geometry(
+        mean1, logvar1, mean2, logvar2, prior2_mean, prior2_std, mask, backend=backend
+    )
     return {
         "Lambda": mismatch,
         "Delta": discrepancy,
@@ -103,12 +80,12 @@ def _named(mismatch: Tensor, discrepancy: Tensor, w2_squared: Tensor, bound: Ten
 
 
 def active_units(mean: Tensor, threshold: float = 1e-2, mask: Tensor | None = None) -> int:
-    """Latent entries whose mean varies over tokens by more than `threshold` (variance): those that carry anything.
+    """Number of latent entries whose mean varies over tokens, with a variance above `threshold`.
 
     Args:
         mean: ``[..., R]``.
-        threshold: of the variance.
-        mask: tokens ``[...]`` that count.
+        threshold: variance above which an entry is active.
+        mask: ``[...]``, the tokens that count.
     """
     rows = kept(mean, mask)
     return int((rows.var(0, correction=0) > threshold).sum()) if rows.numel() else 0

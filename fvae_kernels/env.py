@@ -1,4 +1,4 @@
-"""``python -m fvae_kernels.env``: what to paste into a bug report."""
+"""``python -m fvae_kernels.env`` prints versions, devices and backends: for bug reports."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ VARIABLES = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VIS
 
 
 def report() -> str:
-    """Versions, devices, and each backend with the reason why it is missing."""
+    """Versions, devices, and each backend, with the reason if it is missing."""
     lines = [f"fvae_kernels  {__version__}", f"python        {platform.python_version()} on {platform.platform()}"]
     lines += [f"{name:<13} {_version(name)}" for name in PACKAGES]
     lines += ["", f"cpu           {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"]

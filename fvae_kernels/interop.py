@@ -1,4 +1,4 @@
-"""The authors' layers and checkpoints: theirs in, ours out, and a layer of ours back. `_official` has the mapping."""
+"""Convert layers and checkpoints of the authors' code to ours, and a layer back. `_official` has the mapping."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from ._official import FIRST_BIAS, SCALE, SCALE_EPSILON, config_from_official, g
 from .config import FIELDS
 from .nn.linear import FusedFVAELinear
 
-PREFIX = "base_model.model."  # PEFT's, before the name of a module of the base model
+PREFIX = "base_model.model."  # in PEFT, before the name of a module of the base model
 
 _CARRIED = (
     *("task_type", "base_model_name_or_path", "revision", "inference_mode", "modules_to_save"),
@@ -22,15 +22,15 @@ _CARRIED = (
 
 
 def from_official(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> FusedFVAELinear:
-    """One layer of theirs as one of ours: same outputs, same objective, same gradients. In training mode.
+    """Convert one layer of the authors' code: same outputs, objective and gradients. The result is in training mode.
 
     Args:
-        tensors: by their names: base_layer.weight, base_layer.bias where there is one, lora_A.<adapter>.views_...,
-            lora_B.<adapter>; lora_E and ranknum may be there. They are copied, and their dtype is kept.
+        tensors: by the authors' names: base_layer.weight, base_layer.bias if there is one, lora_A.<adapter>.views_...,
+            lora_B.<adapter>; optionally lora_E and ranknum. They are copied and keep their dtype.
         settings: see `config_from_official`.
 
     Raises:
-        ValueError: for an unsupported setting, a missing or unexpected tensor, or a wrong shape.
+        ValueError: an unsupported setting, a missing or unexpected tensor, or a wrong shape.
     """
     config = config_from_official(settings)
     found, others = group(tensors)
@@ -52,17 +52,17 @@ def from_official(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) ->
 
 
 def to_official(layer: FusedFVAELinear, gradients: bool = False) -> dict[str, Tensor]:
-    """The tensors of a layer by the authors' names: the inverse of `from_official`. Copies.
+    """Copies of a layer's tensors by the authors' names: the inverse of `from_official`.
 
-    The settings are not in it. Their lora_alpha is ``config.alpha * (r + 1e-5) / r``.
+    Settings are not included. The authors' lora_alpha is ``config.alpha * (r + 1e-5) / r``.
 
     Args:
         layer: an unmerged layer that was not exported for inference.
-        gradients: give the ``.grad`` of each parameter instead. Frozen ones are left out.
+        gradients: return the ``.grad`` of each trainable parameter instead.
 
     Raises:
-        ValueError: for a merged or inference-only layer.
-        RuntimeError: if a trainable parameter has no gradient yet.
+        ValueError: the layer is merged or inference-only.
+        RuntimeError: a trainable parameter has no gradient.
     """
     if layer.merged or layer.adapter.inference_only:
         raise ValueError("expected a whole adapter beside its base layer: call unmerge(), or load the full adapter")
@@ -86,20 +86,21 @@ def to_official(layer: FusedFVAELinear, gradients: bool = False) -> dict[str, Te
 
 
 def convert_checkpoint(source_folder: str | Path, target_folder: str | Path, model: nn.Module | None = None) -> None:
-    """Turn an adapter folder of the authors into one of ours, for ``PeftModel.from_pretrained(base, target_folder)``.
+    """Convert an adapter folder of the authors' code, for ``PeftModel.from_pretrained(base, target_folder)``.
 
-    `loss_weight` becomes ``1 / (lambda_downstream * layers)``: their mean over layers, relative to the task loss.
-    Tensors of no adapter, such as a trained classifier, are carried over. Nothing is written before all is converted.
+    `loss_weight` becomes ``1 / (lambda_downstream * layers)``: the authors take the mean over layers, relative to the
+    task loss. Tensors outside adapters, such as a trained classifier, are kept. Files are written only after everything
+    was converted.
 
     Args:
-        source_folder: holds adapter_config.json and adapter_model.safetensors, by their names.
-        target_folder: another folder; it is made if need be.
-        model: the base model. Give it where its layers were renamed since the checkpoint was made, as transformers 5
-            did with ViT's: their new names are then looked up in transformers, and written.
+        source_folder: adapter_config.json and adapter_model.safetensors of the authors' code.
+        target_folder: another folder; created if it does not exist.
+        model: the base model. Needed if its layers were renamed after the checkpoint was written, as transformers 5 did
+            with ViT: the new names are looked up in transformers.
 
     Raises:
-        ValueError: for a pickle, an unsupported setting, tensors that are missing, unexpected or of a wrong shape, or a
-            layer that `model` does not have.
+        ValueError: a pickle, an unsupported setting, a missing or unexpected tensor, a wrong shape, or a layer that
+            `model` does not have.
     """
     from safetensors.torch import save_file
 
@@ -128,7 +129,7 @@ def convert_checkpoint(source_folder: str | Path, target_folder: str | Path, mod
 
 
 def peft_model_from_official(model: nn.Module, folder: str | Path, **kwargs: Any) -> Any:
-    """``PeftModel.from_pretrained(model, ...)`` for a checkpoint of the authors; the options are the same."""
+    """``PeftModel.from_pretrained(model, ...)`` for a checkpoint of the authors' code, with the same options."""
     from peft import PeftModel
 
     with tempfile.TemporaryDirectory() as converted:
@@ -137,7 +138,7 @@ def peft_model_from_official(model: nn.Module, folder: str | Path, **kwargs: Any
 
 
 def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Settings, adapter tensors by module, and the other tensors of a checkpoint of theirs."""
+    """Settings, adapter tensors by module, and other tensors of a checkpoint of the authors' code."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -161,7 +162,7 @@ def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, 
 
 
 def _placement(settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Where the adapters go: as in their config, or by full names where the model has others by now."""
+    """The target modules: as in the authors' config, or by full names if the model's names changed."""
     options = {name: settings[name] for name in _CARRIED if settings.get(name) is not None}
     if any(old != new for old, new in names.items()):
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
@@ -171,14 +172,14 @@ def _placement(settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[st
 
 
 def _sides(tensors: Mapping[str, Tensor], module: str) -> tuple[int, int]:
-    """in_features and out_features of a layer, as its tensors tell."""
+    """in_features and out_features of a layer, from the shapes of its tensors."""
     if absent := [name for name in ("lora_B", SCALE) if name not in tensors]:
         raise ValueError(f"the tensors of {module} do not fit the settings: missing {absent}")
     return tensors[SCALE].shape[0], tensors["lora_B"].shape[0]
 
 
 def _current_name(module: str, model: nn.Module | None) -> str:
-    """The module's name in `model`: itself, or what transformers says that it became."""
+    """The module's name in `model`: unchanged, or renamed as transformers renames it."""
     name = module.removeprefix(PREFIX)
     known = dict(model.named_modules()) if model is not None else {name: None}
     if name in known:

@@ -125,6 +125,28 @@ def divergence(
     return token_mean(gaussian_kl(mean1, logvar1), mask), token_mean(gamma, mask)
 
 
+def geometry(
+    mean1: Tensor,
+    logvar1: Tensor,
+    mean2: Tensor,
+    logvar2: Tensor,
+    prior2_mean: float = 1.5,
+    prior2_std: float = 1.0,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lambda and Delta of (5), the squared 2-Wasserstein distance of q_1 and q_2, and its bound of |Delta|."""
+    mismatch = gaussian_kl(mean2, logvar2) - gaussian_kl(mean2, logvar2, prior2_mean, prior2_std)
+    mean1, mean2 = widen(mean1), widen(mean2)
+    var1, var2 = (widen(v).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT).exp() for v in (logvar1, logvar2))
+    norm1, norm2 = (mean1.square() + var1).sum(-1), (mean2.square() + var2).sum(-1)
+    w2_squared = ((mean1 - mean2).square() + (var1.sqrt() - var2.sqrt()).square()).sum(-1)
+    bound = w2_squared / 2 + norm1.sqrt() * w2_squared.sqrt()
+    mismatch, discrepancy, w2_squared, bound = (
+        token_mean(t, mask) for t in (mismatch, 0.5 * (norm1 - norm2), w2_squared, bound)
+    )
+    return mismatch, discrepancy, w2_squared, bound
+
+
 def reconstruct(
     x: Tensor,
     latent: Tensor,

@@ -1,7 +1,7 @@
-"""For tests and benchmarks alike: seeded inputs of every op, gradients, and the comparisons that decide.
+"""For tests and benchmarks: seeded inputs of every op, their gradients, and comparisons.
 
-Inputs are dicts from argument name to value, to be called as ``op(**inputs)``; `encode_inputs` and its siblings make
-them for any size, dtype and device from a seed.
+Inputs are dicts from argument name to value, for ``op(**inputs)``. `encode_inputs` and its siblings create them for any
+size, dtype and device from a seed.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ STRIDES = ("contiguous", "transposed", "sliced", "offset")
 
 
 def device_of(backend: str | None) -> str:
-    """Where a backend is tested and timed: Triton on the GPU, where there is one and it does not interpret."""
+    """The device on which a backend is tested and timed: for Triton the GPU, unless there is none or it interprets."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() and not interpreting() else "cpu"
 
 
 class Random:
-    """Seeded normal numbers, scaled, of one dtype on one device; the same numbers for every dtype and device."""
+    """Seeded, scaled normal numbers of one dtype on one device: the same numbers for every dtype and device."""
 
     def __init__(self, seed: int, dtype: torch.dtype, device: str | torch.device) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -78,6 +78,19 @@ def divergence_inputs(
     return inputs | {"prior2_mean": 1.5, "prior2_std": 0.8, "mask": random.mask(*lead) if mask else None}
 
 
+def geometry_inputs(
+    lead: tuple[int, ...] = (5,),
+    R: int = 3,
+    mask: bool = False,
+    dtype: torch.dtype = torch.float64,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Inputs:
+    """Arguments of `geometry`: those of `divergence`, without gradients, which its kernels do not have."""
+    inputs = divergence_inputs(lead, R, mask, dtype, device, seed)
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
 def reconstruct_inputs(
     lead: tuple[int, ...] = (5,),
     D: int = 7,
@@ -110,12 +123,13 @@ def reconstruct_inputs(
 INPUTS: dict[str, Callable[..., Inputs]] = {
     "encode": encode_inputs,
     "divergence": divergence_inputs,
+    "geometry": geometry_inputs,
     "reconstruct": reconstruct_inputs,
 }
 
 
 def leaves(inputs: Mapping[str, Any]) -> Results:
-    """The tensors of `inputs` that ask for a gradient, those in ``hidden`` under names such as ``hidden[0][1]``."""
+    """The tensors of `inputs` that require grad; those in ``hidden`` have names such as ``hidden[0][1]``."""
     found: Results = {}
     for name, value in inputs.items():
         if isinstance(value, (tuple, list)):
@@ -126,7 +140,7 @@ def leaves(inputs: Mapping[str, Any]) -> Results:
 
 
 def convert(inputs: Mapping[str, Any], dtype: torch.dtype) -> Inputs:
-    """`inputs` in another dtype, as fresh leaves. Masks stay as they are."""
+    """`inputs` in another dtype, as new leaves. Masks are not changed."""
 
     def of(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
@@ -139,7 +153,7 @@ def convert(inputs: Mapping[str, Any], dtype: torch.dtype) -> Inputs:
 
 
 def restride(inputs: Mapping[str, Any], kind: str) -> Inputs:
-    """The same numbers laid out another way, as fresh leaves; `kind` is one of `STRIDES`. Masks stay as they are."""
+    """The same numbers with other strides, as new leaves; `kind` is one of `STRIDES`. Masks are not changed."""
 
     def of(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
@@ -159,7 +173,7 @@ def restride(inputs: Mapping[str, Any], kind: str) -> Inputs:
 
 
 def run(function: Callable[..., Any], inputs: Mapping[str, Any], seed: int = 1, **options: Any) -> Results:
-    """Outputs of `function` as ``out0`` ... and gradients of a fixed random weighting of them as ``grad_<name>``."""
+    """Outputs of `function` as ``out0``, ..., and gradients of their sum with random weights as ``grad_<name>``."""
     result = function(**inputs, **options)
     outputs = result if isinstance(result, tuple) else (result,)
     results = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
@@ -172,7 +186,7 @@ def run(function: Callable[..., Any], inputs: Mapping[str, Any], seed: int = 1, 
 
 
 def assert_same(actual: Results, expected: Results, rtol: float = 1e-10) -> None:
-    """Every result within rtol of its largest expected entry; dtype, shape, NaN and Inf must agree."""
+    """Errors are at most rtol of the largest expected entry; dtype, shape, NaN and Inf must agree."""
     assert actual.keys() == expected.keys()
     for name, wanted in expected.items():
         finite = wanted[wanted.isfinite()].abs()
@@ -182,9 +196,9 @@ def assert_same(actual: Results, expected: Results, rtol: float = 1e-10) -> None
 
 
 def assert_no_worse(actual: Results, same_dtype: Results, exact: Results, factor: float = 2.0) -> None:
-    """Low precision: each error against `exact` (float64) at most `factor` times that of the same-dtype reference.
+    """Low precision: each error against `exact` (float64) is at most `factor` times that of the same-dtype reference.
 
-    The floor, for references that happen to be exact, is a quarter of a rounding step of the largest entry.
+    A quarter of a rounding step of the largest entry is always allowed, because a reference may be exact by chance.
     """
     assert actual.keys() == same_dtype.keys() == exact.keys()
     for name, truth in exact.items():
@@ -197,19 +211,19 @@ def assert_no_worse(actual: Results, same_dtype: Results, exact: Results, factor
 
 
 def _error(result: Tensor, truth: Tensor) -> float:
-    """Root mean square, which one unlucky rounding does not decide."""
+    """Root mean square, so that one unlucky rounding does not decide."""
     return (result.double() - truth).square().mean().sqrt().item()
 
 
 def exact_and_rounded(op: str, inputs: Mapping[str, Any], **options: Any) -> tuple[Results, Results]:
-    """The reference in the dtype of `inputs`, and in float64 on the very same numbers."""
+    """Results of the reference in the dtype of `inputs`, and in float64 on the same numbers."""
     function = getattr(reference, op)
     return run(function, inputs, **options), run(function, convert(inputs, torch.float64), **options)
 
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that is allocated and not written holds NaN, in Python and in C++, so that reading it shows."""
+    """Uninitialised memory holds NaN, in Python and in C++, so that a kernel that reads it is seen."""
     settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -222,7 +236,7 @@ def poisoned() -> Iterator[None]:
 
 
 class Calls(TorchDispatchMode):
-    """Records every operator that runs in the block: `names`, such as "aten.mm", and `arguments`."""
+    """Records all operators that run in the block: `names`, such as "aten.mm", and `arguments`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,5 +249,5 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def count(self, *endings: str) -> int:
-        """How many recorded names end like one of these."""
+        """Number of recorded names that end with one of these."""
         return sum(name.endswith(endings) for name in self.names)

@@ -1,27 +1,26 @@
-"""Block shapes, warps and stages of the Triton kernels: what the built-in tables say may be overridden.
+"""Override block shapes, warps and stages of the Triton kernels.
 
-    fk.tuning.kernels()                                        # names, and what each one can be told
+    fk.tuning.kernels()                                        # names and options
     fk.tuning.override("encode_fwd", BLOCK_N=32, num_warps=8)  # from here on
     with fk.tuning.override("encode_fwd", BLOCK_N=32): ...     # for the block
     fk.tuning.override("encode_fwd")                           # back to the table
 
-The tables choose by dtype, number of tokens and, for the whole layer, its width, without running anything, and every
-entry of theirs is compiled by ``make gpu-compile``. An override holds for every dtype and size, and nobody has compiled
-it: a block that is too large raises in Triton, at the first launch.
+Without an override a table chooses by dtype, number of tokens and, for the whole layer, its width; ``make gpu-compile``
+compiles every entry. An override holds for every dtype and size and was not compiled before: a block that is too large
+raises in Triton, at the first launch.
 """
 
 import contextlib
 from types import TracebackType
 
+from ._triton import tables
 from .ops import _backend, _raw
-
-OVERRIDES: dict[str, dict[str, int]] = {}  # by the name of a kernel on the device: what replaces entries of its table
 
 _WARPS = (1, 2, 4, 8, 16, 32)
 
 
 def kernels() -> dict[str, tuple[str, ...]]:
-    """Options of each kernel that has a table: blocks (powers of two, at least 16), num_warps and num_stages.
+    """Kernels that have a table, and their options: blocks (powers of two, at least 16), num_warps, num_stages.
 
     Raises:
         BackendUnavailable: Triton is not installed.
@@ -29,16 +28,16 @@ def kernels() -> dict[str, tuple[str, ...]]:
     error = _raw.load("triton")
     if error is not None:
         raise _backend.BackendUnavailable(f"the Triton kernels do not load: {error}")
-    from . import _triton
+    from ._triton import launchers
 
-    return {name: (*blocks, "num_warps", "num_stages") for name, blocks in _triton.tuned().items()}
+    return {name: (*blocks, "num_warps", "num_stages") for name, blocks in launchers.tuned().items()}
 
 
 class override(contextlib.AbstractContextManager[None]):  # noqa: N801  (reads as the function that it also is)
-    """Launch `kernel` with these options in place of its table's; with none, with its table's again.
+    """Launch `kernel` with these options instead of its table's. Without options, the table holds again.
 
     Raises:
-        ValueError: no such kernel or option, or a number that it cannot be.
+        ValueError: no such kernel or option, or an invalid number.
         BackendUnavailable: Triton is not installed.
     """
 
@@ -50,16 +49,14 @@ class override(contextlib.AbstractContextManager[None]):  # noqa: N801  (reads a
             if name not in known[kernel]:
                 raise ValueError(f"{kernel} has no option {name!r}; expected one of {', '.join(known[kernel])}")
             _check(kernel, name, value)
-        self._name, self._before = f"{kernel}_kernel", OVERRIDES.pop(f"{kernel}_kernel", None)
-        if options:
-            OVERRIDES[self._name] = options
+        self._name = f"{kernel}_kernel"
+        self._before = tables.OVERRIDES.get(self._name)
+        tables.override(self._name, options)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        OVERRIDES.pop(self._name, None)
-        if self._before is not None:
-            OVERRIDES[self._name] = self._before
+        tables.override(self._name, self._before)
 
 
 def _check(kernel: str, name: str, value: int) -> None:

@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests. A module that sets ``OP`` gets `backend` for every backend that has this op."""
+"""Fixtures of the kernel tests. In a module that sets ``OP``, `backend` is each backend that has this op."""
 
 import contextlib
 import os
@@ -13,17 +13,20 @@ from fvae_kernels import testing
 from fvae_kernels.ops._backend import backends_for, interpreting, why_missing
 from fvae_kernels.testing import device_of
 
-# On a machine with a GPU: PyTorch's own products repeat bit for bit, so that nothing warns under `poisoned`; and
-# Trainer stays on the CPU, with the models and numbers that its tests compare. Kernels go where `device_of` says.
+# On a machine with a GPU: matrix products of PyTorch are deterministic, so that nothing warns under `poisoned`, and
+# Trainer stays on the CPU, as its tests expect. Kernels run on the device that `device_of` gives.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 if TYPE_CHECKING:
     from examples.assets import Assets
 
+os.environ.setdefault("PYTEST_TIMEOUT", "1800")  # seconds, for what hangs: a slow machine may take its time
+
 settings.register_profile("kernels", max_examples=25, deadline=None)
 settings.register_profile("interpreted", max_examples=6, deadline=None)
-settings.load_profile("interpreted" if interpreting() else "kernels")
+settings.register_profile("few", max_examples=3, deadline=None)  # where each example is compiled for a GPU
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreted" if interpreting() else "kernels"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -33,29 +36,42 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", names, scope="module")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shard", metavar="I/N", help="run every N-th of the selected tests, from the I-th on, I = 1 ... N"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "compiled: too slow where Triton interprets its kernels; other cases run there")
-    config.addinivalue_line("markers", "compat(group, row): proves a row of the README's compatibility table")
+    config.addinivalue_line("markers", "not_interpreted: too slow if Triton interprets its kernels; other cases run")
+    config.addinivalue_line("markers", "compat(group, row): proves a row of the table in docs/works_with.md")
+    config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, which may be missing")
 
 
 @pytest.fixture(autouse=True)
-def _compiled(request: pytest.FixtureRequest) -> None:
-    marked = request.node.get_closest_marker("compiled") and "backend" in request.fixturenames
+def _not_interpreted(request: pytest.FixtureRequest) -> None:
+    marked = request.node.get_closest_marker("not_interpreted") and "backend" in request.fixturenames
     if marked and request.getfixturevalue("backend") == "triton" and interpreting():
-        pytest.skip("too slow where Triton interprets its kernels")
+        pytest.skip("too slow if Triton interprets its kernels")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)  # after -k has deselected
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         item.user_properties.extend(("compat", " / ".join(mark.args)) for mark in item.iter_markers("compat"))
+    if (shard := config.getoption("--shard")) is not None:
+        first, step = map(int, shard.split("/"))
+        items[:] = items[first - 1 :: step]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Rows that tests carry and none of them proved in this run, as where a package is missing."""
+    """Rows of the compatibility table that no test proved in this run, because it failed or a package is missing."""
     rows = {
         outcome: {
             row
-            for report in terminalreporter.stats.get(outcome, [])  # a module that was skipped as a whole has no rows
+            for report in terminalreporter.stats.get(
+                outcome, []
+            )  # a module that was skipped as a whole has no properties
             for _, row in getattr(report, "user_properties", ())
         }
         for outcome in ("passed", "skipped", "failed")
@@ -76,20 +92,20 @@ def device(backend: str) -> str:
 
 @pytest.fixture
 def many(backend: str) -> Callable[[int], int]:
-    """A size that makes many blocks: what is asked for, less where Triton interprets its smaller blocks."""
+    """A size of many blocks: the given one, or a smaller one if Triton interprets, whose blocks are smaller."""
     return lambda size: min(size, max(size // 16, 70)) if backend == "triton" and interpreting() else size
 
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
-    """Every test starts from the same random state."""
+    """Every test starts with the same random state."""
     torch.manual_seed(0)
     return 0
 
 
 @pytest.fixture(autouse=True)
 def _poison(request: pytest.FixtureRequest):
-    """Kernel tests, those with a `backend`, run with NaN in all memory that nobody wrote."""
+    """In tests with a `backend`, uninitialised memory holds NaN."""
     if "backend" not in request.fixturenames:
         yield
         return
@@ -99,7 +115,7 @@ def _poison(request: pytest.FixtureRequest):
 
 
 def _strict() -> contextlib.AbstractContextManager[None]:
-    """Interpreted kernels compute as on a GPU, and their programs run from the last to the first."""
+    """Interpreted kernels compute as on a GPU, and their programs run in reverse order."""
     from tests.tools.triton.strict import strict
 
     return strict(order="reverse")

@@ -1,1 +1,1 @@
-"""``make gpu``: everything that only a GPU can tell, in one report."""
+"""``python3 -m benchmarks.gpu``: everything that only a GPU can tell, in one report (docs/gpu.md)."""

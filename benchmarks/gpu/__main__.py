@@ -1,113 +1,93 @@
-"""``make gpu``: the suite, the timings and the roofline of this machine's GPU, in one report.
+"""Test and time everything on this machine's GPU, and write one report.
 
-python -m benchmarks.gpu                  on a GPU; about an hour
-python -m benchmarks.gpu --dry-run        anywhere, in a minute: the same flow, interpreted, tiny, without a clock
+python3 -m benchmarks.gpu                        all of it; about an hour
+python3 -m benchmarks.gpu --minutes 9            what fits into nine minutes, the most telling first; again for more
+python3 -m benchmarks.gpu --only layer steps     some parts
+python3 -m benchmarks.gpu --dry-run              anywhere: the same flow, interpreted, tiny, without a clock
 
-A part that fails is named in the report, the others go on, and the exit status is 1.
+It may be stopped at any moment: the report holds what was found by then, and the next call in the same folder goes on
+from there. A case that fails is named in the report, the others go on, and the exit status is 1.
 """
 
 import argparse
+import importlib
 import os
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from fvae_kernels.ops._backend import interpreting
-
-from ..machine import ROOT
 from . import report
-from .parts import INTERPRETED, PARTS, plan, run_part
+from .case import Case, Found, Part, Plan
+from .results import ROOT, Results, fingerprint
+from .supervise import Supervisor
 
-ON_THE_DEVICE = {"about": 10, "ops": 40, "layer": 90}  # in processes of their own, which may take so many minutes
+CASES = "benchmarks.gpu.cases"
+RESERVE = 5.0  # of the minutes that are given, seconds to end in
+NO_LIMIT = 24 * 60.0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(parts: Sequence[Part]) -> argparse.ArgumentParser:
     """The options."""
-    out = argparse.ArgumentParser(prog="benchmarks.gpu", description="Test and time everything on this machine's GPU.")
+    out = argparse.ArgumentParser(
+        prog="benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    out.add_argument("--minutes", type=float, default=NO_LIMIT, help="stop after so many (no limit)")
+    out.add_argument("--only", nargs="+", choices=[part.name for part in parts], help="these parts")
     out.add_argument("--dry-run", action="store_true", help="no GPU: interpreted, tiny, and no number is a measurement")
-    out.add_argument("--only", nargs="+", choices=list(PARTS), help="these parts, the others as they were found before")
-    out.add_argument("--out", type=Path, metavar="FOLDER", help="where report and logs go (benchmarks/results/gpu)")
-    out.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
+    out.add_argument("--out", type=Path, metavar="FOLDER", help="where everything goes (benchmarks/results/gpu)")
     return out
 
 
-def missing() -> str | None:
-    """Why nothing can be measured here, and what to do; None where there is a GPU."""
-    if interpreting():
-        return "TRITON_INTERPRET is set, so kernels would be interpreted: unset it, or ask for --dry-run"
-    if torch.cuda.is_available():
-        return None
-    built = (
-        f"CUDA {torch.version.cuda}"
-        if torch.version.cuda
-        else f"ROCm {torch.version.hip}"
-        if torch.version.hip
-        else "CPUs"
-    )
-    return (
-        f"torch {torch.__version__}, built for {built}, sees no GPU. If `nvidia-smi` or `rocm-smi` lists one, its "
-        "driver is older than this build needs: install a build of torch 2.13 or newer for that driver into .venv. "
-        'Without a GPU: make gpu ARGS="--dry-run"'
-    )
+def run(module: Any, options: argparse.Namespace, start: float) -> bool:
+    """All parts twice: within their shares of the time, then with what is left of it. True if nothing failed."""
+    default = ROOT / ("runs/gpu-dry-run" if options.dry_run else "benchmarks/results/gpu")
+    plan = Plan((options.out or default).resolve(), options.dry_run)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    parts = [part for part in module.PARTS if not options.only or part.name in options.only]
+    cases = [case for case in module.cases(plan) if case.part in {part.name for part in parts}]
+    results = Results(plan.folder, module.identity(plan) | {"sources": fingerprint(), "dry": plan.dry})
+
+    def write(state: str) -> None:
+        report.write(module, plan, results.cases, [case.key for case in cases], state)
+
+    def add(key: str, one: Found) -> None:
+        results.add(key, one)
+        print(f"{time.monotonic() - start:5.0f} s  {key}{': ' + one['error'] if 'error' in one else ''}", flush=True)
+        write("running, or was killed")
+
+    supervisor, state = Supervisor(module.__name__, plan.folder, plan.dry, add), "was stopped"
+    end = start + 60 * options.minutes - RESERVE
+    write("running, or was killed")
+    try:
+        for first in (True, False):
+            for part in parts:
+                now = time.monotonic()
+                until = min(end, now + 60 * options.minutes * part.share) if first else end
+                supervisor.run(_left(cases, part, results), until, part.workers)
+        state = "ran to its end" if all(case.key in results.cases for case in cases) else "ran out of its time"
+    finally:
+        supervisor.end()
+        write(state)
+    return not any("error" in one for one in results.cases.values())
 
 
-def run(name: str, folder: Path, dry: bool) -> str | None:
-    """One part, its output in a log. None, or how it failed."""
-    (folder / f"{name}.json").unlink(missing_ok=True)
-    if name not in ON_THE_DEVICE:
-        try:
-            run_part(name, plan(folder, dry))
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        return None
-    command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--out", str(folder), *(["--dry-run"] * dry)]
-    environment = os.environ | (INTERPRETED if dry else {})
-    with (folder / f"{name}.log").open("w") as log:
-        try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                timeout=60 * ON_THE_DEVICE[name],
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return f"took longer than {ON_THE_DEVICE[name]} minutes"
-    if done.returncode == 0:
-        return None
-    lines = (folder / f"{name}.log").read_text().strip().splitlines()
-    return f"ended with {done.returncode}: {lines[-1] if lines else 'no output'}"
+def _left(cases: Sequence[Case], part: Part, results: Results) -> list[Case]:
+    return [case for case in cases if case.part == part.name and case.key not in results.cases]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts, write the report after each; 0 where nothing failed."""
-    options = parser().parse_args(arguments)
-    default = ROOT / ("runs/gpu-dry-run" if options.dry_run else "benchmarks/results/gpu")
-    folder = (options.out or default).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    if options.part:
-        run_part(options.part, plan(folder, options.dry_run))
-        return 0
-    if not options.dry_run and (reason := missing()) is not None:
+    """0 where nothing failed, 2 where there is no GPU."""
+    start = time.monotonic()
+    module = importlib.import_module(os.environ.get("BENCHMARKS_GPU_CASES", CASES))  # tests have cases of their own
+    options = parser(module.PARTS).parse_args(arguments)
+    if not options.dry_run and (reason := module.missing()) is not None:
         print(reason, file=sys.stderr)
         return 2
-    failures: dict[str, str] = {}
-    start = time.perf_counter()
-    for name in options.only or PARTS:
-        print(f"{time.perf_counter() - start:5.0f} s  {name}", flush=True)
-        failure = run(name, folder, options.dry_run)
-        if failure is not None:
-            failures[name] = failure
-            print(f"         failed: {failure}", flush=True)
-        failed = report.write(folder, failures, options.dry_run)
-    print(folder / report.NAME)
-    return int(failed)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return int(not run(module, options, start))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""The report of ``make gpu``, from what the parts found."""
+"""The report, from the results that there are so far."""
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..pages import row
-from ..sides import TITLES
+from .case import Found, Plan
+from .results import replace_text
 
 NAME = "GPU.md"
 DRY = (
@@ -14,106 +13,142 @@ DRY = (
     "stand-in for the clock said 1 ms each time. It shows that the flow works."
 )
 METHOD = """
-Times are medians of `triton.testing.do_bench`, which clears the L2 cache before each call. Every side is checked
-against plain PyTorch in float64 before it is timed. Sides share base weights and rank 16; PEFT's methods have no
-dropout, FVAE-LoRA has the 0.1 of its recipe. "Beyond base" takes the base layer's time off both. Predictions are those
-of docs/roofline.md with what this device reached: bandwidth of a copy, rates of products of 8192 x 8192, and the
-seconds of one operator on one number.
+Times are medians in milliseconds of `triton.testing.do_bench`, which clears the L2 cache before each call. *eager* is
+the call as PyTorch users make it; *graph* is the replay of the same call as a CUDA graph, which is the device's time
+alone; *host* is how long the host takes to issue the call. Where eager is about host, the host is the bottleneck. Every
+side is checked against plain PyTorch in float64 before it is timed. Sides share base weights and rank 16; PEFT's
+methods have no dropout, FVAE-LoRA has the 0.1 of its recipe. "Beyond base" takes the base layer's time off both, of
+graphs where all have one. Peak is memory beyond what the side holds between calls. Predictions are those of
+docs/roofline.md with what this device reached: bandwidth of a copy, rates of products of 8192 x 8192, and the seconds
+of one operator on one number.
 """
-
-Found = dict[str, Any]
-
-
-def write(folder: Path, failures: dict[str, str], dry: bool) -> bool:
-    """Write the page; whether anything failed."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    failures = {f"part {name}": why for name, why in failures.items()}
-    for part in found.values():
-        failures |= part.get("errors", {})
-    (folder / NAME).write_text("\n".join(text(found, failures, dry)) + "\n")
-    return bool(failures)
+TITLES = {
+    "base": "base layer",
+    "lora": "PEFT LoRA",
+    "dora": "PEFT DoRA",
+    "plain": "plain PyTorch FVAE",
+    "compiled": "torch.compile of it",
+    "triton": "ours, Triton",
+}
+BASELINES = ("lora", "plain")  # the first that a group has
 
 
-def text(found: Found, failures: dict[str, str], dry: bool) -> Iterator[str]:
+def write(module: Any, plan: Plan, cases: dict[str, Found], wanted: Sequence[str], state: str) -> None:
+    """Write the page whole; cases that an earlier run found are on it too."""
+    order = dict.fromkeys((*wanted, *cases))
+    found = {key: cases[key] for key in order if key in cases}
+    missing = [key for key in wanted if key not in cases]
+    replace_text(plan.folder / NAME, "\n".join(text(module.PARTS, found, missing, state, plan.dry)) + "\n")
+
+
+def text(parts: Sequence[Any], cases: dict[str, Found], missing: Sequence[str], state: str, dry: bool) -> Iterator[str]:
     """The lines of the page."""
     yield from ("# On a GPU", "")
     if dry:
         yield from (DRY, "")
-    if failures:
-        yield from (f"## Failed: {len(failures)}", "")
-        yield from (f"- **{name}**: {' '.join(why.split())}" for name, why in failures.items())
+    yield from (f"The run {state}: {len(cases)} cases are here, {len(missing)} are missing.", "")
+    errors = {key: one["error"] for key, one in cases.items() if "error" in one}
+    if errors:
+        yield from (f"## Failed: {len(errors)}", "")
+        yield from (f"- **{key}**: {error}" for key, error in errors.items())
         yield ""
-    sections = {"about": _about, "suite": _suite, "prediction": _prediction, "layer": _layer, "ops": _ops}
-    for name, section in sections.items():
-        if name in found:
-            yield from section(found[name])
+    for part in parts:
+        prefix = f"{part.name}: "
+        here = {
+            key.removeprefix(prefix): one for key, one in cases.items() if key.startswith(prefix) and "found" in one
+        }
+        if here:
+            yield from (f"## {part.title}", "")
+            yield from SECTIONS.get(part.name, _list)(here, cases)
+            yield ""
     yield from ("## Method", METHOD.rstrip())
+    if missing:
+        yield from ("", "## Missing", "")
+        yield from (f"- {key}" for key in missing)
 
 
-def _about(found: Found) -> Iterator[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    gpu = f"{found['gpu']}, {found['memory'] / 1e9:.0f} GB" if "gpu" in found else "no GPU"
-    built = f"CUDA {found['cuda']}" if found["cuda"] else f"ROCm {found['hip']}" if found["hip"] else "no GPU support"
-    yield from ("## Machine", "", f"{gpu}; {found['cpu']}, {found['cores']} cores; {versions}; {built}.")
-    yield f"Commit {found['commit']}."
-    rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s {name}" for name, rate in found["rates"].items())
-    yield f"Reached: {found['bandwidth'] / 1e12:.3g} TB/s, {rates}, {found['launch'] * 1e6:.3g} us a launch."
-    yield ""
+def _machine(here: dict[str, Found], _: dict[str, Found]) -> Iterator[str]:
+    if "software" in here:
+        found = here["software"]["found"]
+        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        gpu = f"{found['gpu']}, {found['memory'] / 1e9:.0f} GB" if "gpu" in found else "no GPU"
+        built = f"CUDA {found['cuda']}" if found["cuda"] else f"ROCm {found['hip']}" if found["hip"] else "no GPU"
+        yield f"{gpu}; {found['cpu']}, {found['cores']} cores; {versions}; torch built for {built}."
+        yield f"Commit {found['commit']}."
+    reached = []
+    if "bandwidth" in here:
+        reached.append(f"{here['bandwidth']['found']['bytes_per_second'] / 1e12:.3g} TB/s")
+    if "products" in here:
+        rates = here["products"]["found"]["flop_per_second"]
+        reached += [f"{rate / 1e12:.3g} TFLOP/s {name}" for name, rate in rates.items()]
+    if "launch" in here:
+        reached.append(f"{here['launch']['found']['seconds'] * 1e6:.3g} us a launch")
+    if reached:
+        yield f"Reached: {', '.join(reached)}."
 
 
-def _suite(found: Found) -> Iterator[str]:
-    yield from ("## Test suite", "")
-    yield (
-        f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped; "
-        f"{found['on_triton']} of them on Triton's kernels."
-    )
-    yield ""
+def _list(here: dict[str, Found], _: dict[str, Found]) -> Iterator[str]:
+    """Name and numbers, a line each."""
+    for name, one in here.items():
+        numbers = ", ".join(f"{key} {_number(value)}" for key, value in one["found"].items() if key != "kernels")
+        yield f"- {name}: {numbers or 'passed'} ({one['seconds']:.3g} s)"
+        for kernel in one["found"].get("kernels", ()):
+            yield "  - " + ", ".join(f"{key} {value}" for key, value in kernel.items())
 
 
-def _table(group: Found, baseline: str) -> Iterator[str]:
-    ms, base = group["ms"], group["ms"].get("base")
-    columns = ["side", "median, ms", f"time / {TITLES[baseline]}"]
-    columns += [f"beyond base / {TITLES[baseline]}"] if base is not None else []
-    yield from (f"**{group['title']}**", "", row(columns), row(["---"] * len(columns)))
-    for side, value in ms.items():
-        cells = [TITLES[side], f"{value:.4g}", _ratio(value, ms.get(baseline))]
-        if base is not None:
-            cells.append(_ratio(value - base, ms[baseline] - base if baseline in ms else None))
-        yield row(cells)
-    yield ""
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _ratio(a: float, b: float | None) -> str:
-    return f"{a / b:.2f}" if b else "-"
+def _tables(here: dict[str, Found], _: dict[str, Found]) -> Iterator[str]:
+    """A table for each group of sides: the name of a case is that of its group, a colon, and the side."""
+    groups: dict[str, dict[str, Found]] = {}
+    for name, one in here.items():
+        group, _, side = name.rpartition(": ")
+        groups.setdefault(group, {})[side] = one["found"]
+    for title, sides in groups.items():
+        baseline = next((name for name in BASELINES if name in sides), None)
+        than = TITLES[baseline] if baseline else "-"
+        columns = ["side", "eager, ms", "graph, ms", "host, ms", "peak, MB", f"eager / {than}", f"graph / {than}"]
+        columns += [f"beyond base / {than}"] * ("base" in sides)
+        yield from (f"**{title}**", "", row(columns), row(["---"] * len(columns)))
+        for side, found in sides.items():
+            other = sides.get(baseline or "", {})
+            cells = [TITLES[side], *(_cell(found.get(key)) for key in ("ms", "graph_ms", "host_ms", "peak_mb"))]
+            cells += [_ratio(found.get(key), other.get(key)) for key in ("ms", "graph_ms")]
+            if "base" in sides:
+                cells.append(_beyond(found, other, sides["base"]))
+            yield row(cells)
+        for side, found in sides.items():
+            if "graph_error" in found:
+                yield from ("", f"{TITLES[side]} was not captured: {found['graph_error']}")
+        yield ""
 
 
-def _layer(found: Found) -> Iterator[str]:
-    yield from ("## One adapted layer, forward and backward", "")
-    for group in found["groups"]:
-        yield from _table(group, "lora")
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
-def _ops(found: Found) -> Iterator[str]:
-    yield from ("## The ops, forward and backward", "")
-    for group in found["groups"]:
-        yield from _table(group, "plain")
+def _ratio(a: float | None, b: float | None) -> str:
+    return f"{a / b:.2f}" if a is not None and b else "-"
 
 
-def _prediction(found: Found) -> Iterator[str]:
-    yield from ("## Prediction against measurement, beyond the base layer", "")
-    yield row(["layer (N, D, M)", "side", "predicted, ms", "measured, ms", "measured / predicted"])
-    yield row(["---"] * 5)
-    for one in found["rows"]:
-        measured = one["measured"]
-        cells = [one["title"], TITLES[one["side"]], f"{one['predicted']:.3g}"]
-        yield row(
-            [
-                *cells,
-                *(
-                    ["not measured", "-"]
-                    if measured is None
-                    else [f"{measured:.3g}", _ratio(measured, one["predicted"])]
-                ),
-            ]
-        )
-    yield ""
+def _beyond(found: Found, other: Found, base: Found) -> str:
+    """Ratio of what two sides take beyond the base layer: of graphs where all three have one, else of eager calls."""
+    for key in ("graph_ms", "ms"):
+        if all(key in one for one in (found, other, base)):
+            return _ratio(found[key] - base[key], other[key] - base[key])
+    return "-"
+
+
+def _prediction(here: dict[str, Found], cases: dict[str, Found]) -> Iterator[str]:
+    yield row(["layer (N, D, M)", "side", "predicted, ms", "graph, ms", "eager, ms", "eager / predicted"])
+    yield row(["---"] * 6)
+    for name, one in here.items():
+        for side, expected in one["found"].items():
+            found, base = (cases.get(f"layer: {name}: {which}", {}).get("found", {}) for which in (side, "base"))
+            times = [found[key] - base[key] if key in found and key in base else None for key in ("graph_ms", "ms")]
+            yield row([name, TITLES[side], f"{expected:.3g}", *map(_cell, times), _ratio(times[1], expected)])
+
+
+SECTIONS = {"machine": _machine, "layer": _tables, "ops": _tables, "steps": _tables, "prediction": _prediction}

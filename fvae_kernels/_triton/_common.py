@@ -1,4 +1,4 @@
-"""What the kernels share: block shapes, addresses, the tokens that count, products, and sums in a fixed order."""
+"""Shared by the kernels: block shapes, addresses, masked tokens, matrix products, sums in a fixed order."""
 
 # mypy: allow-untyped-defs
 
@@ -12,49 +12,59 @@ from triton.runtime import driver
 
 from .. import reference
 from ..ops._backend import interpreting
-from ..ops._raw import padded
-from ..tuning import OVERRIDES
+from .tables import FEW_TOKENS, OVERRIDES, padded
 
 INTERPRET = tl.constexpr(interpreting())
 LOGVAR_LIMIT = tl.constexpr(reference.LOGVAR_LIMIT)
 
-FEW_TOKENS = 8192  # below it blocks are small, so that every multiprocessor has one
-
-# (bytes of an entry, few tokens; None for any number of them and wide networks): blocks, num_warps, num_stages
-Table = dict[tuple[int, bool | None], dict[str, int]]
+# (bytes of an entry, few tokens): blocks, num_warps, num_stages
+Table = dict[tuple[int, bool], dict[str, int]]
 
 
 def blocks(kernel: Any, table: Table, t: Tensor, **limits: int) -> dict[str, Any]:
     """Launch options of `kernel` for rows of t [N, ...]: no block wider than what it covers, as in BLOCK_D=D."""
-    return blocks_for(kernel, table, t.element_size(), t.shape[0], False, **limits)
-
-
-def blocks_for(kernel: Any, table: Table, entry_size: int, tokens: int, wide: bool, **limits: int) -> dict[str, Any]:
-    options = table[entry_size, None if wide else tokens < FEW_TOKENS] | OVERRIDES.get(kernel.__name__, {})
+    options = table[t.element_size(), t.shape[0] < FEW_TOKENS] | OVERRIDES.get(kernel.__name__, {})
     return options | {name: min(options[name], padded(size)) for name, size in limits.items()}
 
 
+def on_amd() -> bool:
+    """Whether kernels are compiled for AMD; the interpreter has no target."""
+    return not interpreting() and driver.active.get_current_target().backend == "hip"
+
+
 def by_vendor(table: Table, amd: Table) -> Table:
-    """`table`, with the entries of `amd` in it on AMD; the interpreter, which has no target, takes it as it is."""
-    if not interpreting() and driver.active.get_current_target().backend == "hip":
-        table = table | amd
-    return table
+    """`table`, with the entries of `amd` in it on AMD."""
+    return table | amd if on_amd() else table
+
+
+def triton_dtype(wide: torch.dtype) -> tl.dtype:
+    """Of sums, which are taken in float32 at least."""
+    return tl.float64 if wide == torch.float64 else tl.float32
 
 
 def accumulator(t: Tensor) -> tl.dtype:
-    """What sums are taken in: float32 at least."""
-    return tl.float64 if t.dtype == torch.float64 else tl.float32
+    """What sums over t are taken in."""
+    return triton_dtype(t.dtype)
 
 
-def precision(t: Tensor, products: torch.dtype | None = None) -> str:
+def precision(dtype: torch.dtype, products: torch.dtype | None = None) -> str:
     """Of products of float32: in another dtype where that is asked for, else as PyTorch's own are set."""
     if products is not None:
         return str(products).removeprefix("torch.")
-    return "tf32" if t.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
+
+
+def allows_tf32() -> bool:
+    """True if PyTorch's own float32 matrix products on a GPU may use TF32, whichever way that was set.
+
+    ``torch.backends.cuda.matmul.fp32_precision`` is what PyTorch derives from the new settings, from the old ones and
+    from their order. The old ``allow_tf32`` raises once a new setting was used (PyTorch 2.9 and newer).
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def kept_tokens(mask: Tensor | None) -> Tensor | None:
-    """How many tokens the mask keeps, 0-dim, on its device; None is all of them."""
+    """Number of tokens that the mask keeps, 0-dim, on its device; None if there is no mask."""
     return None if mask is None else mask.sum()
 
 
@@ -64,13 +74,13 @@ def strides(t: Tensor | None) -> tuple[int, ...] | None:
 
 @triton.jit
 def tile(ptr, rows, cols, strides):
-    """Addresses of the entries [rows, cols]; there may be more than 2^31 of them."""
+    """Addresses of the entries [rows, cols], in int64: there may be more than 2^31."""
     return ptr + rows.to(tl.int64)[:, None] * strides[0] + cols.to(tl.int64)[None, :] * strides[1]
 
 
 @triton.jit
 def counting(mask_ptr, mask_strides, rows, N):
-    """Which of the rows are tokens that the mask keeps."""
+    """True for rows that are tokens and that the mask keeps."""
     keep = rows < N
     if mask_ptr is not None:
         keep = keep & (tl.load(mask_ptr + rows.to(tl.int64) * mask_strides[0], mask=keep, other=0) != 0)
@@ -79,7 +89,7 @@ def counting(mask_ptr, mask_strides, rows, N):
 
 @triton.jit
 def tokens(kept_ptr, N, ACC: tl.constexpr):
-    """How many tokens a mean is taken over."""
+    """Number of tokens in a mean."""
     if kept_ptr is None:  # noqa: SIM108  (only one branch is compiled)
         count = tl.full((), N, ACC)
     else:
@@ -89,7 +99,7 @@ def tokens(kept_ptr, N, ACC: tl.constexpr):
 
 @triton.jit
 def share(grad_ptr, kept_ptr, N, ACC: tl.constexpr):
-    """What one token gets of the gradient of a mean."""
+    """Gradient of one token, from the gradient of a mean over tokens."""
     if grad_ptr is None:
         of_one = tl.full((), 0.0, ACC)
     else:
@@ -111,12 +121,12 @@ def clamp_passes(logvar):
 
 @triton.jit
 def product(a, b, sums, PRECISION: tl.constexpr):
-    """sums + a b, whose entries are rounded first where PRECISION is a dtype of 16 bits."""
+    """sums + a b. a and b are rounded first if PRECISION is a 16-bit dtype."""
     if PRECISION == "bfloat16":
         a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
     elif PRECISION == "float16":
         a, b = a.to(tl.float16), b.to(tl.float16)
-    if INTERPRET:  # it would multiply the bits of bfloat16
+    if INTERPRET:  # the interpreter would multiply the bits of bfloat16
         a, b = a.to(sums.dtype), b.to(sums.dtype)
     of_float32: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
     return tl.dot(a, b, sums, input_precision=of_float32, out_dtype=sums.dtype)

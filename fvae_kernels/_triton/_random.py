@@ -1,6 +1,6 @@
-"""Random numbers by position, so that backward makes those of forward again: dropout's decisions, and normals.
+"""Counter-based random numbers, for dropout and noise: backward computes those of forward again, nothing is stored.
 
-A number follows from the seed, which stays on the device, and from the layer or side, token and unit that it is for.
+A number is a function of the seed, which stays on the device, and of its layer or encoder, token and unit.
 """
 
 # mypy: allow-untyped-defs
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ._common import tile
 
-NOISE = tl.constexpr(1 << 31)  # third word of the counters of noise; dropout has the number of a layer there
+NOISE = tl.constexpr(1 << 31)  # third counter word for noise; for dropout it is the number of the layer
 TWO_PI = tl.constexpr(2 * math.pi)
 TO_UNIT = tl.constexpr(2.0**-32)
 
@@ -24,7 +24,7 @@ def eighth_of(size):
 
 @triton.jit
 def philox(seed_ptr, position, stream):
-    """128 bits for each position of a stream, as four words: Philox 4x32-10."""
+    """Philox 4x32-10: 128 bits for each position of a stream, as four words."""
     low, high = (position & 0xFFFFFFFF).to(tl.uint32), (position >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
     return tl.philox(tl.load(seed_ptr), low, high, zero + tl.cast(stream, tl.uint32), zero)
@@ -32,7 +32,7 @@ def philox(seed_ptr, position, stream):
 
 @triton.jit
 def not_dropped(seed_ptr, layer, rows, units, UNITS: tl.constexpr, THRESHOLD: tl.constexpr):
-    """Which units dropout keeps: 128 bits decide for 8 units, one of every eighth of the layer, by 16 bits each."""
+    """True for units that dropout keeps. 128 bits decide for 8 units by 16 bits, one from each eighth of a layer."""
     BLOCKS: tl.constexpr = eighth_of(UNITS)
     PADDED: tl.constexpr = triton.next_power_of_2(BLOCKS)
     position = rows.to(tl.int64)[:, None] * BLOCKS + tl.arange(0, PADDED)[None, :]
@@ -46,7 +46,7 @@ def not_dropped(seed_ptr, layer, rows, units, UNITS: tl.constexpr, THRESHOLD: tl
 
 @triton.jit
 def sine_and_cosine(turns):
-    """Of 2 pi times `turns` in [0, 1): power series in the eighth of a turn around the nearest axis."""
+    """Sine and cosine of 2 pi turns, turns in [0, 1): power series within an eighth of a turn of the nearest axis."""
     quarter = tl.floor(4 * turns + 0.5)
     angle = (turns - 0.25 * quarter) * TWO_PI
     square = angle * angle
@@ -71,7 +71,7 @@ def normals(seed_ptr, rows, latent, R: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def noises(noise, noise_strides, seed_ptr, rows, latent, inside, R: tl.constexpr, ACC: tl.constexpr):
-    """Of both sides: what was given, else made from the seed."""
+    """Noise of both encoders: the tensor that was given, else numbers from the seed."""
     first_ptr, second_ptr = noise
     first_strides, second_strides = noise_strides
     if first_ptr is None or second_ptr is None:

@@ -28,7 +28,7 @@ from ._common import (
     tokens,
 )
 
-PROGRAMS = 1024  # of the forward, at most: as many partial sums
+PROGRAMS = 1024  # most programs of the forward; each leaves a partial sum
 
 TABLE: Table = {
     (2, True): {"BLOCK_N": 32, "BLOCK_R": 64, "num_warps": 4},
@@ -42,7 +42,7 @@ TABLE: Table = {
 
 @triton.jit
 def posterior(posteriors, posterior_strides, FIRST: tl.constexpr, rows, cols, counts, ACC: tl.constexpr):
-    """mean and clamped logvar of a block: those of q_1 are entries 0 and 1, those of q_2 are 2 and 3."""
+    """Mean and clamped logvar of a block. FIRST is 0 for q_1, 2 for q_2."""
     mean = tile(posteriors[FIRST], rows, cols, posterior_strides[FIRST])
     logvar = tile(posteriors[FIRST + 1], rows, cols, posterior_strides[FIRST + 1])
     return (
@@ -57,7 +57,7 @@ def divergence_fwd_kernel(
     posterior_strides,
     mask_ptr,  # bool [N] or None
     mask_strides,
-    parts_ptr,  # [programs, 2]: sums of kl and of gamma, but for R log tau
+    parts_ptr,  # [programs, 2]: sums of kl and of gamma, without R log tau
     prior2_mean: tl.float64,
     precision2: tl.float64,  # 1 / tau^2
     N,
@@ -66,7 +66,7 @@ def divergence_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    # 1. This program's tokens: every programs-th block
+    # 1. Tokens of this program: every programs-th block
     program, programs = tl.program_id(0), tl.num_programs(0)
     mu, precision2 = tl.full((), prior2_mean, ACC), tl.full((), precision2, ACC)
     kl = tl.zeros((BLOCK_N, BLOCK_R), ACC)
@@ -80,12 +80,12 @@ def divergence_fwd_kernel(
             counts = keep[:, None] & (cols < R)[None, :]
             mean1, logvar1 = posterior(posteriors, posterior_strides, 0, rows, cols, counts, ACC)
             mean2, logvar2 = posterior(posteriors, posterior_strides, 2, rows, cols, counts, ACC)
-            # 3. Their squares under both priors
+            # 3. Expected squares under both priors
             squares1 = mean1 * mean1 + tl.exp(logvar1)
             squares2 = ((mean2 - mu) * (mean2 - mu) + tl.exp(logvar2)) * precision2
             kl += tl.where(counts, squares1 - 1 - logvar1, 0)
             gamma += tl.where(counts, squares1 - squares2, 0)
-    # 4. One number each
+    # 4. Store the sums
     tl.store(parts_ptr + 2 * program, 0.5 * tl.sum(kl))
     tl.store(parts_ptr + 2 * program + 1, 0.5 * tl.sum(gamma))
 
@@ -114,7 +114,7 @@ def divergence_mean_kernel(
 def sums_of(
     kernel: Any, width: int, posteriors: tuple[Tensor, ...], prior2_mean: float, prior2_std: float, mask: Tensor | None
 ) -> Tensor:
-    """[programs, width] partial sums over tokens, of a kernel with the arguments of divergence_fwd_kernel."""
+    """Partial sums over tokens [programs, width], from a kernel with the arguments of divergence_fwd_kernel."""
     N, R = posteriors[0].shape
     options = blocks(kernel, TABLE, posteriors[0], BLOCK_R=R)
     programs = min(max(triton.cdiv(N, options["BLOCK_N"]), 1), PROGRAMS)
@@ -164,15 +164,15 @@ def divergence_fwd(
 
 @triton.jit
 def divergence_bwd_kernel(
-    grad_kl_ptr,  # [] or None, as grad_gamma
+    grad_kl_ptr,  # [] or None, like grad_gamma
     grad_gamma_ptr,
-    mean1_ptr,  # [N, R], as the three that follow
+    mean1_ptr,  # [N, R], like the next three
     logvar1_ptr,
     mean2_ptr,
     logvar2_ptr,
     mask_ptr,  # bool [N] or None
     kept_ptr,  # int64 [] or None
-    grad_mean1_ptr,  # [N, R] contiguous, or None where not needed, as the three that follow
+    grad_mean1_ptr,  # [N, R] contiguous, or None if not needed, like the next three
     grad_logvar1_ptr,
     grad_mean2_ptr,
     grad_logvar2_ptr,
@@ -189,17 +189,17 @@ def divergence_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    # 1. This program's entries
+    # 1. Entries of this program
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = (rows < N)[:, None] & (cols < R)[None, :]
     counts = counting(mask_ptr, mask_strides, rows, N)[:, None] & (cols < R)[None, :]
     to = rows[:, None] * R + cols[None, :]
-    # 2. What each token gets of the gradients of the means
+    # 2. Gradients of the means, for one token
     kl = share(grad_kl_ptr, kept_ptr, N, ACC)
     gamma = share(grad_gamma_ptr, kept_ptr, N, ACC)
     mu, precision2 = tl.full((), prior2_mean, ACC), tl.full((), precision2, ACC)
-    # 3. The gradients that are needed; 0 for tokens that do not count
+    # 3. The gradients that are needed; 0 for tokens that the mask drops
     dtype: tl.constexpr = mean1_ptr.dtype.element_ty
     if grad_mean1_ptr is not None:
         mean = tl.load(tile(mean1_ptr, rows, cols, mean1_strides), mask=counts, other=0).to(ACC)

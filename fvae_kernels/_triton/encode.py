@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._common import Table, accumulator, blocks, clamp_passes, clamped, precision, product, strides, tile
 
-TABLE: Table = {  # of the forward
+TABLE: Table = {  # forward
     (2, True): {"BLOCK_N": 16, "BLOCK_D": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
     (2, False): {"BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
     (4, True): {"BLOCK_N": 16, "BLOCK_D": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3},
@@ -56,10 +56,10 @@ def encode_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    # 1. This program's tokens and latent entries
+    # 1. Tokens and latent entries of this program
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     latent = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    # 2. Both heads, in one walk over x
+    # 2. Both heads, in one loop over features
     mean = tl.zeros((BLOCK_N, BLOCK_R), ACC)
     logvar = tl.zeros((BLOCK_N, BLOCK_R), ACC)
     for first in range(0, D, BLOCK_D):
@@ -115,7 +115,7 @@ def encode_fwd(
         D,
         R,
         ACC=accumulator(x),
-        PRECISION=precision(x),
+        PRECISION=precision(x.dtype),
         **options,
     )
     return mean, logvar, z
@@ -140,11 +140,11 @@ def encode_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    # 1. This program's entries
+    # 1. Entries of this program
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     latent = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = (rows < N)[:, None] & (latent < R)[None, :]
-    # 2. What arrives at mean and logvar themselves
+    # 2. Gradients of the outputs mean and logvar
     grad_mean = tl.zeros((BLOCK_N, BLOCK_R), ACC)
     grad_logvar = tl.zeros((BLOCK_N, BLOCK_R), ACC)
     if grad_mean_ptr is not None:
@@ -153,7 +153,7 @@ def encode_bwd_kernel(
     if grad_logvar_ptr is not None:
         grad = tl.load(tile(grad_logvar_ptr, rows, latent, grad_logvar_strides), mask=inside, other=0)
         grad_logvar += grad.to(ACC)
-    # 3. What arrives through z
+    # 3. Gradients through z
     if grad_z_ptr is not None:
         grad_z = tl.load(tile(grad_z_ptr, rows, latent, grad_z_strides), mask=inside, other=0).to(ACC)
         logvar = tl.load(tile(logvar_ptr, rows, latent, logvar_strides), mask=inside, other=0).to(ACC)
@@ -161,7 +161,7 @@ def encode_bwd_kernel(
         grad_mean += grad_z
         through_z = grad_z * noise * tl.exp(0.5 * clamped(logvar)) / 2
         grad_logvar += tl.where(clamp_passes(logvar), through_z, 0)
-    # 4. Store side by side
+    # 4. Store both heads side by side
     to = grad_heads_ptr + rows[:, None] * 2 * R + latent[None, :]
     dtype: tl.constexpr = grad_heads_ptr.dtype.element_ty
     tl.store(to, grad_mean.to(dtype), mask=inside)

@@ -1,4 +1,4 @@
-"""geometry: mismatch, discrepancy and distance of both posteriors in one read.       diagnostics.latent_geometry
+"""geometry: distance of the posteriors from the priors and from each other.   Mathematics: reference.geometry
 
 Lambda = 1/2 sum( mean2^2 + var2 - ((mean2 - mu)^2 + var2) / tau^2 ) - R log tau
 Delta  = 1/2 sum( mean1^2 + var1 - mean2^2 - var2 )
@@ -25,7 +25,7 @@ def geometry_fwd_kernel(
     posterior_strides,
     mask_ptr,  # bool [N] or None
     mask_strides,
-    parts_ptr,  # [programs, 4]: sums over tokens of Lambda, but for R log tau, of Delta, W2^2 and the bound
+    parts_ptr,  # [programs, 4]: sums of Lambda without R log tau, Delta, W2^2, bound
     prior2_mean: tl.float64,
     precision2: tl.float64,  # 1 / tau^2
     N,
@@ -34,7 +34,7 @@ def geometry_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    # 1. This program's tokens: every programs-th block
+    # 1. Tokens of this program: every programs-th block
     program, programs = tl.program_id(0), tl.num_programs(0)
     mu, precision2 = tl.full((), prior2_mean, ACC), tl.full((), precision2, ACC)
     mismatches, discrepancies = tl.zeros((BLOCK_N,), ACC), tl.zeros((BLOCK_N,), ACC)
@@ -50,7 +50,7 @@ def geometry_fwd_kernel(
             mean1, logvar1 = posterior(posteriors, posterior_strides, 0, rows, cols, counts, ACC)
             mean2, logvar2 = posterior(posteriors, posterior_strides, 2, rows, cols, counts, ACC)
             var1, var2 = tl.exp(logvar1), tl.exp(logvar2)
-            # 3. Their squares under both priors, and how far they are apart
+            # 3. Expected squares under both priors, and the distance of the posteriors
             squares1, squares2 = mean1 * mean1 + var1, mean2 * mean2 + var2
             from_prior2 = ((mean2 - mu) * (mean2 - mu) + var2) * precision2
             apart, wider = mean1 - mean2, tl.sqrt(var1) - tl.sqrt(var2)
@@ -60,7 +60,7 @@ def geometry_fwd_kernel(
             norm1 += tl.sum(tl.where(counts, squares1, 0), 1)
         distances += distance
         bounds += 0.5 * distance + tl.sqrt(norm1) * tl.sqrt(distance)
-    # 4. One number each
+    # 4. Store the sums
     to = parts_ptr + 4 * program
     tl.store(to, tl.sum(mismatches))
     tl.store(to + 1, tl.sum(discrepancies))

@@ -3,7 +3,7 @@
     x_hat = g O^T + o,   r = (x_hat - x) / t,   q_d = mean over tokens of r_d^2
     nll   = sum over features of  q_d / 2 + log |t_d| + log(2 pi) / 2
 
-x_hat exists for one block of tokens and features at a time, in registers; each kernel makes it once more.
+x_hat exists for one block of tokens and features at a time, in registers; each kernel computes it again.
 """
 
 # mypy: allow-untyped-defs
@@ -18,7 +18,7 @@ from ..ops._raw import wide_dtype
 from ._common import Table, accumulator, blocks, counting, kept_tokens, precision, product, strides, tile, tokens
 
 HALF_LOG_2_PI = tl.constexpr(0.91893853320467274178)
-PROGRAMS = 512  # where tokens are summed over: about as many, and as many partial sums as that leaves for each feature
+PROGRAMS = 512  # programs of a sum over tokens, about; each leaves a partial sum
 
 TABLE: Table = {
     (2, True): {"BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_H": 128, "num_warps": 4, "num_stages": 2},
@@ -36,7 +36,7 @@ def residual(
     strides,  # of these
     rows,
     cols,
-    keep,  # rows that count
+    keep,  # rows that the mask keeps
     D,
     H,
     ACC: tl.constexpr,
@@ -44,7 +44,7 @@ def residual(
     BLOCK_H: tl.constexpr,
     H_BLOCKS: tl.constexpr,
 ):
-    """r = (x_hat - x) / t of one block, 0 where it does not count; and 1 / t."""
+    """r = (x_hat - x) / t of one block, 0 for tokens that the mask drops; and 1 / t."""
     x_ptr, g_ptr, w_ptr, b_ptr, scale_ptr = inputs
     x_strides, g_strides, w_strides, b_strides, scale_strides = strides
     x_hat = tl.zeros((rows.shape[0], cols.shape[0]), ACC)
@@ -80,7 +80,7 @@ def reconstruct_fwd_kernel(
     BLOCK_H: tl.constexpr,
     H_BLOCKS: tl.constexpr,
 ):
-    # 1. This program's features, and tokens: every chunks-th block
+    # 1. Features of this program, and its tokens: every chunks-th block
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     squares = tl.zeros((BLOCK_N, BLOCK_D), ACC)
@@ -90,7 +90,7 @@ def reconstruct_fwd_kernel(
         keep = counting(mask_ptr, mask_strides, rows, N)
         r, _ = residual(inputs, input_strides, rows, cols, keep, D, H, ACC, PRECISION, BLOCK_H, H_BLOCKS)
         squares += r * r
-    # 3. One number for each feature
+    # 3. Store one sum for each feature
     tl.store(parts_ptr + chunk.to(tl.int64) * D + cols, tl.sum(squares, 0), mask=cols < D)
 
 
@@ -117,7 +117,7 @@ def reconstruct_mean_kernel(
         squares += tl.load(tile(parts_ptr, rows, cols, (D, 1)), mask=inside, other=0).to(tl.float64)
     count = tokens(kept_ptr, N, tl.float64)
     q = tl.sum(squares, 0) / tl.maximum(count, 1.0)
-    # 2. nll, and its gradient, (1 - q) / t; both are 0 where no token counts
+    # 2. nll and its gradient (1 - q) / t; both are 0 if there is no token
     scale = tl.load(scale_ptr + cols * scale_strides[0], mask=cols < D, other=0).to(tl.float64)
     scale = tl.where(cols < D, scale, 1)
     counts = cols < tl.where(count > 0, D, 0)
@@ -132,12 +132,12 @@ def options_for(kernel: Any, table: Table, x: Tensor, g: Tensor) -> dict[str, An
     return options | {
         "H_BLOCKS": triton.cdiv(g.shape[1], options["BLOCK_H"]),
         "ACC": accumulator(x),
-        "PRECISION": precision(x),
+        "PRECISION": precision(x.dtype),
     }
 
 
 def chunks_of(tokens: int, block: int, others: int) -> int:
-    """How many programs share the tokens, where `others` programs walk the same tokens for other features."""
+    """Number of programs that share the tokens, if `others` programs read the same tokens for other features."""
     return max(min(triton.cdiv(tokens, block), PROGRAMS // max(others, 1)), 1)
 
 

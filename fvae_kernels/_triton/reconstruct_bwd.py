@@ -1,9 +1,9 @@
-"""Backward of reconstruct. With r = (x_hat - x) / t, made once more, and s = grad_nll / kept tokens:
+"""Backward of reconstruct. With r = (x_hat - x) / t, computed again, and s = grad_nll / kept tokens:
 
     grad_x = -s r / t        grad_g = s r (O / t)        grad_O = s / t (r^T g)        grad_o = s / t (column sums of r)
 
-The products are of r and of O / t, which keep to the range of float16 whatever s is. Two kernels, because grad_g sums
-over features and grad_O over tokens; each runs only where its gradients are needed.
+Matrix products are of r and O / t, which are in the range of float16 whatever s is. There are two kernels because
+grad_g sums over features and grad_O over tokens. Each runs only if one of its gradients is needed.
 """
 
 # mypy: allow-untyped-defs
@@ -16,7 +16,7 @@ from ..ops._raw import wide_dtype
 from ._common import Table, counting, kept_tokens, product, reduced, share, strides, tile
 from .reconstruct import chunks_of, options_for, residual
 
-BY_TOKENS: Table = {  # blocks of hidden entries are wide, for each of them makes r once more
+BY_TOKENS: Table = {  # wide blocks of hidden entries, because each of them computes r again
     (2, True): {"BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_H": 128, "num_warps": 4, "num_stages": 2},
     (2, False): {"BLOCK_N": 64, "BLOCK_D": 32, "BLOCK_H": 128, "num_warps": 4, "num_stages": 2},
     (4, True): {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_H": 64, "num_warps": 4, "num_stages": 2},
@@ -37,7 +37,7 @@ def reconstruct_bwd_tokens_kernel(
     mask_ptr,  # bool [N] or None
     mask_strides,
     kept_ptr,  # int64 [] or None
-    grad_x_ptr,  # [N, D] contiguous, or None where not needed, as the one that follows
+    grad_x_ptr,  # [N, D] contiguous, or None if not needed, like the next
     grad_g_ptr,  # [N, H]
     N,
     D,
@@ -49,7 +49,7 @@ def reconstruct_bwd_tokens_kernel(
     BLOCK_H: tl.constexpr,
     H_BLOCKS: tl.constexpr,
 ):
-    # 1. This program's tokens and hidden entries
+    # 1. Tokens and hidden entries of this program
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     hidden = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     keep = counting(mask_ptr, mask_strides, rows, N)
@@ -83,7 +83,7 @@ def reconstruct_bwd_features_kernel(
     mask_ptr,  # bool [N] or None
     mask_strides,
     kept_ptr,  # int64 [] or None
-    parts_w_ptr,  # [chunks, D, H], or None where not needed, as the one that follows
+    parts_w_ptr,  # [chunks, D, H], or None if not needed, like the next
     parts_b_ptr,  # [chunks, D]
     N,
     D,
@@ -95,7 +95,7 @@ def reconstruct_bwd_features_kernel(
     BLOCK_H: tl.constexpr,
     H_BLOCKS: tl.constexpr,
 ):
-    # 1. This program's features and hidden entries, and tokens: every chunks-th block
+    # 1. Features and hidden entries of this program, and its tokens: every chunks-th block
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     hidden = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     chunk, chunks = tl.program_id(2), tl.num_programs(2)

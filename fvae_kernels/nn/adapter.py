@@ -7,6 +7,7 @@ where it stands last or second to last (``...fvae_adapter.<adapter>.<parameter>`
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..config import FVAEConfig
 from ..ops._backend import resolve
 from ..ops.layer import draw_noise, layer
-from ..reference import LOGVAR_LIMIT, Decoder, Encoder, Linears, Terms, bounded, mlp, sample
+from ..reference import LOGVAR_LIMIT, Decoder, Encoder, Linears, bounded, mlp, sample
 
 
 class FVAEAdapter(nn.Module):
@@ -50,6 +51,7 @@ class FVAEAdapter(nn.Module):
             config.warn_if_unheld()
         self.in_features, self.out_features = in_features, out_features
         self.config, self.training_config, self.inference_only = config, config, inference_only
+        self.alpha = config.alpha
         for name, shape in parameter_shapes(in_features, out_features, config):
             if inference_only and not is_served(name, config):
                 continue
@@ -125,7 +127,8 @@ class FVAEAdapter(nn.Module):
         noise: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
         base: Tensor | None = None,
-    ) -> tuple[Tensor, Terms]:
+        infer: bool = False,
+    ) -> Any:
         """The training path: ``base + s B z_1`` for each token, and the terms of the objective.
 
         Args:
@@ -133,10 +136,13 @@ class FVAEAdapter(nn.Module):
             noise: two standard normal tensors ``[..., R]``; drawn from torch's generator where it is None.
             mask: tokens ``[...]`` that enter the objective.
             base: the adapted layer's own output ``[..., M]``; zero where it is None.
+            infer: give `infer`'s output, by way of the module's call, which accelerate's offloading needs.
 
         Raises:
             RuntimeError: if this adapter was exported for inference.
         """
+        if infer:
+            return self.infer(x, base)
         if self.inference_only:
             raise RuntimeError(
                 "this FVAE adapter was exported for inference: encoder 2 and the decoder, which training needs, are "
@@ -146,7 +152,18 @@ class FVAEAdapter(nn.Module):
             noise = self.draw_noise(x), self.draw_noise(x)
         dropout = self.config.dropout if self.training else 0.0
         parameters = self._encoder(1), self._encoder(2), self._decoder(), self.B
-        return layer(x, *parameters, self.training_config, noise, dropout, mask, base=base)
+        plain = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        backend = "reference" if plain else None  # torch.func differentiates PyTorch, not kernels
+        return layer(x, *parameters, self.training_config, noise, dropout, mask, base=base, backend=backend)
+
+    def set_scale(self, scale: float) -> None:
+        """Multiply the update by `scale`, from what the adapter was made with."""
+        alpha = self.alpha * scale
+        self.config, self.training_config = replace(self.config, alpha=alpha), replace(self.training_config, alpha=alpha)
+
+    def trained(self) -> bool:
+        """Whether any of its parameters is. A replica's, of DataParallel, are plain tensors, and count as trained."""
+        return not self._parameters or any(p.requires_grad for p in self._parameters.values() if p is not None)
 
     def draw_noise(self, x: Tensor) -> Tensor:
         """Standard normal ``[..., R]`` from torch's global generator: manual_seed and recomputation repeat it."""

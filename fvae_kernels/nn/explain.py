@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..ops import _backend
-from ..ops._layer_support import composable, uncovered
+from ..ops._layer_path import Path, path_of
 from .adapter import FVAEAdapter
 
 
@@ -33,22 +33,24 @@ def _reasons(adapter: FVAEAdapter) -> Iterator[str]:
         return
     device, named = adapter.B.device, _backend._selected
     try:
-        backend = _backend.resolve("layer", device)
+        path = path_of(adapter.config, dict(adapter.named_parameters()), device)
     except _backend.BackendUnavailable as error:
         yield f"training will raise BackendUnavailable: {error}"
         return
-    missing = uncovered(adapter.config, dict(adapter.named_parameters()), backend=backend)
-    if backend != "reference" and missing is None:
-        yield f"training runs the fused kernels of {backend!r}, one forward and one backward."
-    elif backend != "reference" and named is not None:
-        yield f"training will raise BackendUnavailable: {backend!r} was named and does not cover {missing}."
-    elif backend != "reference" and composable(dict(adapter.named_parameters())):
-        yield f"training runs the smaller ops of {backend!r} (divergence, reconstruct), its encoders in plain PyTorch:"
-        yield f"its fused kernel does not cover {missing}."
+    yield from _told(path, device.type, named)
+    yield "Inference runs s B mean_1 in plain PyTorch."
+
+
+def _told(path: Path, device_type: str, named: str | None) -> Iterator[str]:
+    if path.kind == "fused":
+        yield f"training runs the fused kernels of {path.backend!r}, one forward and one backward."
+    elif path.kind == "composed":
+        yield f"training runs the smaller ops of {path.backend!r} (divergence, reconstruct), its encoders in plain PyTorch:"
+        yield f"its fused kernel does not cover {path.missing}."
     else:
         yield "training runs the reference, plain PyTorch:"
-        yield f"{backend!r} does not cover {missing}." if backend != "reference" else _why_reference(device.type, named)
-    yield "Inference runs s B mean_1 in plain PyTorch."
+        covered = path.missing is None
+        yield _why_reference(device_type, named) if covered else f"{path.backend!r} does not cover {path.missing}."
 
 
 def _why_reference(device_type: str, named: str | None) -> str:

@@ -50,7 +50,11 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
             dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
         self.base_layer = base_layer.requires_grad_(False)
         self.adapter = FVAEAdapter(self.in_features, self.out_features, config, device=weight.device, dtype=dtype)
-        self._unmerged: Tensor | None = None
+        self._unmerged: tuple[nn.Parameter] | None = None  # the base weight, while the adapter is merged into another
+        self._merge_again = False
+        self.register_state_dict_post_hook(_save_unmerged)
+        self.register_load_state_dict_pre_hook(_load_unmerged)
+        self.register_load_state_dict_post_hook(_merge_again)
 
     @classmethod
     def from_linear(cls, linear: nn.Module, config: FVAEConfig, **kwargs: Any) -> "FusedFVAELinear":
@@ -73,10 +77,9 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
             return self._modules["base_layer"](x)  # type: ignore[misc]  # not self.base_layer, which takes longer to find
         check_input(x, self.in_features)
         y = self.base_layer(x)
-        if not self.training:
-            return self.adapter.infer(x.to(self.adapter.B.dtype), base=y)
-        y, terms = self.adapter(x, mask=self.token_mask(x, self.config), base=y)
-        return self.inject(y, terms, self.loss_weight)
+        if self.training and self.adapter.trained():
+            return self.train_call(self.adapter, x, y, self.loss_weight)
+        return self.infer_call(self.adapter, x.to(self.adapter.B.dtype), y)
 
     def forward_with_terms(
         self, x: Tensor, noise: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None
@@ -124,16 +127,19 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
         refuse_merge(self.base_layer)
         delta = self.adapter.delta_weight()
         weight: Any = self.base_layer.weight
-        self._unmerged = weight.detach().clone()
-        weight.copy_(weight.to(delta.dtype) + (delta.T if self.transposed else delta))
+        set_weight(self.base_layer, (weight.to(delta.dtype) + (delta.T if self.transposed else delta)).to(weight.dtype))
+        self._unmerged = (weight,)  # in a tuple, or it would be a parameter of this module
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Undo `merge`."""
         if self._unmerged is None:
             raise RuntimeError("the adapter is not merged; there is nothing to take out")
-        weight: Any = self.base_layer.weight
-        weight.copy_(self._unmerged)
+        (weight,), merged = self._unmerged, self.base_layer.weight
+        if (weight.device, weight.dtype) == (merged.device, merged.dtype):
+            self.base_layer.weight = weight  # itself: another module may share it
+        else:
+            set_weight(self.base_layer, weight.to(merged))
         self._unmerged = None
 
     def posterior_means(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,6 +148,29 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, loss_weight={self.loss_weight:g}"
+
+
+def set_weight(layer: nn.Module, weight: Tensor) -> None:
+    """Give the layer another weight. Never in place: a module that shares the old one, as embeddings do, keeps it."""
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=layer.weight.requires_grad)  # type: ignore[union-attr]
+
+
+def _save_unmerged(layer: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """The base weight as it was, beside the adapter: merged, it would hold the adapter a second time."""
+    if layer.merged and f"{prefix}base_layer.weight" in state:
+        state[f"{prefix}base_layer.weight"] = layer._unmerged[0].detach()
+
+
+def _load_unmerged(layer: Any, *_: Any) -> None:
+    if layer.merged:
+        layer.unmerge()
+        layer._merge_again = True
+
+
+def _merge_again(layer: Any, _: Any) -> None:
+    if layer._merge_again:
+        layer._merge_again = False
+        layer.merge()
 
 
 def check_input(x: Tensor, in_features: int) -> None:

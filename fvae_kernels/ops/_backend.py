@@ -1,7 +1,7 @@
 """Which implementation runs: "triton", "cpp" or "reference".
 
-A backend that was named, as ``backend="cpp"`` or with `use_backend`, runs or raises `BackendUnavailable`. Unnamed, an
-op takes the Triton kernel for CUDA tensors and the C++ kernel for CPU tensors where it has one, else the reference.
+A backend that was named, as ``backend="cpp"`` or with `use_backend`, runs or raises `BackendUnavailable`. If none was
+named, an op runs its Triton kernel on CUDA tensors, its C++ kernel on CPU tensors, and the reference if it has none.
 """
 
 import functools
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from . import _raw
+from ._versions import torch_obstacle, triton_obstacle
 
 BACKENDS = ("triton", "cpp", "reference")
 
-_PREFERRED = {"cuda": "triton", "cpu": "cpp"}  # by device, where none was named
-_selected: str | None = None  # what use_backend chose
+_PREFERRED = {"cuda": "triton", "cpu": "cpp"}  # by device type, if no backend was named
+_selected: str | None = None  # by use_backend
 
 
 class BackendUnavailable(RuntimeError):  # noqa: N818  (the name says what happened)
@@ -36,10 +37,10 @@ def backends_for(op: str, device_type: str = "cpu") -> tuple[str, ...]:
 
 
 class use_backend:  # noqa: N801  (reads as the function that it also is)
-    """Name the backend of every op that is not given one with ``backend=``.
+    """Select the backend of every op that is called without ``backend=``.
 
-    ``use_backend("cpp")`` holds from here on; ``with use_backend("cpp"):`` holds for the block and restores what was
-    chosen before. None goes back to the default order.
+    ``use_backend("cpp")`` holds from here on. ``with use_backend("cpp"):`` holds for the block and then restores the
+    selection before it. None goes back to the default order.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -63,7 +64,7 @@ class use_backend:  # noqa: N801  (reads as the function that it also is)
 
 
 def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
-    """The backend that runs `op` on tensors of `device`; `backend` is what the caller named, if anything.
+    """The backend that runs `op` on tensors of `device`; `backend` is the one that the caller named, or None.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -73,8 +74,8 @@ def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
 
 
 def _assume_constant(function: Any) -> Any:
-    """What is installed and compiled does not change between two calls: torch.compile need not look inside."""
-    function._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which imports the compiler
+    """torch.compile takes the result as a constant: what is installed does not change between two calls."""
+    function._dynamo_marked_constant = True  # torch.compiler.assume_constant_result would import the compiler
     return function
 
 
@@ -100,11 +101,11 @@ def _say_once(reason: str) -> None:
 
 @functools.cache
 def why_missing(backend: str) -> str | None:
-    """None where `backend` can run on this machine, else the reason and what to do."""
+    """None if `backend` can run on this machine, else the reason and what to do."""
     if backend == "cpp":
-        return _cpp_missing()
+        return torch_obstacle() or _cpp_missing()
     if backend == "triton":
-        return _triton_missing()
+        return torch_obstacle() or _triton_missing()
     return None
 
 
@@ -125,11 +126,11 @@ def _triton_missing() -> str | None:
         return (
             "there is no GPU and TRITON_INTERPRET is not set; TRITON_INTERPRET=1 runs the kernels, slowly, on the CPU"
         )
+    if (obstacle := triton_obstacle(interpreting())) is not None:
+        return obstacle
     error = _raw.load("triton")
     if error is not None:
         return f"its kernels do not load ({error})"
-    if not any(_raw.implemented("triton", device_type) for device_type in ("cuda", "cpu")):
-        return "this version has no Triton kernels"
     return None
 
 
@@ -140,14 +141,14 @@ def interpreting() -> bool:
 
 @functools.cache
 def _obstacle(backend: str, op: str, device_type: str) -> str | None:
-    """None where `backend` can run `op` on such tensors, else the reason and what to do."""
+    """None if `backend` can run `op` on such tensors, else the reason and what to do."""
     reason = why_missing(backend)
     if reason is not None or backend == "reference" or f"{op}_fwd" in _raw.implemented(backend, device_type):
         return reason
     for other in ("cpu", "cuda"):
         if f"{op}_fwd" in _raw.implemented(backend, other):
             return f"its {op} runs on {other} tensors, these are on {device_type}; move them with .to({other!r})"
-    return f"it has no kernel for {op} yet; leave the backend unnamed to run what there is"
+    return f"the installed kernels have no {op}: they are of another version; install the package again"
 
 
 def _known(name: str) -> str:

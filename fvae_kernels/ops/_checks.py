@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: what came, what was expected, what to do."""
+"""Argument checks of the public functions. Errors say what came, what was expected and what to do."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_tensors(op: str, **tensors: Tensor | None) -> None:
-    """One floating dtype and one device for all of them; the first one sets both."""
+    """All tensors have the floating dtype and the device of the first one. None is skipped."""
     (first, yardstick), *others = ((name, t) for name, t in tensors.items() if t is not None)
     if not isinstance(yardstick, Tensor):
         raise TypeError(f"{op}: {first} is {type(yardstick).__name__}; expected a tensor")
@@ -29,7 +29,7 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_shape(op: str, name: str, t: Tensor | None, expected: tuple[int, ...], why: str) -> None:
-    """None passes; it stands for an optional argument that was left out."""
+    """None is an optional argument that was left out, and passes."""
     if t is not None and t.shape != expected:
         raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; expected {tuple(expected)}, {why}")
 
@@ -40,7 +40,7 @@ def check_features(op: str, name: str, t: Tensor) -> None:
 
 
 def check_weight(op: str, name: str, w: Tensor, features: int, of: str) -> None:
-    """A weight [out, features] as in torch.nn.Linear."""
+    """A weight [out, features], as in torch.nn.Linear."""
     if w.dim() != 2 or w.shape[1] != features:
         raise ValueError(
             f"{op}: {name} has shape {tuple(w.shape)}; expected [out, {features}], where {features} is the last "

@@ -1,4 +1,4 @@
-"""The gradient of a kernel is not differentiable: whoever differentiates it hears so."""
+"""Double backward through a kernel raises."""
 
 import functools
 from collections.abc import Callable
@@ -12,10 +12,10 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def differentiable_once(backward: Backward) -> Backward:
-    """`once_differentiable` for every incoming gradient.
+    """`once_differentiable`, which here also raises if no incoming gradient requires grad.
 
-    PyTorch's own marks the results only where an incoming gradient requires grad. After ``torch.autograd.grad(nll, x,
-    create_graph=True)`` it is a constant 1, and a penalty on the result would silently have no gradient.
+    PyTorch's own marks results only if an incoming gradient requires grad. In ``torch.autograd.grad(nll, x,
+    create_graph=True)`` that gradient is the constant 1, and a penalty on the result would silently have no gradient.
     """
     once = once_differentiable(backward)
 

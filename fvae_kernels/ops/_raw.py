@@ -16,19 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._layer_inputs import Arriving, Needs, Networks, Options, Tensors, schema_of
+
 NAMESPACES = {"triton": "fvae_triton", "cpp": "fvae_cpp"}
-MODULES = {"triton": "fvae_kernels._triton", "cpp": "fvae_kernels._C"}
+MODULES = {"triton": "fvae_kernels._triton.launchers", "cpp": "fvae_kernels._C"}
 
 _DIVERGENCE = (
     "Tensor mean1, Tensor logvar1, Tensor mean2, Tensor logvar2, float prior2_mean, float prior2_std, Tensor? mask"
 )
 _RECONSTRUCT = "Tensor x, Tensor g, Tensor w_out, Tensor? b_out, Tensor scale, Tensor? mask"
-_LAYER = (
-    "Tensor x, Tensor?[] encoder1, Tensor?[] encoder2, Tensor?[] decoder, Tensor scale, Tensor B, Tensor? noise1,"
-    " Tensor? noise2, Tensor? mask, Tensor? seed, float dropout, bool average, float scaling, float prior2_mean,"
-    " float[] objective, ScalarType? products"
-)
-_LAYER_GRADS = "Tensor? grad_y, Tensor? grad_loss, Tensor? grad_nll, Tensor? grad_kl, Tensor? grad_gamma"
+_LAYER = schema_of(Tensors, Options)
 
 SCHEMAS = {
     "encode_fwd": "(Tensor x, Tensor w_mean, Tensor? b_mean, Tensor w_logvar, Tensor? b_logvar, Tensor noise)"
@@ -42,21 +39,20 @@ SCHEMAS = {
     "reconstruct_fwd": f"({_RECONSTRUCT}) -> (Tensor nll, Tensor unit_grad_scale)",
     "reconstruct_bwd": f"(Tensor grad_nll, {_RECONSTRUCT}, bool[4] needs)"
     " -> (Tensor grad_x, Tensor grad_g, Tensor grad_w_out, Tensor grad_b_out)",
-    "layer_fwd": f"(Tensor? base, {_LAYER}) -> (Tensor y, Tensor loss, Tensor nll, Tensor kl, Tensor gamma,"
-    " Tensor state)",
-    "layer_bwd": f"({_LAYER_GRADS}, {_LAYER}, Tensor state, bool detach_target, bool[5] needs)"
+    "layer_fwd": f"(Tensor? base, {_LAYER}) -> (Tensor y, Tensor terms, Tensor state)",  # terms: loss, nll, kl, gamma
+    "layer_bwd": f"({schema_of(Arriving)}, {_LAYER}, Tensor state, bool detach_target, bool[5] needs)"
     " -> (Tensor grad_x, Tensor[] grads)",
 }
 
 
 def wide_dtype(t: Tensor) -> torch.dtype:
     """The dtype of sums: float32 at least."""
-    return torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else t.dtype
+    return wide_dtype_of(t.dtype)
 
 
-def padded(size: int) -> int:
-    """What registers hold for so many entries: a power of two, at least the 16 of a matrix instruction."""
-    return max(1 << (size - 1).bit_length(), 16)
+def wide_dtype_of(dtype: torch.dtype) -> torch.dtype:
+    """The same, by the dtype."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _needed(needs: list[bool], *like: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor, ...]:
@@ -95,25 +91,26 @@ def _reconstruct_bwd(grad_nll: Tensor, x: Tensor, g: Tensor, *rest: Any) -> tupl
     return _needed(rest[-1], (x, tuple(x.shape)), (g, tuple(g.shape)), (x, (D, H)), (x, (D,)))
 
 
-def _layer_fwd(base: Tensor | None, x: Tensor, encoder1: list[Any], *rest: Any) -> tuple[Tensor, ...]:
-    B = rest[3]
-    dtype = wide_dtype(B)
-    terms = tuple(x.new_empty((), dtype=dtype) for _ in range(4))
-    width = 2 * sum(weight.shape[0] for weight in encoder1[::2])
-    state = x.new_empty(x.shape[0], width, dtype=dtype)
-    y = x.new_empty(x.shape[0], B.shape[0], dtype=(B if base is None else base).dtype)
-    return y, *terms, state
+def _layer_fwd(base: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tensors, options = Tensors(*rest[: len(Tensors._fields)]), Options(*rest[len(Tensors._fields) :])
+    x, networks = tensors.x, Networks.of(tensors.parameters, options.encoder_hidden)
+    dtype = wide_dtype(networks.B)
+    y = x.new_empty(x.shape[0], networks.B.shape[0], dtype=(networks.B if base is None else base).dtype)
+    return y, x.new_empty(4, dtype=dtype), x.new_empty(x.shape[0], networks.encoder1.state_width, dtype=dtype)
 
 
 def _layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    x, encoder1, encoder2, decoder, scale, B = arguments[5:11]
-    need_x, need_encoders, need_decoder, need_scale, need_B = arguments[-1]
-
-    def of(parameters: list[Any], needed: bool) -> list[Tensor]:
-        return [B.new_empty(p.shape if needed and p is not None else (0,)) for p in parameters]
-
-    grads = of([*encoder1, *encoder2], need_encoders) + of(decoder, need_decoder)
-    return x.new_empty(x.shape if need_x else (0,)), grads + of([scale], need_scale) + of([B], need_B)
+    rest = arguments[len(Arriving._fields) :]
+    tensors, needs = Tensors(*rest[: len(Tensors._fields)]), Needs(*rest[-1])
+    options = Options(*rest[len(Tensors._fields) : -3])
+    x, parameters = tensors.x, tensors.parameters
+    flags = needs.flags([p is not None for p in parameters], options.encoder_hidden)
+    B = parameters[-1]
+    assert B is not None
+    grads = [
+        B.new_empty(p.shape if flag and p is not None else (0,)) for flag, p in zip(flags, parameters, strict=True)
+    ]
+    return x.new_empty(x.shape if needs.x else (0,)), grads
 
 
 FAKES: dict[str, Callable[..., Any]] = {
@@ -143,6 +140,8 @@ def load(backend: str) -> str | None:
         importlib.import_module(MODULES[backend])
     except (ImportError, OSError) as error:
         return str(error)
+    except Exception as error:  # what decorating a kernel raises in a Triton that does not know its parts
+        return f"{type(error).__name__}: {error}"
     return None
 
 

@@ -3,8 +3,8 @@
     kl    = 1/2 sum( mean1^2 + var1 - 1 - logvar1 )                                var = exp(logvar)
     gamma = 1/2 sum( mean1^2 + var1 - ((mean2 - mu)^2 + var2) / tau^2 ) - R log tau
 
-Sums run over latent entries, both results are means over the N tokens kept. Backward, with logvar clamped to [-20, 20],
-[..] = 1 inside of that range and 0 outside, and a = grad_kl / N, c = grad_gamma / N:
+Sums run over latent entries; both results are means over the N tokens kept. Backward, with logvar clamped to [-20, 20],
+[..] = 1 inside that range and 0 outside, a = grad_kl / N, c = grad_gamma / N:
 
     grad_mean1 = (a + c) mean1                  grad_logvar1 = (a (var1 - 1) + c var1) / 2 * [..]
     grad_mean2 = -c (mean2 - mu) / tau^2        grad_logvar2 = -c var2 / (2 tau^2) * [..]
@@ -82,18 +82,18 @@ def divergence(
         gamma = log_p2 - log_p1
 
     Args:
-        mean1, logvar1, mean2, logvar2: [..., R], as `encode` gives them.
+        mean1, logvar1, mean2, logvar2: [..., R], as `encode` returns them.
         prior2_mean, prior2_std: mean and standard deviation of every entry of p_2.
         mask: [...], bool or of zeros and ones: the tokens that count. None is all of them.
         backend: "triton", "cpp" or "reference"; None takes the fastest for the device of mean1.
 
     Returns:
-        kl, gamma: 0-dim, means over tokens, 0 where there is none; float32 for half dtypes, else the dtype of mean1.
+        kl, gamma: 0-dim, means over tokens, 0 if there are none; float32 for half dtypes, else the dtype of mean1.
 
     Raises:
         TypeError: not floating point, or more than one dtype.
-        ValueError: shapes do not fit, more than one device, or a prior that is no distribution.
-        BackendUnavailable: the backend was named and cannot run.
+        ValueError: shapes do not fit, more than one device, or an invalid prior.
+        BackendUnavailable: the named backend cannot run here.
     """
     check_posteriors("divergence", mean1, logvar1, mean2, logvar2, prior2_mean, prior2_std, mask)
     backend = resolve("divergence", mean1.device, backend)
@@ -122,7 +122,7 @@ def check_posteriors(
     prior2_std: float,
     mask: Tensor | None,
 ) -> None:
-    """Raise where something does not fit."""
+    """Raise unless the four tensors, the prior and the mask fit together."""
     check_tensors(op, mean1=mean1, logvar1=logvar1, mean2=mean2, logvar2=logvar2)
     check_features(op, "mean1", mean1)
     for name, t in (("logvar1", logvar1), ("mean2", mean2), ("logvar2", logvar2)):

@@ -8,7 +8,7 @@ Backward, with logvar clamped to [-20, 20] in the exponent and [..] = 1 inside o
     grad_x      = grad_heads [Wm; Wv]         grad_[Wm; Wv] = grad_heads^T x        grad_[bm, bv] = column sums
     grad_noise  = grad_z * exp(logvar / 2)
 
-The two heads are one product in either direction, so that x is read once.
+Both heads are one matrix product, forward and backward, so x is read once.
 """
 
 from typing import Any
@@ -68,13 +68,13 @@ class EncodeFunction(torch.autograd.Function):
 
 
 def _of_heads(grad_heads: Tensor, need_mean: bool, need_logvar: bool) -> Tensor:
-    """The columns [N, R] or [N, 2R] of the heads that are needed."""
+    """Columns of the heads whose gradients are needed: [N, R] or [N, 2R]."""
     R = grad_heads.shape[1] // 2
     return grad_heads[:, 0 if need_mean else R : 2 * R if need_logvar else R]
 
 
 def _split(grad: Tensor | None, need_mean: bool, need_logvar: bool) -> tuple[Tensor | None, Tensor | None]:
-    """A gradient of the heads in its halves; the mean's rows come first."""
+    """Split a gradient of both heads. The mean's half comes first."""
     if grad is None or not (need_mean and need_logvar):
         return (grad if need_mean else None), (grad if need_logvar else None)
     R = grad.shape[0] // 2
@@ -106,13 +106,12 @@ def encode(
         backend: "triton", "cpp" or "reference"; None takes the fastest for the device of x.
 
     Returns:
-        mean, logvar, z: [..., R] in the dtype of x; sums are taken in float32 at least. logvar is what the head gives,
-        not clamped.
+        mean, logvar, z: [..., R] in the dtype of x; sums are taken in float32 at least. logvar is not clamped.
 
     Raises:
         TypeError: not floating point, or more than one dtype.
         ValueError: shapes do not fit, or more than one device.
-        BackendUnavailable: the backend was named and cannot run.
+        BackendUnavailable: the named backend cannot run here.
     """
     check_tensors("encode", x=x, w_mean=w_mean, b_mean=b_mean, w_logvar=w_logvar, b_logvar=b_logvar, noise=noise)
     check_features("encode", "x", x)

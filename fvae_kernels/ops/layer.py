@@ -3,8 +3,8 @@
     y, terms = layer(x, ..., base=W x + b)          y = base + s B z_1, written once
 
 Every objective is linear in a dozen means over tokens: one, nll, and for both posteriors the sums of mean^2, (mean -
-mu)^2, var, logvar and of the squared sample. A table of weights defines it, and gives backward one small vector of
-coefficients for whatever arrives at y, loss, nll, kl and gamma.
+mu)^2, var, logvar and of the squared sample. A table of weights, `Objective`, defines it, and gives backward one small
+vector of coefficients for whatever arrives at y and at the terms.
 """
 
 from typing import Any
@@ -14,23 +14,21 @@ from torch import Tensor
 
 from .. import reference
 from ..config import FVAEConfig
-from . import _backend
-from ._backend import BackendUnavailable, resolve
 from ._checks import rows, token_flags
+from ._layer_checks import check_layer
 from ._layer_composed import composed
-from ._layer_support import autocast_products, check_layer, composable, objective_table, uncovered
+from ._layer_inputs import Arriving, Needs, Options, Tensors
+from ._layer_path import autocast_products, path_of
 from ._once import differentiable_once
 from ._raw import RAW
-
-FIXED = 15  # arguments of LayerFunction.forward before the parameters
 
 
 class LayerFunction(torch.autograd.Function):
     """(base [..., M], x [..., D], noise1, noise2 [..., R], mask bool [N], seed, options, parameters) -> y, terms
 
-    y is [..., M], and the terms are loss, nll, kl and gamma. The parameters are those of encoder1, encoder2
-    (`encoder_size` each), decoder, then scale and B. Tensors become [N, D] in here, and results no views: autograd adds
-    another gradient of x to ours in place only where it holds all of its memory.
+    y is [..., M], and the terms are loss, nll, kl and gamma. The parameters are in the order of `Networks.flat`.
+    Tensors become [N, D] in here, and results no views: autograd adds another gradient of x to ours in place only where
+    it holds all of its memory.
     """
 
     @staticmethod
@@ -42,48 +40,33 @@ class LayerFunction(torch.autograd.Function):
         noise2: Tensor | None,
         mask: Tensor | None,
         seed: Tensor | None,
-        dropout: float,
-        average: bool,
-        scaling: float,
-        prior2_mean: float,
-        table: tuple[float, ...],
-        products: torch.dtype | None,
+        options: Options,
         detach_target: bool,
-        encoder_size: int,
         backend: str,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        tensors = _grouped(encoder_size, parameters)
-        options = (dropout, average, scaling, prior2_mean, table, products)
-        inputs = _rows(x), *tensors, _rows(noise1), _rows(noise2), mask, seed, *options
-        y, *terms, state = RAW[backend].layer_fwd(_rows(base), *inputs)
+        tensors = Tensors(rows(x), list(parameters), _rows(noise1), _rows(noise2), mask, seed)
+        y, terms, state = RAW[backend].layer_fwd(_rows(base), *tensors, *options)
         ctx.save_for_backward(x, noise1, noise2, mask, seed, state, *parameters)
-        ctx.options, ctx.detach_target, ctx.encoder_size, ctx.backend = options, detach_target, encoder_size, backend
+        ctx.options, ctx.detach_target, ctx.backend = options, detach_target, backend
         ctx.set_materialize_grads(False)
-        return _shaped(y, x), *terms
+        return _shaped(y, x), *terms.unbind()
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None, *grad_terms: Tensor | None) -> tuple[Tensor | None, ...]:
         x, noise1, noise2, mask, seed, state, *parameters = ctx.saved_tensors
-        grad_y, grad_loss, grad_nll, *_ = grads
-        through_decoder = grad_loss is not None or grad_nll is not None
-        need_base, need_x = ctx.needs_input_grad[:2]
-        asked, encoders = ctx.needs_input_grad[FIXED:], 2 * ctx.encoder_size
-        asked = [
-            *asked[:encoders],
-            *(need and through_decoder for need in asked[encoders:-1]),  # the decoder's and its scale
-            asked[-1] and grad_y is not None,  # B
-        ]
-        needs = [need_x, any(asked[:encoders]), any(asked[encoders:-2]), *asked[-2:]]
-        tensors = _grouped(ctx.encoder_size, parameters)
-        inputs = _rows(x), *tensors, _rows(noise1), _rows(noise2), mask, seed, *ctx.options
+        need_base, need_x, *_ = ctx.needs_input_grad
+        flags, hidden = ctx.needs_input_grad[-len(parameters) :], ctx.options.encoder_hidden
+        arriving = Arriving(_rows(grad_y), *grad_terms)
+        needs = Needs.of(need_x, flags, hidden, arriving)
+        tensors = Tensors(rows(x), parameters, _rows(noise1), _rows(noise2), mask, seed)
         grad_x, computed = RAW[ctx.backend].layer_bwd(
-            _rows(grad_y), *grads[1:], *inputs, state, ctx.detach_target, needs
+            *arriving, *tensors, *ctx.options, state, ctx.detach_target, needs
         )
-        grad_parameters = (grad if need else None for need, grad in zip(asked, computed, strict=True))
-        grad_base = grad_y if need_base else None
-        return grad_base, _shaped(grad_x, x) if need_x else None, *(None,) * (FIXED - 2), *grad_parameters
+        made = needs.flags(flags, hidden)
+        grads = (grad if flag else None for flag, grad in zip(made, computed, strict=True))
+        return grad_y if need_base else None, _shaped(grad_x, x) if needs.x else None, *(None,) * 7, *grads
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
@@ -93,12 +76,6 @@ def _rows(t: Tensor | None) -> Tensor | None:
 def _shaped(t: Tensor, x: Tensor) -> Tensor:
     """[N, M] as [..., M] with the tokens of x, and no view."""
     return torch.ops.aten._unsafe_view(t, (*x.shape[:-1], t.shape[-1]))
-
-
-def _grouped(encoder_size: int, parameters: Any) -> tuple[Any, ...]:
-    """encoder1, encoder2, decoder, scale, B, as the raw ops take them."""
-    first, second = encoder_size, 2 * encoder_size
-    return list(parameters[:first]), list(parameters[first:second]), list(parameters[second:-2]), *parameters[-2:]
 
 
 def layer(
@@ -145,45 +122,34 @@ def layer(
         BackendUnavailable: `backend` was named and cannot run, or does not cover these options.
     """
     tensors = check_layer(x, (encoder1, encoder2), decoder, B, config, noise, dropout, mask, base)
-    named = _backend._selected if backend is None else backend
-    backend = resolve("layer", x.device, backend)
-    missing = None if backend == "reference" else uncovered(config, tensors, noise or (), backend)
-    if missing is not None and named is not None:
-        raise BackendUnavailable(
-            f"backend {named!r} was asked for to run layer, but cannot: its kernel does not cover {missing}; leave "
-            "the backend unnamed to run what there is, or name 'reference' to run plain PyTorch."
-        )
-    if noise is None and (backend != "triton" or missing is not None):
+    path = path_of(config, tensors, x.device, backend, noise or ())
+    if noise is None and (path.kind != "fused" or path.backend != "triton"):  # its kernels make noise by position
         noise = draw_noise(x, B), draw_noise(x, B)
-    if backend == "reference" or missing is not None:
+    if path.kind != "fused":
         assert noise is not None
         arguments = x.to(B.dtype), encoder1, encoder2, decoder, B, config, noise, dropout, mask
-        smaller_ops = backend != "reference" and composable(tensors)
-        delta, terms = composed(*arguments, backend) if smaller_ops else reference.layer(*arguments)
+        delta, terms = composed(*arguments, path.backend) if path.kind == "composed" else reference.layer(*arguments)
         return delta if base is None else base + delta.to(base.dtype), terms
-    parameters = [*_flat(encoder1.hidden), *encoder1[2:], *_flat(encoder2.hidden), *encoder2[2:]]
-    size = len(parameters) // 2
     y, *terms = LayerFunction.apply(
         base,
         x,
         *(noise or (None, None)),
         token_flags(mask),
-        _draw_seed(x.device) if dropout > 0 or noise is None else None,
-        float(dropout),
-        config.fusion == "average",
-        float(config.scaling),
-        float(config.prior2_mean),
-        objective_table(config),
-        autocast_products(B, backend),
+        draw_seed(x.device) if dropout > 0 or noise is None else None,
+        Options.of(config, dropout, autocast_products(B, path.backend)),
         config.detach_target,
-        size,
-        backend,
-        *parameters,
-        *_flat(decoder.hidden),
-        *decoder[1:],
-        B,
+        path.backend,
+        *flat_parameters(encoder1, encoder2, decoder, B),
     )
     return y, reference.Terms(*terms)
+
+
+def flat_parameters(
+    encoder1: reference.Encoder, encoder2: reference.Encoder, decoder: reference.Decoder, B: Tensor
+) -> list[Tensor | None]:
+    """In the order of `Networks.flat`."""
+    encoders = [*_flat(encoder1.hidden), *encoder1[2:], *_flat(encoder2.hidden), *encoder2[2:]]
+    return [*encoders, *_flat(decoder.hidden), *decoder[1:], B]
 
 
 def _flat(layers: reference.Linears) -> list[Tensor | None]:
@@ -195,6 +161,6 @@ def draw_noise(x: Tensor, B: Tensor) -> Tensor:
     return torch.randn(*x.shape[:-1], B.shape[1], dtype=B.dtype, device=x.device)
 
 
-def _draw_seed(device: torch.device) -> Tensor:
+def draw_seed(device: torch.device) -> Tensor:
     """One int64 from torch's generator; it stays on the device, where the kernels read it."""
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)

@@ -1,11 +1,11 @@
 """reconstruct: negative log-likelihood of x under the decoder, in nats.
 
-    g      = mlp(latent)                       hidden layers, [N, H]: composed PyTorch
-    x_hat  = g O^T + o                         here and below: kernels; x_hat never exists beyond a tile of tokens
+    g      = mlp(latent)                       hidden layers, [N, H], in plain PyTorch
+    x_hat  = g O^T + o                         from here on in kernels; no more of x_hat exists than one tile of tokens
     q_d    = mean over tokens of ((x_hat_d - x_d) / t_d)^2
     nll    = sum over features of  q_d / 2 + log |t_d| + log(2 pi) / 2
 
-Backward, with N the tokens kept:
+Backward, with N the number of tokens kept:
 
     delta  = grad_nll (x_hat - x) / t^2 / N                                grad_t = grad_nll (1 - q) / t
     grad_x = -delta        grad_g = delta O        grad_O = delta^T g      grad_o = column sums of delta
@@ -82,24 +82,24 @@ def reconstruct(
         latent: [..., L], the decoder's input.
         hidden: (weight [out, in], bias [out] or None) of each hidden layer, the first one first; may be empty.
         w_out, b_out: output layer, [D, H] and [D] or None.
-        scale: [D], standard deviation of each feature; its sign does not matter.
+        scale: [D], standard deviation of each feature; the sign is ignored.
         dropout: probability after each hidden layer; 0 in evaluation.
         mask: [...], bool or of zeros and ones: the tokens that count. None is all of them.
         backend: "triton", "cpp" or "reference"; None takes the fastest for the device of x.
 
     Returns:
-        nll: 0-dim, mean over tokens, 0 where there is none; float32 for half dtypes, else the dtype of x.
+        nll: 0-dim, mean over tokens, 0 if there are none; float32 for half dtypes, else the dtype of x.
 
     Raises:
         TypeError: not floating point, or more than one dtype.
-        ValueError: shapes do not fit, more than one device, or dropout outside of [0, 1).
-        BackendUnavailable: the backend was named and cannot run.
+        ValueError: shapes do not fit, more than one device, or dropout outside [0, 1).
+        BackendUnavailable: the named backend cannot run here.
     """
     _check(x, latent, hidden, w_out, b_out, scale, dropout, mask)
     backend = resolve("reconstruct", x.device, backend)
     if backend == "reference":
         return reference.reconstruct(x, latent, hidden, w_out, b_out, scale, dropout, mask)
-    g = reference.mlp(rows(latent), hidden, dropout).to(x.dtype)  # autocast may have lowered it
+    g = reference.mlp(rows(latent), hidden, dropout).to(x.dtype)  # autocast may have changed its dtype
     return ReconstructFunction.apply(rows(x), g, w_out, b_out, scale, token_flags(mask), backend)
 
 

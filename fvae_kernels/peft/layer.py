@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import FVAEConfig
 from ..nn.adapter import FVAEAdapter
-from ..nn.linear import check_input, linear_shape
+from ..nn.linear import check_input, linear_shape, set_weight
 from ..nn.quantised import refuse_merge
 from ..training.aux_loss import AuxLossLayer
 
@@ -87,17 +87,47 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
             if name not in adapters:
                 continue
             adapter = adapters[name]
-            if self.training and not (adapter.inference_only and not adapter.B.requires_grad):
-                y, terms = adapter(x, mask=self.token_mask(x, adapter.config), base=y)
-                y = self.inject(y, terms, self.fvae_loss_weight[name])
+            if self.training and adapter.trained():
+                y = self.train_call(adapter, x, y, self.fvae_loss_weight[name])
             else:
-                y = adapter.infer(self._cast_input_dtype(x, adapter.B.dtype), base=y)
+                y = self.infer_call(adapter, self._cast_input_dtype(x, adapter.B.dtype), y)
         return y
 
     def posterior_means(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mean_1 and mean_2 ``[..., R]`` of the latents of x, of the active adapter."""
         adapter: Any = self.fvae_adapter[self.active_adapters[0]]
         return adapter.posterior_means(self._cast_input_dtype(x, adapter.B.dtype))
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scale one adapter's update, from what it was made with; other adapters are left alone, as by LoRA's."""
+        if adapter in self.fvae_adapter:
+            self._scale({adapter: scale})
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the updates of the active adapters by `scale`, on top of what they have."""
+        self._scale({name: self._scale_of(name) * scale for name in self._active()})
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the updates of the active adapters by `scale`; None undoes all scaling."""
+        self._scale({name: 1.0 if scale is None else self._scale_of(name) / scale for name in self._active()})
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.fvae_adapter]
+
+    def _scale_of(self, name: str) -> float:
+        adapter: Any = self.fvae_adapter[name]
+        return adapter.config.alpha / adapter.alpha if adapter.alpha else 1.0
+
+    def _scale(self, scales: dict[str, float]) -> None:
+        merged = sorted(set(scales) & set(self.merged_adapters))
+        if merged:
+            raise RuntimeError(
+                f"cannot scale {merged} while merged: unmerging would take out another update than was put in. Call "
+                "unmerge() first"
+            )
+        for name, scale in scales.items():
+            adapter: Any = self.fvae_adapter[name]
+            adapter.set_scale(scale)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The matrix that equals a linear encoder's mean path, in the base weight's layout.
@@ -120,7 +150,8 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
             merged = weight + delta.to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            weight.copy_(merged)
+            set_weight(self.get_base_layer(), merged)
+            weight = merged
             self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -133,7 +164,8 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.fvae_adapter:
-                weight.sub_(self.get_delta_weight(name).to(weight.dtype))
+                weight = weight - self.get_delta_weight(name).to(weight.dtype)
+        set_weight(self.get_base_layer(), weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """A linear encoder's mean path is LoRA."""

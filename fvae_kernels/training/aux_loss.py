@@ -1,15 +1,14 @@
 """How the auxiliary loss of every layer reaches the gradient, in any training loop, exactly once.
 
 The total loss (6) is ``task_loss + sum over layers lambda_l loss_l``, and only the training loop knows what it will do
-with the task loss: divide it by accumulation steps, multiply it by a loss scale, weigh it. So
+with the task loss: divide it by accumulation steps, multiply it by a loss scale, weigh it. So the terms are added to
+the task loss itself, graph and all, where the model returns it (`hooks`) or the loop hands it over (`attach_aux_loss`):
+whatever happens to that loss happens to them. Two kinds of terms cannot be added, and are injected into the backward of
+their layer's output instead (`InjectAuxLoss`):
 
-- each layer injects the gradient of its own term into the backward of its own output (`InjectAuxLoss`), and
-- a probe on the model's scalar loss (`ProbeLoss`), which the same backward reaches first, notes the weight
-  d(root) / d(task loss), which then is the weight of every injected term.
-
-Nothing is lost under activation checkpointing of either kind: a reentrant recomputation builds the only graph there is,
-a non-reentrant one builds a graph that is dropped. While torch.compile traces, a backward can have no side effect;
-layers then record their terms and a hook adds them to the model's loss.
+- those whose loss takes no part in the backward, or that have none, with weight 1 and a warning;
+- those inside a reentrant checkpoint, whose graph is made in the backward. The total loss (`TotalLoss`), which the same
+  backward reaches first, notes the weight d(root) / d(task loss) for them.
 """
 
 import warnings
@@ -20,74 +19,33 @@ from torch import Tensor, nn
 
 from ..config import FVAEConfig
 from ..reference import Terms
-from .padding import Padding
+from .forward import PENDING, Call, Forward, current, local, reached
+from .padding import stated_flags
+from .recompute import generator_state, in_backward, inside_checkpoint, noise_of, region, repeated_call
 
-
-class Seed:
-    """One per forward of a model, shared by its layers: the weight of their terms, once the backward has found it."""
-
-    def __init__(self) -> None:
-        self.terms: list[tuple[float, Tensor]] = []  # loss_weight and detached loss of each layer under this seed
-        self.closed = False  # attached to a loss, or its backward has begun: the next forward needs another
-        self.note(None)
-
-    def note(self, weight: Tensor | None) -> None:
-        """Take d(root) / d(task loss) from the probe."""
-        self.weight = weight
-        self._weights: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
-
-    def weight_of(self, loss_weight: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The weight of a layer's loss; computed once for all layers that share it."""
-        key = loss_weight, dtype, device
-        if key not in self._weights:
-            if self.weight is None:
-                self._weights[key] = torch.full((), loss_weight, dtype=dtype, device=device)
-            else:
-                self._weights[key] = self.weight.to(device=device, dtype=dtype) * loss_weight
-        return self._weights[key]
-
-    def add(self, loss_weight: float, loss: Tensor) -> None:
-        """Note the loss of a layer. Forwards that no backward follows do not make the list long."""
-        if len(self.terms) >= 1000:
-            self.terms = [(1.0, self.total())]
-        self.terms.append((loss_weight, loss))
-
-    def total(self) -> Tensor:
-        """The sum of the weighted losses, detached."""
-        device, dtype = self.terms[0][1].device, self.terms[0][1].dtype
-        weights: dict[float, list[Tensor]] = {}
-        for loss_weight, loss in self.terms:
-            weights.setdefault(loss_weight, []).append(loss.to(device=device, dtype=dtype))
-        return torch.stack([weight * torch.stack(losses).sum() for weight, losses in weights.items()]).sum()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Seed":
-        return Seed()
-
-    def __reduce__(self) -> tuple[type["Seed"], tuple[()]]:
-        return Seed, ()
+KEPT = 1000  # values of forwards without a graph that wait for a loss
+Values = list[tuple[Any, float, Tensor]]
+_graphless: Values = []
+_inside: dict[int, tuple[set[int], Tensor]] = {}  # by backward: layers, and the weight of what their forwards in it add
 
 
 class InjectAuxLoss(torch.autograd.Function):
-    """Identity on `out`, in place; its backward sends the seed's weight times `loss_weight` into `loss`."""
+    """Identity on `out`; its backward sends the call's gradient into `loss`. It keeps `owner` as long as the graph."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, loss: Tensor, seed: Seed, loss_weight: float) -> Tensor:
-        """Keep the seed; the weight is known in backward only."""
-        ctx.seed, ctx.weight_of = seed, (loss_weight, loss.dtype, loss.device)
-        ctx.mark_dirty(out)  # a view could not be written to by whatever comes next, as in relu_()
-        return out
+    def forward(ctx: Any, out: Tensor, loss: Tensor, call: Call, owner: Forward | None) -> Tensor:
+        """The same memory, and no view: what comes next may write to it, as relu_() does, in a hooked module too."""
+        ctx.call, ctx.owner, ctx.like = call, owner, (loss.dtype, loss.device)
+        return torch.ops.aten._unsafe_view(out, out.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """The weight is the probe's, or 1 where no probe was on the way."""
-        ctx.seed.closed = True
-        if ctx.seed.weight is None:
-            _warn_unprobed()
-        return grad_out, ctx.seed.weight_of(*ctx.weight_of), None, None
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        """See `Call.gradient`."""
+        return grad_out, ctx.call.gradient(*ctx.like), None, None
 
 
 class InjectAuxLossOnce(torch.autograd.Function):
-    """`InjectAuxLoss` with weight 1 and no side effect: what torch.compile can trace."""
+    """The same with weight 1 and no side effect: what torch.compile can trace."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, loss: Tensor) -> Tensor:
@@ -101,62 +59,189 @@ class InjectAuxLossOnce(torch.autograd.Function):
         return grad_out, torch.ones_like(ctx.saved_tensors[0])
 
 
-class ProbeLoss(torch.autograd.Function):
-    """Identity on the scalar loss; its backward precedes every layer's and notes their weight."""
+class InjectInTransform(torch.autograd.Function):
+    """The same for torch.func: grad, vmap, and their like."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, seed: Seed, share: Tensor | float) -> Tensor:
-        """`share` is the weight of the layers' terms relative to this loss."""
-        ctx.seed, ctx.share = seed, share
-        return loss.view_as(loss)
+    def forward(out: Tensor, loss: Tensor, loss_weight: float) -> Tensor:
+        """A copy, as `InjectAuxLossOnce`."""
+        return out.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
-        """Note d(root) / d(loss)."""
-        ctx.seed.note(grad_loss.detach() * ctx.share)
-        return grad_loss, None, None
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        """Keep the loss, whose dtype and device the weight takes."""
+        ctx.save_for_backward(inputs[1])
+        ctx.loss_weight = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
+        """The layer's own weight."""
+        return grad_out, torch.full_like(ctx.saved_tensors[0], ctx.loss_weight), None
+
+
+def transformed() -> bool:
+    """Whether a transformation of torch.func runs."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+class TotalLoss(torch.autograd.Function):
+    """``loss + share * objective``; its backward hands d(root) / d(task loss), times `share`, to `note`."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, objective: Tensor, share: Tensor | float, note: Any) -> Tensor:
+        """`note` says whether the objective takes part in this backward."""
+        ctx.share, ctx.note, ctx.like = share, note, (objective.dtype, objective.device)
+        return loss + (share * objective).to(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        """The backward is known by the number of its graph task."""
+        weight = (grad * ctx.share).sum()
+        takes_part = ctx.note(torch._C._current_graph_task_id(), weight.detach())
+        dtype, device = ctx.like
+        return grad, weight.to(device=device, dtype=dtype) if takes_part else None, None, None
+
+
+class LayerKey:
+    """What a layer and its replicas are known by; a copy of the layer gets another."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
 
 
 class AuxLossLayer:
-    """Mixin of the adapted layers: holds what travels between a layer's forward, the model's loss and the log."""
+    """Mixin of the adapted layers: what happens around a layer's forward in training."""
 
     training: bool
-    aux_seed: Seed
-    aux_pending: Tensor | None  # with its graph; while compiling only
-    aux_collected: bool  # a model's hooks are around this forward and collect what is pending
-    aux_padding: Padding | None  # the masks of the forward that runs, or is recomputed
-    aux_mask_argument: str | None  # which of them is for this layer's tokens
-    aux_inside: bool  # a model's hooks are around this forward
-    last_terms: Terms | None  # detached
+    aux_key: LayerKey
+    last_terms: Terms | None  # detached; of all calls in its last forward
+    last_forward: int
 
     def _init_aux_loss(self) -> None:
-        self.aux_seed, self.aux_pending, self.aux_collected, self.last_terms = Seed(), None, False, None
-        self.aux_padding, self.aux_mask_argument, self.aux_inside = None, None, False
+        self.aux_key, self.last_terms, self.last_forward = LayerKey(), None, 0
+
+    def train_call(self, adapter: Any, x: Tensor, base: Tensor, loss_weight: float) -> Tensor:
+        """The output of `adapter` beside `base` in training, with the objective on its way to the gradient."""
+        repeats = repeated_call(self.aux_key, x.device)
+        if repeats is not None:
+            with noise_of(repeats, x.device):
+                y, terms = adapter(x, mask=repeats.mask, base=base)
+        else:
+            call = Call(self.aux_key, loss_weight, self.token_mask(x, adapter.config))
+            if not torch.compiler.is_compiling() and _will_be_recomputed():
+                call.checkpointed, call.noise = True, generator_state(x.device)
+            y, terms = adapter(x, mask=call.mask, base=base)
+            local.call = call
+        local.repeats = repeats
+        return self.inject(y, terms, loss_weight)
+
+    def infer_call(self, adapter: Any, x: Tensor, base: Tensor) -> Tensor:
+        """The output of `adapter` beside `base` at inference; says once if it is trained all the same."""
+        y: Tensor = adapter(x, base=base, infer=True)
+        unsaid = not (_eval_warned or self.training or torch.compiler.is_compiling())
+        if unsaid and torch.is_grad_enabled() and y.requires_grad and adapter.trained():
+            y.register_hook(_warn_eval)
+        return y
 
     def token_mask(self, x: Tensor, config: FVAEConfig) -> Tensor | None:
         """Which tokens of x ``[..., D]`` enter the objective; None for all of them."""
-        if not config.mask_padding or self.aux_padding is None:
+        if not config.mask_padding:
             return None
-        if not (self.aux_inside or in_backward()):  # called alone: the masks are of some forward before
-            return None
-        return self.aux_padding.flags(self.aux_mask_argument, x)
+        if local.masks:
+            return stated_flags(local.masks[-1], x, self.aux_key)
+        forward = current()
+        if forward is None and local.traced is not None and in_backward():  # a checkpoint in a compiled forward
+            forward = Forward(grad=True)
+            forward.scopes.append(local.traced)
+        return None if forward is None else forward.token_mask(self.aux_key, x)
 
     def inject(self, out: Tensor, terms: Terms, loss_weight: float) -> Tensor:
-        """`out`, on whose backward the gradient of ``loss_weight * terms.loss`` arrives too."""
+        """`out`, with the gradient of ``loss_weight * terms.loss`` on its way to the backward of a loss."""
+        forward, grad = current(), torch.is_grad_enabled()
         if torch.compiler.is_compiling():
-            loss = loss_weight * terms.loss
-            if not torch.is_grad_enabled():
-                return out
-            if not self.aux_collected:
-                return InjectAuxLossOnce.apply(out, loss)
-            self.aux_pending = loss if self.aux_pending is None else self.aux_pending + loss
+            return _compiled(forward, out, loss_weight * terms.loss) if grad else out
+        call, repeats, local.call, local.repeats = local.call, local.repeats, None, None
+        if repeats is not None:
+            return _injected_again(out, terms.loss, repeats) if grad else out
+        if call is None:  # a layer that somebody else runs
+            call = Call(self.aux_key, loss_weight, None)
+        self._note(terms, forward, grad)
+        if not grad:
+            call.traced = False
+            if forward is None:
+                keep_values([(self.aux_key, loss_weight, terms.loss.detach())])
+            else:
+                forward.values.append((self.aux_key, loss_weight, terms.loss.detach()))
+                forward.calls.append(call)
+                forward.recomputed = forward.recomputed or forward.grad
             return out
-        if not in_backward():  # a recomputation reports nothing twice
-            if self.aux_seed.closed:
-                self.aux_seed = Seed()
-            self.last_terms = Terms(*(term.detach() for term in terms))
-            self.aux_seed.add(loss_weight, self.last_terms.loss)
-        return InjectAuxLoss.apply(out, terms.loss, self.aux_seed, loss_weight) if torch.is_grad_enabled() else out
+        return _injected(forward, out, terms.loss, call)
+
+    def _note(self, terms: Terms, forward: Forward | None, grad: bool) -> None:
+        """Keep the values for the log: of a forward with several calls, their sum."""
+        if not (grad or (forward is not None and forward.grad)):
+            return
+        values = Terms(*(term.detach() for term in terms))
+        number = 0 if forward is None else forward.number
+        if number and self.last_forward == number and self.last_terms is not None:
+            values = Terms(*(old + new for old, new in zip(self.last_terms, values, strict=True)))
+        self.last_terms, self.last_forward = values, number
+
+
+def _will_be_recomputed() -> bool:
+    """Whether this call is inside a checkpoint, as far as can be seen."""
+    if torch.is_grad_enabled():
+        return inside_checkpoint()
+    forward = current()
+    return forward is not None and forward.grad
+
+
+def _injected(forward: Forward | None, out: Tensor, loss: Tensor, call: Call) -> Tensor:
+    owner, call.armed = None, True
+    if forward is None:  # a layer that is called alone: its output owns the forward
+        forward = owner = Forward(grad=True)
+        forward.inherited = inherited([call.key])
+        PENDING.add(forward)
+    call.fixed, call.state = forward.inherited, forward.state
+    forward.calls.append(call)
+    forward.recomputed = forward.recomputed or call.checkpointed
+    forward.pending.append((call, call.loss_weight, loss))
+    if transformed():
+        out = InjectInTransform.apply(out, loss, call.loss_weight) if owner is not None else out
+    else:
+        out = InjectAuxLoss.apply(out, loss, call, owner)
+    if owner is not None:
+        owner.own([out])
+        owner.recall([out])
+    return out
+
+
+def _injected_again(out: Tensor, loss: Tensor, repeats: Call) -> Tensor:
+    """In a recomputation. That of a non-reentrant checkpoint makes a graph that is dropped."""
+    found = region()
+    if repeats.traced or found is None:
+        return out
+    forward, call = found[0], Call(repeats.key, repeats.loss_weight, None)
+    task = torch._C._current_graph_task_id()
+    call.fixed = forward.weights.get(task, forward.inherited)
+    call.armed = call.fixed is not None or not forward.state.entered
+    if call.fixed is None and call.armed:  # nobody attached it: weight 1, in the first backward alone
+        if repeats.task not in (None, task):
+            return out
+        if repeats.task is None:
+            _warn_unprobed()
+        repeats.task, forward.state.injected, call.fixed = task, True, loss.new_ones(())
+    return InjectAuxLoss.apply(out, loss, call, None)
+
+
+def _compiled(forward: Forward | None, out: Tensor, loss: Tensor) -> Tensor:
+    if forward is None:
+        return InjectAuxLossOnce.apply(out, loss)
+    forward.compiled = True
+    forward.pending.append((None, 1.0, loss))
+    return out
 
 
 def aux_loss_layers(model: nn.Module) -> list[Any]:
@@ -165,14 +250,17 @@ def aux_loss_layers(model: nn.Module) -> list[Any]:
 
 
 def attach_aux_loss(model: nn.Module, loss: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-    """`loss` plus `weight` times the auxiliary loss of the model's last forward.
+    """`loss` plus `weight` times the auxiliary loss of the forwards that it was computed from.
 
-    For a loss that the model did not compute; a model called with labels needs none of this. Call it once per forward,
-    in training, on the loss that the loop will scale, divide and back-propagate:
+    For a loss that the model did not compute; a model called with labels needs none of this. Call it once per loss, in
+    training, on what the loop will scale, divide and back-propagate:
 
         logits = model(inputs)
         loss = fk.attach_aux_loss(model, criterion(logits, labels))
         (loss / accumulation_steps).backward()
+
+    It is right too where the loop ran the model without a graph, and runs it again inside the backward of `loss`
+    (GradCache).
 
     Args:
         model: the model that holds the adapted layers.
@@ -185,32 +273,111 @@ def attach_aux_loss(model: nn.Module, loss: Tensor, weight: Tensor | float = 1.0
     Raises:
         ValueError: if `loss` is not a scalar, or no adapted layer of the model has run since the last call.
     """
-    if loss.dim() != 0:
+    if loss.numel() != 1:
         raise ValueError(f"the loss has shape {tuple(loss.shape)}; expected a scalar: reduce it (mean or sum) first")
-    layers = aux_loss_layers(model)
-    pending = [layer.aux_pending for layer in layers if layer.aux_pending is not None]
-    seeds = [seed for seed in {id(s): s for s in (layer.aux_seed for layer in layers)}.values() if seed.terms]
-    if not pending and not seeds:
+    total = attached(model, loss, weight)
+    if total is None:
         raise ValueError(
-            f"{type(model).__name__} has {len(layers)} FVAE layer(s) and none ran in training mode since the last "
-            "call: call attach_aux_loss once after each forward in training, and not for a loss that the model computed"
-            " itself. With torch.compile, run the forward inside `with fvae_kernels.external_loss(model):`"
+            f"{type(model).__name__} has {len(aux_loss_layers(model))} FVAE layer(s) and none ran in training mode "
+            "since the last call: call attach_aux_loss once after each forward in training, and not for a loss that the"
+            " model computed itself. With torch.compile, run the forward inside "
+            "`with fvae_kernels.external_loss(model):`"
         )
-    if torch.is_grad_enabled():
-        for seed in seeds:
-            loss = ProbeLoss.apply(loss, seed, weight)
-    for term in [*pending, *(seed.total() for seed in seeds)]:  # a seed's is a value: its gradient is injected
-        loss = loss + (weight * term).to(loss)
-    for layer in layers:
-        layer.aux_pending = None
-    for seed in seeds:  # the layers keep it: a recomputation in this loss's backward belongs to it
-        seed.terms, seed.closed = [], True
-    return loss
+    return total
 
 
-def in_backward() -> bool:
-    """Whether the autograd engine runs on this thread, so that a forward now is a checkpoint's recomputation."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def attached(model: nn.Module, loss: Tensor, weight: Tensor | float) -> Tensor | None:
+    """The same; None where no adapted layer took part."""
+    keys = [layer.aux_key for layer in aux_loss_layers(model)]
+    waiting = [forward for forward in PENDING if forward.held(keys) or _has(forward.values, keys)]
+    forwards = reached(loss, sorted(waiting, key=lambda forward: forward.number))
+    compiled, local.compiled = local.compiled, []
+    values = take_values(keys)
+    for forward in forwards:
+        loss = attach_forward(forward, loss, weight, keys)
+    if compiled:
+        loss = loss + (weight * torch.stack(compiled).sum()).to(loss)
+    if forwards or compiled:
+        return loss
+    if not values:
+        return None
+    return TotalLoss.apply(loss, weighted_sum([(w, value) for _, w, value in values]), weight, _InBackward(keys))
+
+
+def attach_forward(forward: Forward, loss: Tensor, share: Tensor | float, keys: list[Any] | None = None) -> Tensor:
+    """`loss` plus `share` times the terms of one forward; of the layers `keys`, or of all."""
+    held = forward.pending if keys is None else forward.held(keys)
+    values = [(w, value) for key, w, value in forward.values if keys is None or key in keys]
+    if not (held or values):
+        return loss
+    total = weighted_sum([(w, term) for _, w, term in held] + values)
+    for call, _, _ in held:
+        if call is not None:
+            call.attached = True
+    gone = set(map(id, held))
+    forward.pending = [entry for entry in forward.pending if id(entry) not in gone]
+    forward.values = [entry for entry in forward.values if keys is not None and entry[0] not in keys]
+    if torch.compiler.is_compiling() or transformed():
+        return loss + (share * total).to(loss)
+    return TotalLoss.apply(loss, total, share, _Note(forward))
+
+
+class _Note:
+    """Notes the weight of a forward's terms. They take no part if they went in before, without this loss."""
+
+    def __init__(self, forward: Forward) -> None:
+        self.state, self.weights = forward.state, forward.weights
+
+    def __call__(self, task: int, weight: Tensor) -> bool:
+        self.state.entered, self.weights[task] = True, weight
+        return not self.state.injected
+
+
+def weighted_sum(terms: list[tuple[float, Tensor]]) -> Tensor:
+    """The sum of weighted 0-dim terms, on the device of the first; those of one weight are added up first."""
+    device, dtype = terms[0][1].device, terms[0][1].dtype
+    weights: dict[float, list[Tensor]] = {}
+    for weight, term in terms:
+        weights.setdefault(weight, []).append(term.to(device=device, dtype=dtype))
+    sums = [weight * torch.stack(same).sum() for weight, same in weights.items()]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+
+
+def keep_values(values: Values) -> None:
+    """Note the values of a forward without a graph. Forwards that no loss follows do not make the list long."""
+    _graphless.extend(values)
+    del _graphless[:-KEPT]
+
+
+def take_values(keys: list[Any]) -> Values:
+    """Those of these layers; they are forgotten."""
+    taken = [entry for entry in _graphless if entry[0] in keys]
+    _graphless[:] = [entry for entry in _graphless if entry[0] not in keys]
+    return taken
+
+
+def _has(values: Values, keys: list[Any]) -> bool:
+    return any(key in keys for key, _, _ in values)
+
+
+class _InBackward:
+    """Notes the weight for forwards of these layers inside a backward."""
+
+    def __init__(self, keys: list[Any]) -> None:
+        self.keys = set(map(id, keys))
+
+    def __call__(self, task: int, weight: Tensor) -> bool:
+        _inside[task] = self.keys, weight
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _inside.pop(task, None))
+        return True
+
+
+def inherited(keys: list[Any]) -> Tensor | None:
+    """The weight of a forward of these layers that begins now, if it does so inside the backward of their loss."""
+    if not _inside or not in_backward():
+        return None
+    found = _inside.get(torch._C._current_graph_task_id())
+    return found[1] if found is not None and any(id(key) in found[0] for key in keys) else None
 
 
 _unprobed_warned = False
@@ -226,4 +393,18 @@ def _warn_unprobed() -> None:
             " or a GradScaler use `loss = fvae_kernels.attach_aux_loss(model, loss)`, or, for a trainer that computes "
             "its own loss, `fvae_kernels.prepare_trainer(trainer)`.",
             stacklevel=2,
+        )
+
+
+_eval_warned = False
+
+
+def _warn_eval(_: Tensor) -> None:
+    global _eval_warned
+    if not _eval_warned:
+        _eval_warned = True
+        warnings.warn(
+            "FVAE: a backward came to an adapter in eval mode. There it takes its mean, draws no sample and has no "
+            "objective, so the gradient is the task's alone. Call model.train() to train it.",
+            stacklevel=3,
         )

@@ -22,7 +22,8 @@ from ..diagnostics import (
     token_independent_share,
 )
 from ..nn.adapter import FVAEAdapter
-from .aux_loss import AuxLossLayer, aux_loss_layers, in_backward
+from .aux_loss import AuxLossLayer, aux_loss_layers
+from .recompute import in_backward
 from .trainer import check_trainer
 from .watch import Watch, has_settled
 

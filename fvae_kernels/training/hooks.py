@@ -1,5 +1,10 @@
-"""The hooks on an adapted model: they find the task loss it returns, and make it the total loss (6)."""
+"""The hooks on an adapted model: they begin and end its forwards, and make the task loss it returns the total loss (6).
 
+They sit on the model and, for callers that pass it by (feature extraction, `model.forward(...)`, a head that calls the
+trunk), on the modules inside of it that are called with masks, and on its blocks.
+"""
+
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,106 +12,189 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .aux_loss import AuxLossLayer, InjectAuxLossOnce, Seed, attach_aux_loss, aux_loss_layers, in_backward
-from .padding import PaddingRules, mask_argument
-from .token_share import token_share
+from .aux_loss import (
+    AuxLossLayer,
+    InjectAuxLossOnce,
+    InjectInTransform,
+    attach_forward,
+    aux_loss_layers,
+    inherited,
+    keep_values,
+    take_values,
+    transformed,
+    weighted_sum,
+)
+from .forward import Forward, local
+from .outputs import names_given, replaced, task_loss, tensors
+from .padding import ARGUMENTS, PaddingRules, mask_argument
+from .recompute import in_backward, region
+from .token_share import observe_items, token_share
 
 
 class AuxLossHooks:
-    """The hooks on a model: a fresh seed before each forward, and the probe on the loss that the forward returns.
+    """All hooks of a model.
 
     They sit on the base model, since PeftModel.forward calls it directly where no task type is set, and so do models
     into which adapters were injected in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.handles = (
-            model.register_forward_pre_hook(self.before, with_kwargs=True),
-            model.register_forward_hook(self.after, with_kwargs=True),
-        )
         self.external = False  # somebody else attaches the loss
+        self.meter: Any = None  # takes the task loss and the objective of each forward, for a log
+        self.scopes: list[Scope] = []
+        self.slowed: list[Any] = []  # nn.TransformerEncoders, whose fast path passes the layers by
         self.refresh(model)
 
     def refresh(self, model: nn.Module) -> None:
         """Look for the layers anew; they change when adapters are added."""
-        self.layers = aux_loss_layers(model)
-        self.padding_rules = PaddingRules(model)
-        for name, module in model.named_modules():
-            if isinstance(module, AuxLossLayer):
-                module.aux_mask_argument = mask_argument(model, name)
+        self.remove()
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, AuxLossLayer)}
+        self.layers = list(layers.values())
+        for name, layer in layers.items():
+            layer.aux_key.name = name
+        self.scopes = [Scope(self, model, "", layers)]
+        for name in inner_scopes(model, list(layers)):
+            self.scopes.append(Scope(self, model.get_submodule(name), name, layers))
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor and aux_loss_layers(module):
+                module.use_nested_tensor = False
+                self.slowed.append(module)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for scope in self.scopes:
+            scope.remove()
+        for module in self.slowed:
+            module.use_nested_tensor = True
+        self.scopes, self.slowed = [], []
+
+    def trains(self) -> bool:
+        """Whether an adapter is in training; the model's own mode does not tell, it may be eval with PEFT."""
+        return any(layer.training for layer in self.layers)
+
+
+class Scope:
+    """The hooks on one module: before and after each of its calls."""
+
+    def __init__(self, hooks: AuxLossHooks, module: nn.Module, name: str, layers: dict[str, Any]) -> None:
+        self.hooks, self.root = hooks, not name
+        self.rules = PaddingRules(module, root=self.root)
+        prefix = f"{name}." if name else ""
+        self.arguments = {
+            layer.aux_key: mask_argument(module, path.removeprefix(prefix))
+            for path, layer in layers.items()
+            if path.startswith(prefix) and path
+        }
+        self.handles = (
+            module.register_forward_pre_hook(self.before, with_kwargs=True),
+            module.register_forward_hook(self.after, with_kwargs=True, always_call=True),
+        )
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
 
-    def live(self) -> bool:
-        """Whether this forward trains an adapter; the model's own mode does not tell, it may be eval with PEFT."""
-        return torch.is_grad_enabled() and not in_backward() and any(layer.training for layer in self.layers)
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Begin a forward, or join the one that runs; note the masks."""
+        forward = self._begin()
+        local.stack.append((forward, len(forward.calls)) if isinstance(forward, Forward) else forward)
+        if not isinstance(forward, Forward):
+            return None
+        forward.scopes.append((self.arguments, self.rules.note(args, kwargs)))
+        return (args, observe_items(kwargs)) if self.root and "num_items_in_batch" in kwargs else None
 
-    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """The masks and a new seed for the layers of this forward."""
-        if not self.live():
-            return
-        padding = self.padding_rules.note(args, kwargs)
-        for layer in self.layers:
-            layer.aux_padding, layer.aux_inside = padding, True
-        if self.external:
-            return
-        for layer in self.layers:
-            layer.aux_pending, layer.aux_collected = None, True
-        if not torch.compiler.is_compiling():
-            seed = Seed()
-            for layer in self.layers:
-                layer.aux_seed = seed
+    def _begin(self) -> Any:
+        """A Forward; or these hooks, where nothing is trained here, or the calls of a forward are recomputed."""
+        if local.stack:
+            running = local.stack[-1]
+            if isinstance(running, tuple) or running is self.hooks:
+                return running[0] if isinstance(running, tuple) else running
+        if not self.hooks.trains() or (in_backward() and region() is not None):
+            return self.hooks
+        forward = Forward(torch.is_grad_enabled())
+        forward.inherited = inherited(list(self.arguments))
+        return forward
 
     def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """The total loss in place of the task loss, where the forward returned one."""
-        if not self.live():
+        """The total loss in place of the task loss, where the module returned one."""
+        entry = local.stack.pop()
+        if not isinstance(entry, tuple):
             return None
-        for layer in self.layers:
-            layer.aux_inside = False
-        if not torch.compiler.is_compiling():
-            self._recall_in_backward(output)
-        if self.external:
+        forward, start = entry
+        scope = forward.scopes.pop()
+        if output is None:  # it raised
             return None
-        for layer in self.layers:
-            layer.aux_collected = False
-        mapping = hasattr(output, "keys")
-        first = isinstance(output, tuple) and kwargs.get("labels") is not None
-        loss = output.get("loss") if mapping else output[0] if first else None
-        if not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad):
-            return self._without_loss(output)
-        if not any(layer.aux_pending is not None or layer.aux_seed.terms for layer in self.layers):
+        compiling, outermost = torch.compiler.is_compiling(), not forward.scopes
+        if outermost:
+            local.traced = scope if compiling or forward.compiled else None
+        if forward.recomputed and not compiling:
+            forward.recall(tensors(output), start)
+        if not (outermost or self.root):
             return None
-        loss = attach_aux_loss(module, loss, token_share(module, kwargs))
-        if mapping:
-            output["loss"] = loss
-            return output
-        return (loss, *output[1:])
+        if self.hooks.external:
+            return self._leave(forward, output) if outermost else None
+        loss = task_loss(output, names_given(args, kwargs, self.rules.positional)) if forward.grad else None
+        if loss is None:
+            return self._leave(forward, output) if outermost else None
+        if not (forward.pending or forward.values):
+            return None
+        total = attach_forward(forward, loss, token_share(module, kwargs, loss))
+        if self.hooks.meter is not None and not compiling:
+            self.hooks.meter.add(loss, total)
+        return replaced(output, loss, total)
 
-    def _recall_in_backward(self, output: Any) -> None:
-        """A backward that comes to this forward's outputs restores its masks and seeds, for recomputations."""
-        then = [(layer, layer.aux_padding, layer.aux_seed) for layer in self.layers]
-
-        def recall(_: Tensor) -> None:
-            for layer, padding, seed in then:
-                layer.aux_padding, layer.aux_seed = padding, seed
-
-        for value in _tensors(output):
-            if value.grad_fn is not None:
-                value.register_hook(recall)
-
-    def _without_loss(self, output: Any) -> Any:
-        """What compiled code recorded enters through the output, with weight 1, as in eager mode without a loss."""
-        terms = [layer.aux_pending for layer in self.layers if layer.aux_pending is not None]
-        carrier = _first_differentiable(output) if terms else None
+    def _leave(self, forward: Forward, output: Any) -> Any:
+        """The end of a forward that returned no loss."""
+        if not forward.grad:
+            keep_values(forward.values)
+            return None
+        compiled = [(weight, term) for call, weight, term in forward.pending if call is None]
+        if self.hooks.external and compiled:
+            local.compiled.append(weighted_sum(compiled))
+        if compiled:
+            forward.pending = [entry for entry in forward.pending if entry[0] is not None]
+        if not (torch.compiler.is_compiling() or transformed()) and (forward.pending or forward.values):
+            forward.own(tensors(output))
+        inject = compiled and not self.hooks.external
+        if transformed() and forward.pending:
+            compiled, inject = [(weight, term) for _, weight, term in forward.pending], True
+        carrier = next((t for t in tensors(output, 1) if t.is_floating_point()), None) if inject else None
         if carrier is None:
             return None
-        for layer in self.layers:
-            layer.aux_pending = None
-        injected = InjectAuxLossOnce.apply(carrier, torch.stack(terms).sum())
-        return _replace(output, carrier, injected)
+        loss = weighted_sum(compiled)
+        injected = InjectInTransform.apply(carrier, loss, 1.0) if transformed() else _once(carrier, loss)
+        return replaced(output, carrier, injected)
+
+
+def _once(carrier: Tensor, loss: Tensor) -> Tensor:
+    """What compiled code recorded enters through the output, with weight 1, as in eager mode without a loss."""
+    return InjectAuxLossOnce.apply(carrier, loss)
+
+
+def inner_scopes(model: nn.Module, layers: list[str]) -> list[str]:
+    """The modules on the way to an adapted layer that take a mask, down to its block, the entry of a list."""
+    found: dict[str, None] = {}
+    for layer in layers:
+        parts = layer.split(".")
+        for i in range(1, len(parts)):
+            name = ".".join(parts[:i])
+            module, parent = model.get_submodule(name), model.get_submodule(".".join(parts[: i - 1]))
+            block = isinstance(parent, nn.ModuleList) or isinstance(
+                module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+            )
+            if block or takes_mask(module):
+                found[name] = None
+            if block:
+                break
+    return list(found)
+
+
+def takes_mask(module: nn.Module) -> bool:
+    """Whether its forward has one of the arguments that masks are given by."""
+    return not isinstance(module, AuxLossLayer) and any(
+        name in ARGUMENTS for name in inspect.signature(module.forward).parameters
+    )
 
 
 def install_hooks(model: nn.Module) -> None:
@@ -126,44 +214,43 @@ def remove_hooks(model: nn.Module) -> None:
         del model._fvae_hooks
 
 
+def hooks_of(model: nn.Module) -> list[AuxLossHooks]:
+    """Those on the model, and on models inside of it."""
+    found: list[Any] = [getattr(module, "_fvae_hooks", None) for module in model.modules()]
+    return [hooks for hooks in found if hooks is not None]
+
+
+@contextmanager
+def token_mask(mask: Tensor | None) -> Iterator[None]:
+    """Inside, `mask` says which tokens enter the objective, in place of what the model is told by its arguments.
+
+    For masks that the package cannot know: packed sequences, tokens ``[T, B]``, a decoder that is masked by its labels,
+    a mask under another name.
+
+        with fk.token_mask(labels != -100):
+            loss = model(inputs, labels)
+
+    Args:
+        mask: the tokens ``[...]`` of the adapted layers' inputs, True or non-zero for those that count; None counts all
+            of them. Inputs of other tokens count in full, and a warning says so once.
+    """
+    local.masks.append(None if mask is None else mask.ne(0))
+    try:
+        yield
+    finally:
+        local.masks.pop()
+
+
 @contextmanager
 def external_loss(model: nn.Module) -> Iterator[None]:
     """Inside, the hooks stand back, whatever the number of forwards; the caller then calls `attach_aux_loss` once."""
-    found: list[Any] = [getattr(module, "_fvae_hooks", None) for module in model.modules()]
-    roots = [hooks for hooks in found if hooks is not None]
-    seed = Seed()
-    layers = aux_loss_layers(model)
-    for layer in layers:
-        layer.aux_pending, layer.aux_seed, layer.aux_collected = None, seed, True
+    roots = hooks_of(model)
+    local.compiled = []
+    take_values([layer.aux_key for layer in aux_loss_layers(model)])
     for hooks in roots:
         hooks.external = True
     try:
         yield
     finally:
-        for layer in layers:
-            layer.aux_collected = False
         for hooks in roots:
             hooks.external = False
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        output = (output,)
-    values = output.values() if hasattr(output, "keys") else output if isinstance(output, (tuple, list)) else ()
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _first_differentiable(output: Any) -> Tensor | None:
-    return next((value for value in _tensors(output) if value.is_floating_point()), None)
-
-
-def _replace(output: Any, old: Tensor, new: Tensor) -> Any:
-    if hasattr(output, "keys"):
-        for key in list(output.keys()):
-            if output[key] is old:
-                output[key] = new
-        return output
-    if isinstance(output, (tuple, list)):
-        values = [new if value is old else value for value in output]
-        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
-    return new

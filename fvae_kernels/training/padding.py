@@ -8,21 +8,22 @@ import inspect
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 ARGUMENTS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
 STACK = re.compile(r"(?:^|\.)\w*(encoder|decoder)\.")
-CROSS_ATTENTION = re.compile(r"encdec|enc_dec|encoder_attn|cross", re.IGNORECASE)
-READS_THE_ENCODER = re.compile(r"(k|v|kv|key|value)(_proj)?|c_attn")
+CROSS_ATTENTION = re.compile(r"encdec|enc_dec|encoder_attn|cross|attn2", re.IGNORECASE)
+READS_THE_ENCODER = re.compile(r"(to_|add_)?(k|v|kv|key|value)(_proj)?|c_attn")
 
 
 class PaddingRules:
     """What a model's structure says about masks; it does not change from forward to forward."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, root: bool = True) -> None:
+        self.root = root
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         parameters = inspect.signature(model.forward).parameters
         self.positional = [name for name, parameter in parameters.items() if parameter.kind in kinds]
@@ -31,39 +32,85 @@ class PaddingRules:
     def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Padding":
         """The masks among the arguments of a forward, or in a batch that it takes as one mapping."""
         given = {**dict(zip(self.positional, args, strict=False)), **kwargs}
-        for batch in (value for value in args if isinstance(value, Mapping)):
-            given = {**batch, **given}
-        return Padding({name: given[name] for name in ARGUMENTS if given.get(name) is not None}, self.audio)
+        for value in args:
+            if isinstance(value, Mapping):
+                given = {**value, **given}
+        return Padding({name: given[name] for name in ARGUMENTS if given.get(name) is not None}, self.audio, self.root)
+
+
+class Found(NamedTuple):
+    """What a module's masks say of a layer's input: `flags`, None for all tokens; or nothing, perhaps with a fault."""
+
+    settled: bool
+    flags: Tensor | None = None
+    problem: "Problem | None" = None
+
+
+class Problem(NamedTuple):
+    """Why a mask that was given is not used."""
+
+    argument: str
+    what: str
+
+    def warn(self, key: Any) -> None:
+        """Say it, once for each kind of layer."""
+        _warn(self.argument, self.what, getattr(key, "name", ""))
+
+
+NOTHING, ALL = Found(False), Found(True)
 
 
 class Padding:
     """The masks that one forward was given, by argument, and the model that says how long its audio frames are."""
 
-    def __init__(self, given: dict[str, Any], audio: Any = None) -> None:
+    def __init__(self, given: dict[str, Any], audio: Any = None, root: bool = True) -> None:
         self.masks = {name: mask.ne(0) if _is_flat(mask) else mask for name, mask in given.items()}
         self.audio = audio
+        self.root = root  # not inside of a model that may have made a mask of attention out of one of tokens
         self.frames: dict[tuple[str, int], Tensor] = {}
 
     def flags(self, argument: str | None, x: Tensor) -> Tensor | None:
         """bool ``[...]`` for the tokens of x ``[..., D]``, True for those that count; None where all of them do."""
-        mask = None if argument is None else self.masks.get(argument)
-        if argument is None or mask is None:
+        if argument is None:
             return None
+        found = self.find(argument, x)
+        if found.problem is not None:
+            found.problem.warn(None)
+        return found.flags
+
+    def find(self, argument: str, x: Tensor) -> Found:
+        """The flags of this argument's mask for the tokens of x, if it has one that fits."""
+        mask = self.masks.get(argument)
+        if mask is None:
+            return NOTHING
         tokens = x.shape[:-1]
         if not _is_flat(mask):
+            if not self.root:
+                return NOTHING
             shape = f"has shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
-            _warn(argument, f"{shape}, and only a mask [batch, tokens] says which tokens are padding")
-            return None
+            return _fault(argument, f"{shape}, and only a mask [batch, tokens] says which tokens are padding")
         if tokens == mask.shape:
-            return mask.to(x.device)
+            return Found(True, mask.to(x.device))
         if len(tokens) == 1 and tokens[0] == mask.numel():
-            return mask.flatten().to(x.device)
+            return Found(True, mask.flatten().to(x.device))
         if len(tokens) == 1 and tokens[0] == mask.shape[0]:  # one row for each sample, as in a pooler
-            return None
+            return ALL
         if self.audio is not None and tokens == (mask.shape[0], int(_frames(self.audio, mask.shape[1]))):
-            return self._frame_flags(argument, tokens[1]).to(x.device)
-        _warn(argument, f"has shape {tuple(mask.shape)}, and an adapted layer's input has tokens {tuple(tokens)}")
-        return None
+            return Found(True, self._frame_flags(argument, tokens[1]).to(x.device))
+        return _fault(argument, _unfit(mask, x))
+
+    def find_in_attention(self, argument: str, x: Tensor) -> Found:
+        """The same from a mask of attention ``[batch, 1, queries, tokens]`` that a model passes on to its blocks.
+
+        A token counts if some query attends to it: a causal mask lets each token attend to itself.
+        """
+        mask = self.masks.get(argument)
+        if self.root or not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1:
+            return NOTHING
+        if x.shape[:-1] != (mask.shape[0], mask.shape[3]):
+            return NOTHING
+        attends = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return Found(True, attends.any(2).squeeze(1).to(x.device))
 
     def _frame_flags(self, argument: str, count: int) -> Tensor:
         """Samples are padded on the right, and a frame counts if it is made of real ones."""
@@ -82,20 +129,33 @@ class Padding:
         return Padding, ({},)
 
 
+def stated_flags(mask: Tensor | None, x: Tensor, key: Any) -> Tensor | None:
+    """The flags of a mask that the user states with `token_mask`."""
+    if mask is None:
+        return None
+    if mask.shape == x.shape[:-1]:
+        return mask.to(x.device)
+    if x.dim() == 2 and x.shape[0] == mask.numel():
+        return mask.flatten().to(x.device)
+    Problem("token_mask", _unfit(mask, x)).warn(key)
+    return None
+
+
 def mask_argument(model: nn.Module, name: str) -> str | None:
     """Which argument of `model` masks the tokens of the layer called `name`; None for image patches, which none does.
 
     Layers of an encoder-decoder go by the stack they stand in, and the keys and values of cross-attention, whose names
-    tell, are made of the encoder's tokens.
+    tell, are made of the encoder's tokens. `model` may be one of the stacks, or a block.
     """
     parts = name.split(".")
     around = [model, *(model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts)))]
     inputs = [module.main_input_name for module in around if hasattr(module, "main_input_name")]
     if inputs and inputs[-1] == "pixel_values":
         return None
-    two_stacks = any(getattr(getattr(module, "config", None), "is_encoder_decoder", False) for module in around)
     cross = bool(CROSS_ATTENTION.search(name.rpartition(".")[0]) and READS_THE_ENCODER.fullmatch(parts[-1]))
-    if not two_stacks:
+    two_stacks = any(getattr(getattr(module, "config", None), "is_encoder_decoder", False) for module in around)
+    accepted = inspect.signature(model.forward).parameters
+    if not two_stacks or ("attention_mask" in accepted and "decoder_attention_mask" not in accepted):
         return "encoder_attention_mask" if cross else "attention_mask"
     stack = STACK.search(name)
     in_encoder = stack is not None and stack.group(1) == "encoder"
@@ -112,15 +172,25 @@ def _frames(audio: Any, samples: Any) -> Any:
     return lengths(samples, **({"add_adapter": False} if "add_adapter" in lengths.__code__.co_varnames else {}))
 
 
-_warned: set[str] = set()
+_warned: set[tuple[str, str]] = set()
 
 
-def _warn(argument: str, what: str) -> None:
-    if torch.compiler.is_compiling() or argument in _warned:
+def _unfit(mask: Tensor, x: Tensor) -> str:
+    return f"has shape {tuple(mask.shape)}, and an adapted layer's input has tokens {tuple(x.shape[:-1])}"
+
+
+def _fault(argument: str, what: str) -> Found:
+    return Found(False, None, Problem(argument, what))
+
+
+def _warn(argument: str, what: str, layer: str) -> None:
+    kind = argument, layer.rpartition(".")[2]
+    if torch.compiler.is_compiling() or kind in _warned:
         return
-    _warned.add(argument)
+    _warned.add(kind)
     warnings.warn(
-        f"FVAE: {argument} {what}. All tokens of such layers enter the objective, padding too. With "
-        "mask_padding=False they do so in every layer, and this warning is off.",
+        f"FVAE: {argument} {what}{f' ({layer})' if layer else ''}. All tokens of such layers enter the objective, "
+        "padding too. State the mask of their tokens with `with fvae_kernels.token_mask(mask):`. With "
+        "mask_padding=False all tokens count in every layer, and this warning is off.",
         stacklevel=2,
     )

@@ -1,30 +1,74 @@
 """The weight of the auxiliary loss where the task loss is a sum over tokens, divided by the tokens of a whole step.
 
-transformers.Trainer passes `num_items_in_batch` to models that take it. The task loss is then ``sum / num_items``, and
+transformers.Trainer passes `num_items_in_batch` to models that take it. Where the task loss then is ``sum / items``,
 the micro-batches of one step add up instead of being averaged. The auxiliary loss of a micro-batch, a mean over its
 tokens, then counts with the micro-batch's share of the labelled tokens, so that the shares of one step sum to 1.
+
+Many heads take the argument and let it be: their loss is a mean, and comes out larger by the accumulation steps under
+Trainer. The auxiliary loss must follow the task loss, so that their ratio stays what was asked for. So what a head does
+is observed: it gets the number as a tensor that notices when something is computed with it.
 """
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 IGNORED_LABEL = -100
+ITEMS = "num_items_in_batch"
 
 
-def token_share(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
+class ObservedItems(torch.Tensor):
+    """The number of items, which notices whether anything is computed with it."""
+
+    used: list[bool]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Results are plain tensors, but for the same number on another device or in another dtype."""
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        seen = [entry for entry in args if isinstance(entry, ObservedItems)]
+        name = getattr(func, "__name__", "")
+        if name in MOVES and seen and isinstance(result, Tensor):
+            return _observed(result, seen[0].used)
+        if name not in LOOKS:
+            for entry in seen:
+                entry.used[0] = True
+        return result.as_subclass(torch.Tensor) if isinstance(result, ObservedItems) else result
+
+
+MOVES = {"to", "cuda", "cpu", "float", "double", "half", "bfloat16", "long", "int", "clone", "detach", "contiguous"}
+MOVES |= {"view", "reshape", "squeeze", "unsqueeze", "expand"}
+LOOKS = {"__get__", "dim", "size", "__repr__", "__str__", "__format__", "numel", "is_floating_point", "__len__"}
+
+
+def _observed(number: Tensor, used: list[bool]) -> ObservedItems:
+    found = number.as_subclass(ObservedItems)
+    found.used = used
+    return found
+
+
+def observe_items(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward, with a number of items that can be asked whether it was used."""
+    items = kwargs[ITEMS]
+    if items is None or torch.compiler.is_compiling():
+        return kwargs
+    number = items.detach() if isinstance(items, Tensor) else torch.as_tensor(items)
+    return {**kwargs, ITEMS: _observed(number, [False])}
+
+
+def token_share(model: nn.Module, kwargs: dict[str, Any], loss: Tensor) -> Tensor | float:
     """The share of this forward; 1 where the task loss is a plain mean."""
-    items = kwargs.get("num_items_in_batch")
-    if items is None or not honours_num_items(model):
+    items = kwargs.get(ITEMS)
+    if items is None or (isinstance(items, ObservedItems) and not items.used[0]):
         return 1.0
-    share = labelled_share(model, kwargs, items)
-    return 1.0 if share is None else share
+    share = labelled_share(model, kwargs, torch.as_tensor(items).as_subclass(torch.Tensor))
+    return 1.0 if share is None else share.sum()
 
 
 def labelled_share(model: nn.Module, inputs: Any, items: Tensor | int) -> Tensor | None:
-    """Labelled tokens of `inputs` among all `items` of the step, counted as Trainer does; None without labels."""
+    """Labelled tokens of `inputs` among all `items` of the step, counted as the head does; None without labels."""
     labels = inputs.get("shift_labels", inputs.get("labels"))
     if not isinstance(labels, torch.Tensor):
         return None
@@ -33,22 +77,12 @@ def labelled_share(model: nn.Module, inputs: Any, items: Tensor | int) -> Tensor
     return labels.ne(IGNORED_LABEL).sum() / torch.as_tensor(items).clamp(min=1)
 
 
-def honours_num_items(model: nn.Module) -> bool:
-    """Whether the head divides by `num_items_in_batch`.
-
-    Some heads swallow it in ``**kwargs`` and take the mean all the same (BERT, RoBERTa and others in transformers 5):
-    their loss comes out larger by the accumulation steps under Trainer. The auxiliary loss must follow the task loss,
-    so that their ratio stays what was asked for. Heads that honour it call ``self.loss_function``.
-    """
-    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
-    return code is None or "loss_function" in code.co_names
-
-
 def _shifts_labels(model: nn.Module) -> bool:
     try:
         from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
     except ImportError:
         return False
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    loss_type: Any = getattr(model, "loss_type", None)
-    return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss and not encoder_decoder
+    if encoder_decoder or not hasattr(model, "loss_type"):
+        return False
+    return LOSS_MAPPING.get(model.loss_type, ForCausalLMLoss) is ForCausalLMLoss  # the default for other names

@@ -6,14 +6,13 @@ another needs the auxiliary loss added there, with the weight that its accumulat
 
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .aux_loss import Seed, attach_aux_loss, aux_loss_layers
+from .aux_loss import attached, aux_loss_layers
 from .hooks import external_loss
 from .token_share import labelled_share
 
@@ -84,19 +83,17 @@ def _total_loss(
     **options: Any,
 ) -> Any:
     """`own`, the trainer's compute_loss, with the auxiliary loss in what it returns."""
-    layers = aux_loss_layers(model)
     compute = functools.partial(own, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **options)
-    if not (torch.is_grad_enabled() and layers) or _model_computes_loss(trainer, own):
+    if not (torch.is_grad_enabled() and aux_loss_layers(model)) or _model_computes_loss(trainer, own):
         return compute(model, inputs)
     share = _share(trainer, inputs, num_items_in_batch)  # now: compute_loss may take the labels out of the inputs
-    callables = {id(m): m for m in (model, trainer.accelerator.unwrap_model(model))}.values()
-    with external_loss(model), _graphless_apart(callables, layers):
+    with external_loss(model):
         result = compute(model, inputs)
-    if not any(layer.aux_pending is not None or layer.aux_seed.terms for layer in layers):
+    loss = result[0] if return_outputs else result
+    total = attached(model, loss, share)
+    if total is None:
         return result  # no adapter took part: the sum over layers is empty
-    if return_outputs:
-        return (attach_aux_loss(model, result[0], share), *result[1:])
-    return attach_aux_loss(model, result, share)
+    return (total, *result[1:]) if return_outputs else total
 
 
 def _model_computes_loss(trainer: Any, own: Callable[..., Any]) -> bool:
@@ -120,26 +117,3 @@ def _share(trainer: Any, inputs: Any, items: Tensor | int | None) -> Tensor | fl
     if trainer.args.average_tokens_across_devices:  # the items are those of all processes, whose gradients DDP averages
         share = share * trainer.accelerator.num_processes
     return share
-
-
-@contextmanager
-def _graphless_apart(models: Iterable[nn.Module], layers: list[Any]) -> Iterator[None]:
-    """Keep the terms of a forward without a graph, for a metric or a reference, out of the loss that is reported."""
-    kept: list[list[Seed]] = []
-
-    def before(*_: Any) -> None:
-        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
-            kept.append([layer.aux_seed for layer in layers])
-            for layer in layers:
-                layer.aux_seed = Seed()
-
-    def after(*_: Any) -> None:
-        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
-            for layer, seed in zip(layers, kept.pop(), strict=True):
-                layer.aux_seed = seed
-
-    with ExitStack() as stack:
-        for model in models:
-            stack.callback(model.register_forward_pre_hook(before).remove)
-            stack.callback(model.register_forward_hook(after, always_call=True).remove)
-        yield

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("matplotlib")
+
 import fvae_kernels as fk
 from benchmarks import cost, experiments, gate, goals, memory, models, report, sides, stats
-from fvae_kernels import reference, testing
+from fvae_kernels import ops, reference, testing
 from fvae_kernels.nn import adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss", "ignore::FutureWarning")
@@ -87,7 +89,7 @@ def test_a_kernel_of_one_op_does_no_other_products(op: str) -> None:
     inputs = testing.INPUTS[op]((8,))
 
     def flops(backend: str | None) -> int:
-        return cost.count(lambda: testing.run(getattr(fk, op), inputs, backend=backend))["flops"]
+        return cost.count(lambda: testing.run(getattr(ops, op), inputs, backend=backend))["flops"]
 
     once_more = 2 * 8 * inputs["w_out"].numel() if op == "reconstruct" else 0
     assert flops("cpp") == flops("reference") + once_more
@@ -136,10 +138,10 @@ def test_the_gate_forgives_half_precision_a_rounding_and_no_more() -> None:
     rounded = {"kl": torch.tensor(100.0)}  # by luck
     near, far = {"kl": torch.tensor(100.1)}, {"kl": torch.tensor(101.0)}
     half, full = (gate.FLOOR + gate.half_roundings(dtype) for dtype in (torch.bfloat16, torch.float32))
-    gate._no_worse("layer", near, rounded, exact, half)
+    gate.no_worse("layer", near, rounded, exact, half)
     for found, floor in ((near, full), (far, half)):
         with pytest.raises(gate.WrongKernel, match="layer differs from the reference: kl"):
-            gate._no_worse("layer", found, rounded, exact, floor)
+            gate.no_worse("layer", found, rounded, exact, floor)
 
 
 def test_the_gate_refuses_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:

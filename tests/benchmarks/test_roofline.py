@@ -77,7 +77,7 @@ def test_ours_grows_with_tokens_as_its_tensors_do() -> None:
 
 
 def test_the_pages_say_what_the_commands_print() -> None:
-    assert pages.block(cost_table.README, "cost") == cost_table.table()
+    assert pages.block(cost_table.PAGE, "cost") == cost_table.table()
     assert pages.block(roofline.PAGE, "devices") == roofline.devices_table()
     assert pages.block(roofline.PAGE, "predictions") == roofline.table()
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
 from examples import assets, demo, report
 from examples.data import Snippet
 from tests import ROOT

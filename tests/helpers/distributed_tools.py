@@ -1,4 +1,4 @@
-"""Two processes against one: adapted models, shards of a batch, and noise that both sides draw alike."""
+"""Two processes against one: adapted models, shards of a batch, and the same noise for both."""
 
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ Batch = dict[str, Tensor]
 
 
 class Noise:
-    """Noise by the sample's place in the whole batch, so that one process and two draw the same."""
+    """Noise by position in the whole batch, so that one process and two draw the same."""
 
-    first: int | None = 0  # the place of this process's first sample; None: all samples get the same
+    first: int | None = 0  # position of this process's first sample; None: the same noise for all samples
     own = FVAEAdapter.draw_noise
 
     @classmethod
@@ -81,7 +81,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Of everything trained; a missing one is an error."""
+    """Gradients of all trained parameters; a missing one is an error."""
     trained = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
     missing = [name for name, p in trained.items() if p.grad is None]
     assert not missing, f"no gradient: {missing}"
@@ -103,7 +103,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 
 def by_one_process(model: nn.Module, criterion: str, inputs: Batch) -> tuple[Tensor, Tensor]:
-    """The task loss, and the layers' terms added up by hand, graph and all."""
+    """The total loss on one process, with the layers' terms added by hand."""
     with by_hand(model) as terms:
         task = CRITERIA["outside" if criterion == "attached" else criterion](model, model, inputs)
     return task, torch.stack(terms).sum()
@@ -120,7 +120,7 @@ def wrap(engine: str, model: nn.Module, **options: Any) -> nn.Module:
 
 
 def accumulating(engine: str, model: Any, last: bool) -> Any:
-    """A context in which a micro-batch's gradients stay on their rank, unless it is the last."""
+    """A context that keeps the gradients of a micro-batch on their rank, unless it is the last."""
     if engine == "ddp" and not last:
         return model.no_sync()
     if engine == "fsdp2":
@@ -152,7 +152,7 @@ CRITERIA = {"inside": inside, "outside": outside, "attached": attached}
 
 
 def step_of_trainer(model: nn.Module, inputs: Batch, folder: Path) -> None:
-    """One step of SGD by transformers' Trainer, which shares the samples out to the ranks."""
+    """One step of SGD by transformers' Trainer, which distributes the samples over the ranks."""
     samples = [{name: value[i] for name, value in inputs.items()} for i in range(SIZE)]
     arguments = TrainingArguments(
         str(folder),

@@ -1,6 +1,6 @@
-"""What each of two processes runs in test_distributed.py: cases that compare with one process on the whole batch.
+"""Run by each of two processes in test_distributed.py: cases that compare with one process on the whole batch.
 
-The arguments are "compare" or "killed", and a folder. For the former every rank leaves a file of results there: for
+The arguments are "compare" or "killed", and a folder. With "compare" every rank writes a file of results there: for
 each case null, or what went wrong.
 """
 
@@ -55,7 +55,7 @@ def equals_one_process(
     **options: Any,
 ) -> None:
     """Loss and gradients of two ranks are those of one process with the whole batch."""
-    scale = 3.0 if criterion != "outside" else 1.0  # a weight that the loop gives to its loss
+    scale = 3.0 if criterion != "outside" else 1.0  # a weight of the loss, chosen by the loop
     alone = model_of(kind)
     parts = [by_one_process(alone, criterion, whole(whole_batch(kind, seed))) for seed in range(steps)]
     (scale / steps * sum(task + terms for task, terms in parts)).backward()
@@ -84,7 +84,7 @@ def tokens_of_the_whole_step(folder: Path, engine: str) -> None:
 
 
 def unequal_shards(folder: Path, engine: str) -> None:
-    """Each rank counts the same, whatever its number of tokens: the mean over ranks of their means."""
+    """Every rank has the same weight, whatever its number of tokens: a mean over ranks of means over tokens."""
     sizes, inputs, alone = (3, 1), whole_batch("bert"), model_of("bert")
     parts = [{name: value[first:last] for name, value in inputs.items()} for first, last in ((0, 3), (3, 4))]
     for Noise.first, part in zip((0, 3), parts, strict=True):
@@ -104,7 +104,7 @@ def weighted_shards(folder: Path, engine: str) -> None:
 
 
 def half_base(folder: Path, engine: str) -> None:
-    """A base model in bfloat16 with adapters in float32, two dtypes in what one block gathers."""
+    """A bfloat16 base model with float32 adapters: FSDP gathers two dtypes in one block."""
     alone, model, inputs = model_of("bert", torch.bfloat16), model_of("bert", torch.bfloat16), whole_batch("bert")
     for each in (alone, model):
         for module in each.modules():
@@ -117,7 +117,7 @@ def half_base(folder: Path, engine: str) -> None:
 
 
 def noise_streams(folder: Path, engine: str) -> None:
-    """Noise is each rank's own generator's: ranks of one seed draw the same, ranks of different seeds do not."""
+    """Noise comes from each rank's generator: the same with the same seed, different with different seeds."""
     called, inputs = wrap(engine, model_of("mlp")), whole(whole_batch("mlp"))
     patched, FVAEAdapter.draw_noise = FVAEAdapter.draw_noise, Noise.own
     try:
@@ -132,7 +132,7 @@ def noise_streams(folder: Path, engine: str) -> None:
 
 
 def trained(called: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """One step of SGD, after which every adapter tensor is another."""
+    """One step of SGD, which changes every tensor of the adapters."""
     parameters = [p for p in called.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     called(**inputs).loss.backward()
@@ -153,7 +153,7 @@ def saves_what_one_process_saves(folder: Path, engine: str) -> None:
 
 
 def on_rank_0(check: Callable[[], None]) -> None:
-    """The other rank waits, so that a failure leaves both at the same place."""
+    """Run on rank 0 while the other waits, so that both fail together."""
     try:
         if dist.get_rank() == 0:
             check()
@@ -190,7 +190,7 @@ def killed(folder: Path) -> None:
 
 
 def accelerated(fsdp2: bool) -> Accelerator:
-    """An Accelerator of two processes on the CPU, where accelerate itself would not switch to FSDP2."""
+    """An Accelerator for two processes on the CPU; by itself accelerate would not choose FSDP2 there."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     assert accelerator.num_processes == 2
@@ -207,7 +207,7 @@ def accelerated(fsdp2: bool) -> Accelerator:
 
 
 def through_accelerate(folder: Path, fsdp2: bool) -> None:
-    """Accelerator's loop over two micro-batches: the step and the files of one process."""
+    """accelerate's loop over two micro-batches gives the step and the files of one process."""
     alone, model = model_of("bert"), model_of("bert")
     batches = [whole_batch("bert", seed) for seed in range(2)]
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (alone, model)]
@@ -227,7 +227,7 @@ def through_accelerate(folder: Path, fsdp2: bool) -> None:
 
 
 def through_trainer(folder: Path) -> None:
-    """A step of Trainer is one process's; in which order it takes the samples is its own affair."""
+    """A step of Trainer is that of one process, whatever the order of the samples."""
     Noise.first, alone, model = None, model_of("llama"), model_of("llama")
     task, terms = by_one_process(alone, "inside", whole_batch("llama"))
     (task + terms).backward()
@@ -243,7 +243,7 @@ Case = Callable[[Path], None]
 
 
 def cases_of(engine: str) -> dict[str, Case]:
-    """By name, what holds for DDP and FSDP2 alike."""
+    """Cases for DDP and FSDP2, by name."""
     same = partial(equals_one_process, engine=engine)
     others = (
         tokens_of_the_whole_step,
@@ -275,7 +275,7 @@ CASES: dict[str, Case] = {
 
 
 def compare(folder: Path) -> None:
-    """Run every case, and write down how each went."""
+    """Run every case and write the results."""
     FVAEAdapter.draw_noise = lambda adapter, x: Noise.draw(adapter, x)
     results: dict[str, str | None] = {}
     for name, case in CASES.items():
@@ -288,6 +288,6 @@ def compare(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     {"compare": compare, "killed": killed}[sys.argv[1]](Path(sys.argv[2]))
     dist.destroy_process_group()

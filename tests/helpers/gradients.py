@@ -1,4 +1,4 @@
-"""Adapted models and the gradient of their total loss (6), computed directly, to compare a training loop with."""
+"""Adapted models, and the gradient of their total loss (6) computed directly, to compare training loops with."""
 
 import peft
 import torch

@@ -1,4 +1,4 @@
-"""Inputs of the layer op for any size and config, and the op as a function of them that gives a flat tuple."""
+"""Inputs of the layer op for any size and config, and the op as a function that returns a flat tuple."""
 
 import itertools
 
@@ -7,15 +7,15 @@ import torch
 import fvae_kernels as fk
 from fvae_kernels import reference, testing
 from fvae_kernels.ops._checks import token_flags
-from fvae_kernels.ops._layer_support import objective_table
-from fvae_kernels.ops.layer import layer
+from fvae_kernels.ops._layer_inputs import Options, Tensors
+from fvae_kernels.ops.layer import flat_parameters, layer
 from tests.helpers.recipe import AUTHORS
 
 SMALL = {**AUTHORS, "rank": 3, "encoder_hidden": (5,), "decoder_hidden": (6,), "dropout": 0.0, "prior2_std": 0.8}
 
 
 def layer_inputs(lead=(5,), D=7, M=6, bias=True, mask=False, dtype=torch.float64, device="cpu", seed=0, **options):
-    """Arguments of `run_layer`; `options` are those of FVAEConfig, small where they are not given."""
+    """Arguments of `run_layer`; `options` are those of FVAEConfig, with small sizes by default."""
     random, config = testing.Random(seed, dtype, device), fk.FVAEConfig(**{**SMALL, **options})
     R = config.rank
 
@@ -54,14 +54,14 @@ def run_layer(x, encoder1, encoder2, decoder, B, noise, mask, config, dropout=0.
 
 
 def plain(x, encoder1, encoder2, decoder, B, noise, mask, config, dropout=0.0, base=None):
-    """The same of reference.layer."""
+    """`run_layer` with reference.layer."""
     encoders = (reference.Encoder(*encoder) for encoder in (encoder1, encoder2))
     delta, terms = reference.layer(x, *encoders, reference.Decoder(*decoder), B, config, noise, dropout, mask)
     return delta if base is None else base + delta.to(base.dtype), *terms
 
 
 def assert_layer_no_worse(inputs, same_dtype, backend, seeds=4, actual=run_layer):
-    """`testing.assert_no_worse` over some seeds, of which `inputs` makes inputs: one rounding may be lucky."""
+    """`testing.assert_no_worse` over several seeds, as one rounding may be lucky; `inputs` maps a seed to inputs."""
     results = {"actual": [], "same_dtype": [], "exact": []}
     for seed in range(seeds):
         given = inputs(seed)
@@ -74,29 +74,25 @@ def assert_layer_no_worse(inputs, same_dtype, backend, seeds=4, actual=run_layer
 
 
 def raw_layer(lead, D, M, base=False, stride="contiguous", dropout=0.0, seed=5, **options):
-    """Arguments of the raw forward, detached."""
+    """Arguments of the raw forward, detached: base, then those of both directions."""
     inputs = testing.restride(layer_inputs(lead, D, M, **options), stride)
-    config = inputs["config"]
+    x = inputs["x"]
+    y = torch.randn(*lead, M, dtype=x.dtype, device=x.device) if base else None
+    return [y, *raw_inputs(inputs, dropout, torch.tensor(seed, device=x.device))]
 
-    def flat(hidden, *rest):
-        return [t if t is None else t.detach() for t in (*itertools.chain(*hidden), *rest)]
 
-    encoders = [flat(encoder[0], *encoder[2:]) for encoder in (inputs["encoder1"], inputs["encoder2"])]
-    hidden, *output, scale = inputs["decoder"]
-    x = inputs["x"].detach()
-    return [
-        torch.randn(*lead, M, dtype=x.dtype, device=x.device) if base else None,
-        *(x, *encoders, flat(hidden, *output), scale.detach(), inputs["B"].detach(), *inputs["noise"]),
-        token_flags(inputs["mask"]),
-        torch.tensor(seed, device=x.device),
-        *(dropout, config.fusion == "average", float(config.scaling), float(config.prior2_mean)),
-        list(objective_table(config)),
-        None,
-    ]
+def raw_inputs(inputs, dropout=0.0, seed=None):
+    """What both directions take, of `layer_inputs` for x [N, D]."""
+    encoders = (reference.Encoder(*inputs[name]) for name in ("encoder1", "encoder2"))
+    parameters = flat_parameters(*encoders, reference.Decoder(*inputs["decoder"]), inputs["B"])
+    parameters = [p if p is None else p.detach() for p in parameters]
+    mask = token_flags(inputs["mask"])
+    tensors = Tensors(inputs["x"].detach(), parameters, *inputs["noise"], mask, seed)
+    return [*tensors, *Options.of(inputs["config"], dropout, None)]
 
 
 def replaced(inputs, leaves):
-    """`inputs` with other tensors under the names of `testing.leaves`."""
+    """`inputs` with some tensors replaced, by the names of `testing.leaves`."""
 
     def of(name, value):
         if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""A FusedFVAELinear whose every path counts."""
+"""A small FusedFVAELinear whose every path has an effect."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def config(**options: Any) -> fk.FVAEConfig:
 
 
 def randomised(layer: nn.Module, seed: int = 0) -> Any:
-    """Heads start at zero; move everything so that every path counts."""
+    """Heads start at zero: change all parameters, so that every path has an effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in layer.adapter.parameters():  # type: ignore[union-attr]

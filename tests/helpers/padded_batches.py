@@ -1,4 +1,4 @@
-"""Sequences of unequal lengths, alone and padded to one batch, for the tests of padding."""
+"""Sequences of unequal lengths, one by one and padded to a batch, for the tests of padding."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def with_masks(row: Batch) -> Batch:
 
 
 def padded(rows: list[Batch], side: str = "right", fill: int = 1) -> Batch:
-    """The rows as one batch, as a data collator pads them."""
+    """The rows padded to one batch, as a data collator does."""
     rows = [with_masks(row) for row in rows]
 
     def pad(name: str) -> Tensor:
@@ -62,7 +62,7 @@ def padded(rows: list[Batch], side: str = "right", fill: int = 1) -> Batch:
 
 
 def forget_position(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same noise for a token wherever it stands in a batch; and no warning has been spent by another test."""
+    """Noise that does not depend on the position in a batch; and warnings that come once come again."""
 
     def draw(self: FVAEAdapter, x: Tensor) -> Tensor:
         return torch.full((*x.shape[:-1], self.config.rank), 0.5, dtype=self.B.dtype)

@@ -1,4 +1,4 @@
-"""Tiny models with a small adapter, as the tests of the PEFT plug-in use them."""
+"""Tiny models with a small adapter, for the tests of the PEFT plug-in."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def adapted(kind: str = "bert", **options: Any) -> Any:
 
 
 def unlabelled(kind: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A batch to infer from; decoders of an encoder-decoder are given their tokens."""
+    """A batch without labels; an encoder-decoder gets decoder tokens."""
     inputs = batch(kind, dtype=dtype)
     labels = inputs.pop("labels")
     return {**inputs, "decoder_input_ids": labels} if kind in ("t5", "whisper") else inputs

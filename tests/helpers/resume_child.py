@@ -1,7 +1,7 @@
 """A training process for test_trainer_resume: ``python resume_child.py FOLDER KILL_AT [FOLDER KILL_AT]``.
 
-A run resumes from its folder's last checkpoint if there is one, and kills the process in the forward of step KILL_AT;
-with 0 it reaches its end.
+A run resumes from the last checkpoint in its folder, if there is one, and kills the process in the forward of step
+KILL_AT; with 0 it runs to the end.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Tiny random transformers and the batches they take: real architectures, made here, nothing downloaded."""
+"""Tiny transformers with random weights, and batches for them: real architectures, nothing is downloaded."""
 
 from collections.abc import Callable
 from typing import Any
@@ -110,7 +110,7 @@ BUILD: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(kind: str, seed: int = 0, **extra: Any) -> nn.Module:
-    """A model of this kind; the caller's generator is left alone."""
+    """A model of this kind; torch's generator is not changed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return BUILD[kind](**extra)
@@ -139,7 +139,7 @@ def batch(kind: str, size: int = 2, seed: int = 0, dtype: torch.dtype = torch.fl
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """All that a failed call must leave as it was: values, module types, hooks, trained parameters, and modes."""
+    """What a failed call must not change: values, module types, hooks, requires_grad, and modes."""
     modules = list(model.named_modules())
     return {
         "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
@@ -153,7 +153,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 
 def assert_state(model: nn.Module, before: dict[str, Any]) -> None:
-    """The model is as `state_of` found it, bit for bit."""
+    """The model equals the state from `state_of`, bit for bit."""
     after = state_of(model)
     values, old = after.pop("values"), before["values"]
     for key, value in after.items():

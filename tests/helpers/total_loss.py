@@ -1,4 +1,4 @@
-"""The total loss (6) computed by hand: the layers' terms, graph and all, beside the task loss."""
+"""The total loss (6) by hand: the task loss and the layers' terms, with their graphs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from fvae_kernels.training.aux_loss import AuxLossLayer
 
 
 def fix_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise that depends on the position in the batch alone, so that two ways of computing a step see the same."""
+    """Noise that depends only on the position in the batch, so that two ways to compute a step get the same."""
 
     def draw(self: FVAEAdapter, x: Tensor) -> Tensor:
         shape = torch.Size((*x.shape[:-1], self.config.rank))
@@ -25,7 +25,7 @@ def fix_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def by_hand(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, the layers put ``loss_weight * terms.loss``, graph and all, into the list, and nothing else happens."""
+    """In the block, layers append ``loss_weight * terms.loss`` with its graph to the list, and inject nothing."""
     collected: list[Tensor] = []
 
     def collect(self: AuxLossLayer, out: Tensor, terms: Any, loss_weight: float) -> Tensor:

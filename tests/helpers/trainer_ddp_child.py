@@ -30,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {"label smoothing": {"label_smoothing_factor"
 
 
 def one_step(case: str, folder: Path) -> tuple[dict[str, Tensor], float]:
-    """The step over all micro-batches, as many of them here as there are for one process; and the reported loss."""
+    """One step and its reported loss. The micro-batches are divided among the processes."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     options = {**ONE_STEP, "gradient_accumulation_steps": STEPS // processes, **CASES[case]}
     model, rows = adapted("llama", "CAUSAL_LM"), Rows("llama", torch.float64)

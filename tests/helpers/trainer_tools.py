@@ -1,6 +1,6 @@
-"""transformers.Trainer on tiny models: what the tests of trainers share.
+"""transformers.Trainer on tiny models, for the tests of trainers.
 
-SGD with learning rate 1 writes the gradient into the parameters, where it can be read off.
+SGD with learning rate 1 subtracts the gradient from the parameters, so the step is the gradient.
 """
 
 from pathlib import Path
@@ -77,13 +77,13 @@ ONE_STEP: dict[str, Any] = {
 
 
 def trainer_of(model: nn.Module, rows: Dataset, cls: type = InOrder, **options: Any) -> Trainer:
-    """A trainer that takes the rows in their order. Trainer's own options may stand among TrainingArguments'."""
+    """A trainer that takes the rows in order. Options are those of Trainer and of TrainingArguments."""
     own = {name: options.pop(name) for name in ("compute_loss_func", "callbacks", "eval_dataset") if name in options}
     return cls(model=model, args=TrainingArguments(**options), train_dataset=rows, data_collator=collate, **own)
 
 
 def step_of(trainer: Trainer) -> dict[str, Tensor]:
-    """What one optimizer step subtracted from each parameter."""
+    """The change of each parameter in one optimizer step, negated."""
     before = {n: p.detach().clone() for n, p in params(trainer.model).items()}
     trainer.train()
     return {n: before[n] - p.detach() for n, p in params(trainer.model).items()}
@@ -104,7 +104,7 @@ def assert_step(got: dict[str, Tensor], model: nn.Module, objective: Tensor, rto
 
 
 def shuffled_run(folder: Path, **options: Any) -> Trainer:
-    """Training as it is: shuffled data, dropout, and noise from torch's generator."""
+    """A realistic run: shuffled data, dropout, and noise from torch's generator."""
     options = {"save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, **QUIET, **options}
     model = adapted("bert", "SEQ_CLS", torch.float32, dropout=0.2)
     return trainer_of(model, Rows("bert", torch.float32), Trainer, output_dir=str(folder), **options)

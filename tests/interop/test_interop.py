@@ -1,4 +1,4 @@
-"""Single layers of the authors against ours: golden cases, round trips, settings, errors."""
+"""Single layers of the authors' code against ours: golden cases, round trips, settings, errors."""
 
 import json
 from pathlib import Path
@@ -72,9 +72,9 @@ class TestGolden:
         for name, grad in theirs.items():
             close(ours[name], grad)
 
-    @pytest.mark.filterwarnings("ignore::UserWarning")  # that no model, no loss is there, and the weight is the layer's
+    @pytest.mark.filterwarnings("ignore::UserWarning")  # there is no model and no loss, so the weight is the layer's
     def test_injected_gradients(self, case):
-        """layer(x) in training sends the same gradients, once its noise is theirs."""
+        """In training layer(x) gives the same gradients, with the same noise."""
         t, parameters, settings = case
         layer = interop.from_official(parameters, settings)
         forward = layer.adapter.forward

@@ -1,4 +1,4 @@
-"""Adapter folders by the authors' names, built from random tensors, converted and loaded into PEFT models; errors."""
+"""Adapter folders with the authors' names and random tensors, converted and loaded into PEFT models; errors."""
 
 import json
 
@@ -17,7 +17,7 @@ LAMBDAS = ("lambda_reconstruction", "lambda_kl_z1", "lambda_z2_l2", "lambda_z1_l
 
 
 def random_official(config, D, M, seed, dtype=torch.float64):
-    """Random tensors by their names, made without our name mapping; `config` has their names."""
+    """Random tensors by the authors' names, without our mapping of names; `config` has their names too."""
     generator, r = torch.Generator().manual_seed(seed), config["latent_dim"]
     tensors = {}
 
@@ -88,7 +88,7 @@ class TestLinearEncoder:
             interop.from_official(tensors, config)
 
 
-# their names are of transformers 4; where it has others, what the layer is called in the model at hand
+# names of transformers 4 -> names in the installed version, if they differ
 NAMES = {
     "bert": ["bert.encoder.layer.{}.attention.self.query", "bert.encoder.layer.{}.attention.self.value"],
     "vit": ["vit.encoder.layer.{}.attention.attention.query", "vit.encoder.layer.{}.attention.attention.value"],
@@ -99,7 +99,7 @@ PARTS = {"gpt2": ["c_attn"]}
 
 
 def write_checkpoint(folder, family, form="", **settings):
-    """An adapter folder as the authors' code saves it, and their tensors by the model's own names of its layers."""
+    """An adapter folder as the authors' code saves it; returns its tensors by the layers' names in the model."""
     model, state, layers = build(family).eval(), {}, {}
     config = official_config(**{"target_modules": PARTS.get(family, ["query", "value"]), **settings})
     for i in range(2):
@@ -159,7 +159,7 @@ class TestCheckpoint:
 
     @pytest.mark.parametrize("family", ["bert", "vit"])
     def test_it_trains_on(self, tmp_path, family):
-        """Their total loss over lambda_downstream is ours: task + sum over layers of minus_elbo / (1000 layers)."""
+        """The authors' total loss over lambda_downstream is ours: task + sum of minus_elbo / (1000 layers)."""
         model, *_ = write_checkpoint(tmp_path / "theirs", family)
         peft_model = interop.peft_model_from_official(model, tmp_path / "theirs", is_trainable=True).train()
         inputs = batch(family)

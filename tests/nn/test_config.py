@@ -1,4 +1,4 @@
-"""FVAEConfig and FVAELoraConfig: every wrong value is refused in words, the rest is kept and survives a file."""
+"""FVAEConfig and FVAELoraConfig: every wrong value has an error text; right values are kept, also through a file."""
 
 import dataclasses
 import json

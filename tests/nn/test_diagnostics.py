@@ -1,4 +1,4 @@
-"""diagnostics.py: equation (5) and its bound as properties, and the terms that it reports of a model."""
+"""diagnostics.py: properties of equation (5) and of its bound, and the terms of a model."""
 
 import dataclasses
 import math

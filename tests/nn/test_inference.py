@@ -1,4 +1,4 @@
-"""Inference: the mean path, what it costs, and what it must leave alone."""
+"""Inference: the mean path, its cost, and that it changes nothing else."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fvae_kernels as fk
 from benchmarks import sides
-from tests.nn.test_linear import make
+from tests.helpers.linear_layers import make
 
 SHAPES = [(6, 12), (1, 12), (2, 3, 12), (12,), (0, 12), (2, 0, 12)]
 
@@ -36,7 +36,7 @@ def test_gradients_pass_in_eval_mode() -> None:
 
 @pytest.mark.parametrize("hidden", [(), (5,)])
 def test_a_replica_that_holds_plain_tensors_computes_the_same(hidden: tuple[int, ...]) -> None:
-    """DataParallel and FSDP take the parameters out of the module and put tensors in their place."""
+    """DataParallel and FSDP replace the parameters of a module by plain tensors."""
     layer, x = make(encoder_hidden=hidden).eval(), torch.randn(6, 12)
     expected, means = layer(x), layer.posterior_means(x)
     for name, parameter in list(layer.adapter.named_parameters()):

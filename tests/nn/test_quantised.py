@@ -1,7 +1,7 @@
 """Adapters beside quantised base layers: gradients, what is trained, files, and the merge that is refused.
 
-Each case runs where its package is installed. Those that the environment keeps apart are tested in another process;
-bitsandbytes, of more than 100 MB, is not among them.
+Each case runs if its package is installed. Packages in a separate folder of the environment are tested in another
+process; bitsandbytes, more than 100 MB, is not among them.
 """
 
 import importlib.util

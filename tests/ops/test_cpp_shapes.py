@@ -1,7 +1,7 @@
 """The C++ kernels on odd shapes in every dtype; `make sanitize` runs it under AddressSanitizer and UBSan.
 
-What the results should be is tested op by op. Here they only have to be there: a kernel that reads what nobody wrote
-returns the NaN that such memory is filled with, and one that reads past an end stops the sanitized run.
+Values are tested op by op; here results must only be finite. Uninitialised memory holds NaN, so a kernel that reads it
+returns NaN, and one that reads past an end stops the sanitized run.
 """
 
 import pytest

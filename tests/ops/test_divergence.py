@@ -194,6 +194,6 @@ def test_compiles_in_one_graph(backend, device):
         ("prior2_mean", "1", ValueError, "prior2_mean='1'"),
     ],
 )
-def test_errors_say_what_to_do(backend, name, value, error, text):
+def test_errors_say_what_to_do(name, value, error, text):
     with pytest.raises(error, match=f"divergence: {text}"):
-        fk.divergence(**(testing.divergence_inputs() | {name: value}), backend=backend)
+        fk.divergence(**(testing.divergence_inputs() | {name: value}))

@@ -1,4 +1,7 @@
-"""latent_geometry on every backend that has a kernel of it. What it means: test_diagnostics.py."""
+"""geometry, through latent_geometry: the reference, low precision, edges, errors; for every backend that has the op.
+
+Its definitions are tested in test_diagnostics.py.
+"""
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ from tests.helpers.layer_inputs import assert_layer_no_worse, layer_inputs, plai
 
 OP = "layer"
 
-compiled = pytest.mark.compiled
+not_interpreted = pytest.mark.not_interpreted
 
 OBJECTIVES = [
     {},
@@ -37,7 +37,7 @@ TERMS = ("delta", "loss", "nll", "kl", "gamma")
 # gradcheck
 
 
-@compiled
+@not_interpreted
 @pytest.mark.parametrize("options", [*OBJECTIVES, *SHAPES[:-1]], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradcheck(backend, device, options, dropout):
@@ -94,9 +94,10 @@ def test_every_option_matches_reference(backend, device, options):
     testing.assert_same(testing.run(run_layer, inputs, backend=backend), testing.run(plain, inputs))
 
 
-@pytest.mark.parametrize("mask", [pytest.param(False, marks=compiled), True])
+@pytest.mark.parametrize("mask", [pytest.param(False, marks=not_interpreted), True])
 @pytest.mark.parametrize(
-    ("N", "D"), [pytest.param(4001, 40, marks=compiled), pytest.param(70, 3000, marks=compiled), (900, 700)]
+    ("N", "D"),
+    [pytest.param(4001, 40, marks=not_interpreted), pytest.param(70, 3000, marks=not_interpreted), (900, 700)],
 )
 def test_many_tiles_match_reference(backend, device, many, N, D, mask):
     sizes = {"encoder_hidden": (5, 4), "decoder_hidden": (8, 9)}
@@ -114,7 +115,7 @@ def test_each_output_alone_matches_reference(backend, device, term):
     )
 
 
-@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=compiled), 0.2])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=not_interpreted), 0.2])
 def test_same_inputs_give_the_same_bits(backend, device, many, dropout):
     inputs = layer_inputs((many(1000) // 2,), 40, dtype=torch.float32, device=device)
     results = []
@@ -124,7 +125,7 @@ def test_same_inputs_give_the_same_bits(backend, device, many, dropout):
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-@compiled
+@not_interpreted
 def test_two_threads_give_what_one_after_the_other_does(backend, device):
     cases = [layer_inputs((700,), 60 + 20 * i, dtype=torch.float32, device=device, seed=i) for i in range(2)]
     alone = [testing.run(run_layer, inputs, backend=backend) for inputs in cases]
@@ -148,8 +149,10 @@ def test_two_threads_give_what_one_after_the_other_does(backend, device):
 # low precision
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=compiled), torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [{}, pytest.param({"encoder_hidden": (), "fusion": "average"}, marks=compiled)])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=not_interpreted), torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"encoder_hidden": (), "fusion": "average"}, marks=not_interpreted)]
+)
 def test_low_precision_is_no_worse(backend, device, many, dtype, options):
     tokens, seeds = (300, 4) if many(300) == 300 else (12, 6)
 

@@ -8,7 +8,7 @@ from tests.helpers.layer_inputs import assert_layer_no_worse, layer_inputs, plai
 
 OP = "layer"
 
-compiled = pytest.mark.compiled
+not_interpreted = pytest.mark.not_interpreted
 
 
 @pytest.mark.parametrize("stride", testing.STRIDES)
@@ -31,9 +31,9 @@ def test_base_is_left_as_it_was(backend, device):
     assert inputs["B"].grad is not None
 
 
-@pytest.mark.parametrize("x_dtype", [pytest.param(torch.float32, marks=compiled), torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("x_dtype", [pytest.param(torch.float32, marks=not_interpreted), torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "base_dtype", [torch.bfloat16, *(pytest.param(d, marks=compiled) for d in (torch.float32, torch.float16))]
+    "base_dtype", [torch.bfloat16, *(pytest.param(d, marks=not_interpreted) for d in (torch.float32, torch.float16))]
 )
 def test_half_precision_around_a_float32_adapter(backend, device, many, x_dtype, base_dtype):
     tokens, seeds = (200, 4) if many(200) == 200 else (12, 3)
@@ -49,7 +49,7 @@ def test_half_precision_around_a_float32_adapter(backend, device, many, x_dtype,
     assert_layer_no_worse(inputs, lambda x, **rest: plain(x.float(), **rest), backend, seeds)
 
 
-@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=compiled), 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=not_interpreted), 0.3])
 def test_noise_is_drawn_from_torchs_generator(backend, device, dropout):
     inputs = layer_inputs((7,), device=device) | {"noise": None}
 

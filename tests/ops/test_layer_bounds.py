@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from fvae_kernels.ops._layer_support import uncovered
 
 from fvae_kernels import testing
-from fvae_kernels.ops._layer_support import uncovered
 from tests.helpers.layer_inputs import layer_inputs, plain, replaced, run_layer
 
 OP = "layer"

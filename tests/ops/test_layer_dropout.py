@@ -4,32 +4,23 @@ import math
 
 import pytest
 import torch
+from fvae_kernels.ops._layer_support import objective_table
 
 import fvae_kernels as fk
 from fvae_kernels import testing
-from fvae_kernels.ops._layer_support import objective_table
 from fvae_kernels.ops._raw import RAW
 from tests.helpers.layer_inputs import layer_inputs, plain, run_layer
+from tests.helpers.philox import philox
 
 OP = "layer"
 
-compiled = pytest.mark.compiled
+not_interpreted = pytest.mark.not_interpreted
 
 
 @pytest.fixture(autouse=True)
 def _kernels_alone(backend):
     if backend == "reference":
         pytest.skip("torch draws its dropout")
-
-
-def philox(counter, key):
-    """Philox4x32-10 of four counter words and two key words."""
-    c, k = list(counter), list(key)
-    for _ in range(10):
-        p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [p1 >> 32 ^ c[1] ^ k[0], p1 & 0xFFFFFFFF, p0 >> 32 ^ c[3] ^ k[1], p0 & 0xFFFFFFFF]
-        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
-    return c
 
 
 def kept_by_the_book(seed, layer, tokens, width, dropout):
@@ -86,8 +77,12 @@ def test_philox_by_the_book_gives_the_published_numbers():
     assert philox((2**32 - 1,) * 4, (2**32 - 1,) * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=compiled) for s in (1, 2**31 + 5)), 2**62 + 12345678901])
-@pytest.mark.parametrize("width", [1, pytest.param(3, marks=compiled), pytest.param(4, marks=compiled), 20])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(s, marks=not_interpreted) for s in (1, 2**31 + 5)), 2**62 + 12345678901]
+)
+@pytest.mark.parametrize(
+    "width", [1, pytest.param(3, marks=not_interpreted), pytest.param(4, marks=not_interpreted), 20]
+)
 def test_drops_what_the_book_says(backend, device, seed, width):
     inputs = visible_inputs(40, width, device)
     for dropout in (0.1, 0.5):
@@ -96,7 +91,7 @@ def test_drops_what_the_book_says(backend, device, seed, width):
         assert torch.allclose(h[h != 0], torch.tensor(2**16 / round((1 - dropout) * 2**16)).to(h))
 
 
-@compiled
+@not_interpreted
 @pytest.mark.parametrize("threads", [1, 2])
 def test_position_decides_not_tiles_or_threads(backend, device, threads):
     before = torch.get_num_threads()
@@ -112,7 +107,7 @@ def test_position_decides_not_tiles_or_threads(backend, device, threads):
 # what it does to activations
 
 
-@compiled
+@not_interpreted
 @pytest.mark.parametrize("dropout", [1e-3, 0.1, 0.5, 0.9])
 def test_keep_rate_and_mean(backend, device, dropout):
     h = first_hidden(visible_inputs(20000, 16, device), dropout, 3, backend)
@@ -122,7 +117,7 @@ def test_keep_rate_and_mean(backend, device, dropout):
     assert (h != 0).double().mean(0).sub(keep).abs().max() < 6 * math.sqrt(keep * dropout / len(h)) + 2**-16
 
 
-@compiled
+@not_interpreted
 def test_units_and_tokens_and_seeds_are_independent(backend, device):
     inputs = visible_inputs(20000, 16, device)
     h = torch.cat([first_hidden(inputs, 0.5, seed, backend) for seed in (1, 2)], 1) != 0
@@ -131,7 +126,7 @@ def test_units_and_tokens_and_seeds_are_independent(backend, device):
     assert correlation.abs().max() < 6 / math.sqrt(len(h))
 
 
-@compiled
+@not_interpreted
 def test_layers_drop_different_units(backend, device):
     """A decoder of two layers that copy their input: if they dropped the same units, one would add nothing."""
     inputs = layer_inputs((4000,), 8, rank=4, encoder_hidden=(), decoder_hidden=(8, 8), device=device, prior2_mean=0.0)
@@ -152,7 +147,7 @@ def test_layers_drop_different_units(backend, device):
     assert abs(nll.item() - 8 * 4 / 2) < 0.5
 
 
-@compiled
+@not_interpreted
 @pytest.mark.parametrize("options", [{}, {"encoder_hidden": (5, 4), "decoder_hidden": (6, 7)}], ids=str)
 def test_distribution_of_outputs_is_the_reference_s(backend, device, options):
     inputs = layer_inputs((6,), device=device, **options)
@@ -181,7 +176,7 @@ def test_manual_seed_repeats_and_another_does_not(backend, device):
     assert not torch.equal(results[0]["out0"], results[2]["out0"])
 
 
-@pytest.mark.parametrize("use_reentrant", [pytest.param(True, marks=compiled), False])
+@pytest.mark.parametrize("use_reentrant", [pytest.param(True, marks=not_interpreted), False])
 def test_checkpoint_recomputes_the_same(backend, device, use_reentrant):
     torch.manual_seed(0)
     config = fk.FVAEConfig.preset("paper", rank=4, encoder_hidden=(8,), decoder_hidden=(8,), dropout=0.4)

@@ -13,7 +13,7 @@ from tests.helpers.layer_inputs import layer_inputs, plain, replaced, run_layer
 
 OP = "layer"
 
-compiled = pytest.mark.compiled
+not_interpreted = pytest.mark.not_interpreted
 
 
 # edges
@@ -27,7 +27,7 @@ def test_zero_where_there_is_no_token(backend, device):
         assert all((result == 0).all() for result in results.values())
 
 
-@pytest.mark.parametrize("value", [-30.0, *(pytest.param(v, marks=compiled) for v in (-20.0, 20.0)), 30.0])
+@pytest.mark.parametrize("value", [-30.0, *(pytest.param(v, marks=not_interpreted) for v in (-20.0, 20.0)), 30.0])
 def test_logvar_is_clamped(backend, device, value):
     inputs = layer_inputs(device=device)
     for name in ("encoder1", "encoder2"):
@@ -36,7 +36,7 @@ def test_logvar_is_clamped(backend, device, value):
     testing.assert_same(testing.run(run_layer, inputs, backend=backend), testing.run(plain, inputs))
 
 
-@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=compiled)])
+@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=not_interpreted)])
 @pytest.mark.parametrize("name", ["x", "encoder1[2]", "encoder2[5]", "decoder[0][0][1]", "decoder[3]", "B"])
 def test_nan_and_inf_travel(backend, device, name, value):
     inputs = layer_inputs((3,), device=device)
@@ -72,7 +72,7 @@ def test_frozen_inputs_get_no_gradient(backend, device, trained):
     assert needs == [trained == "x", "encoder" in trained, trained == "decoder", "decoder" in trained, trained == "B"]
 
 
-@pytest.mark.parametrize("N", [pytest.param(1576, marks=compiled), 32])
+@pytest.mark.parametrize("N", [pytest.param(1576, marks=not_interpreted), 32])
 def test_saved_for_backward_at_the_recipe(backend, device, N):
     if backend == "reference":
         pytest.skip("autograd keeps what it needs")
@@ -111,7 +111,7 @@ def test_double_backward_says_no(backend, device):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=compiled)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=not_interpreted)], ids=str)
 def test_autocast_rounds_the_factors_of_products_alone(backend, device, dtype):
     """In the Triton kernels, forward and backward; C++ has no such products, and autocast does not reach it."""
     if backend == "reference":
@@ -215,11 +215,16 @@ def test_explain_says_which_path_and_why(backend):
         ("dropout", 1.0, ValueError, "dropout=1.0; expected a probability, at least 0 and below 1"),
     ],
 )
-def test_errors_say_what_to_do(backend, name, value, error, text):
+def test_errors_say_what_to_do(name, value, error, text):
     inputs = layer_inputs()
     inputs = inputs | {name: value} if name in (*inputs, "dropout", "base") else replaced(inputs, {name: value})
     with pytest.raises(error, match=f"layer: {text}"):
-        run_layer(**inputs, backend=backend)
+        run_layer(**inputs, backend=None)
+
+
+def test_arguments_are_checked_before_a_backend_is_chosen():
+    with pytest.raises(ValueError, match="layer: x is 0-dim"):
+        run_layer(**(layer_inputs() | {"x": torch.zeros((), dtype=torch.float64)}), backend="no such backend")
 
 
 def test_named_and_not_covered_says_which_option(backend):

@@ -226,6 +226,6 @@ def test_compiles_in_one_graph(backend, device):
         ("dropout", 1.0, ValueError, "dropout=1.0; expected a probability, at least 0 and below 1"),
     ],
 )
-def test_errors_say_what_to_do(backend, name, value, error, text):
+def test_errors_say_what_to_do(name, value, error, text):
     with pytest.raises(error, match=f"reconstruct: {text}"):
-        fk.reconstruct(**(testing.reconstruct_inputs() | {name: value}), backend=backend)
+        fk.reconstruct(**(testing.reconstruct_inputs() | {name: value}))

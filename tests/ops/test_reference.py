@@ -1,4 +1,4 @@
-"""reference.py, which every kernel is checked against, against torch.distributions, Monte Carlo, the equations."""
+"""reference.py against torch.distributions, Monte Carlo and the equations; kernels are checked against it."""
 
 import itertools
 import math
@@ -8,23 +8,9 @@ import torch
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
 from fvae_kernels import FVAEConfig, reference
-from fvae_kernels.nn.adapter import FVAEAdapter
-from tests.helpers.recipe import AUTHORS
+from tests.helpers.reference_layers import D, M, N, R, draw, equal, latents, make, run
 
-D, M, R, N = 5, 4, 3, 7
 PRIORS = [(0.0, 1.0), (1.5, 1.0), (-2.0, 0.5), (0.3, 3.0)]
-
-
-def draw(*shape, scale=1.0, seed=0):
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def latents(shape=(2, N, R)):
-    return [draw(*shape, scale=s, seed=i) for i, s in enumerate((1.0, 0.7, 2.0, 1.2))]
-
-
-def equal(ours, theirs, tolerance=1e-12):
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 def gaussian(mean, logvar):
@@ -99,23 +85,6 @@ class TestReconstruct:
         equal(ours, reference.reconstruct(x, latent, [], w_out, zeros, zeros + 2))
 
 
-def make(dtype=torch.float64, seed=0, **options):
-    """An adapter with random parameters, x and noise. FVAEAdapter only names and groups them here."""
-    shape = {"rank": R, "alpha": 4.0, "encoder_hidden": (6,), "decoder_hidden": (7,), "dropout": 0.0}
-    config = FVAEConfig(**{**AUTHORS, **shape, **options})
-    adapter = FVAEAdapter(D, M, config, dtype=dtype)
-    with torch.no_grad():
-        for i, parameter in enumerate(adapter.parameters()):
-            parameter.copy_(draw(*parameter.shape, scale=0.5, seed=100 * seed + i))
-        adapter.decoder_scale.abs_().add_(0.3)
-    return adapter, draw(2, N, D, seed=7).to(dtype), tuple(draw(2, N, R, seed=8 + i).to(dtype) for i in range(2))
-
-
-def run(adapter, x, noise, **more):
-    encoders = adapter._encoder(1), adapter._encoder(2)
-    return reference.layer(x, *encoders, adapter._decoder(), adapter.B, adapter.config, noise, **more)
-
-
 def within(logvar, config):
     """z_1's log-variance as the options ask for it: learned, bounded above, or a constant that has no gradient."""
     if config.logvar1_held:
@@ -124,7 +93,7 @@ def within(logvar, config):
 
 
 def by_the_equations(p, config, x, noise):
-    """s B z_1 and the terms, token by token, from the state dict and the equations alone."""
+    """s B z_1 and the terms, token by token, from the parameters and the equations."""
     depth, keys, deltas, losses, nlls, kls, gammas = len(config.encoder_hidden), p.keys(), [], [], [], [], []
 
     def affine(stem, h):
@@ -246,7 +215,7 @@ def test_one_sided_gradient_at_the_bounds(logvar1):
 
 @pytest.mark.parametrize("weights", [1.0, (0.5, 2.0)])
 def test_monte_carlo_averages_to_the_closed_form(weights):
-    """Over many noises, on one token: gamma and loss - nll, whose sampled parts are unbiased."""
+    """Means over many samples of noise, for one token: gamma and loss - nll, whose estimates are unbiased."""
     sampled, x, _ = make(gamma_estimator="monte_carlo", gamma_weight=weights, prior2_std=1.7)
     closed = make(gamma_weight=weights, prior2_std=1.7)[0]
     torch.manual_seed(2)

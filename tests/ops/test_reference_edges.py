@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fvae_kernels import reference
-from tests.ops.test_reference import D, M, N, R, draw, equal, latents, make, run
+from tests.helpers.reference_layers import D, M, N, R, draw, equal, latents, make, run
 
 ALL = [
     {"objective": "fvae", "gamma_weight": (0.7, 0.4)},
@@ -32,7 +32,7 @@ class TestMask:
         assert 0 < mask.sum() < mask.numel()
         equal(tuple(terms), tuple(terms_kept))
         equal(y[mask], y_kept)
-        equal(y, run(adapter, x, noise)[0])  # y is of all tokens, whatever the mask
+        equal(y, run(adapter, x, noise)[0])  # y does not depend on the mask
         equal(gradients(adapter, x, noise, mask=mask)[1:], gradients(adapter, kept[0], tuple(kept[1:]))[1:])
         assert not gradients(adapter, x, noise, mask=mask)[0][~mask].any()
 
@@ -137,10 +137,8 @@ def test_low_precision_has_terms_in_float32(dtype, options):
     y_wide, terms_wide = run(wide, x.double(), tuple(n.double() for n in noise))
     assert y.dtype == dtype
     assert {t.dtype for t in terms} == {torch.float32}
-    tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
-    torch.testing.assert_close(y.double(), y_wide, rtol=tolerance, atol=tolerance)
-    for ours, theirs in zip(terms, terms_wide, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+    for ours, theirs in zip((y, *terms), (y_wide, *terms_wide), strict=True):
+        assert (ours.double() - theirs).norm() <= 4 * torch.finfo(dtype).eps * theirs.norm()
 
 
 def test_sums_in_float32_do_not_overflow_float16():

@@ -12,17 +12,17 @@ from tests.helpers.tiny_models import TARGETS, batch, build
 from tests.helpers.total_loss import fix_noise
 
 STEPS = 12
-KINDS = {"bert": 1.0, "vit": 0.25}  # with the weight of the loss in the backward, which the layers have to find
+KINDS = {"bert": 1.0, "vit": 0.25}  # the layers have to find the weight of the loss
 
 
 @pytest.fixture(autouse=True)
 def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's generator is one for the whole process, so threads that draw from it share its numbers."""
+    """torch has one generator per process, so threads that draw from it share its numbers."""
     fix_noise(monkeypatch)
 
 
 def prepared(kind: str) -> torch.nn.Module:
-    """A model whose auxiliary loss is large enough to show."""
+    """A model whose auxiliary loss is large enough to be seen in the gradients."""
     torch.manual_seed(0)
     config = fk.FVAELoraConfig(
         r=3, target_modules=TARGETS[kind], encoder_hidden=(5,), decoder_hidden=(7,), dropout=0.0, loss_weight=0.1

@@ -1,4 +1,4 @@
-"""python -m fvae_kernels.env: what to paste into a bug report."""
+"""python -m fvae_kernels.env prints versions, devices and backends."""
 
 import subprocess
 import sys

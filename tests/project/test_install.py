@@ -1,4 +1,4 @@
-"""Without a compiler the package is built all the same, says so, and runs as plain PyTorch."""
+"""Without a compiler the package installs, warns, and runs as plain PyTorch."""
 
 import os
 import subprocess
@@ -30,3 +30,20 @@ def test_installs_and_runs_without_a_compiler(tmp_path: Path) -> None:
     assert used.stdout.splitlines() == [str(built / "fvae_kernels" / "__init__.py"), "False"]
     assert used.stderr.count("runs as plain PyTorch") == 1
     assert "install a C++ compiler" in used.stderr
+
+
+OLD = """
+import runpy
+import setuptools
+setuptools.__version__ = "65.5.0"
+runpy.run_path("setup.py")
+"""
+
+
+def test_an_old_setuptools_is_named() -> None:
+    """It would only say that project.license is not valid."""
+    done = subprocess.run([sys.executable, "-c", OLD], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "fvae_kernels builds with setuptools 77 or newer, and this is 65.5.0: pip install 'setuptools>=77'"
+    ]

@@ -1,7 +1,4 @@
-"""Every Python snippet of the README and of docs/ runs, unless marked as a sketch.
-
-The README's six lines are the method.
-"""
+"""Pages: snippets run unless marked as a sketch, links lead somewhere, and the README's six lines are the method."""
 
 import re
 from pathlib import Path
@@ -18,32 +15,48 @@ CONTINUES = "continues"
 
 
 def snippets(page: Path) -> list[tuple[str, str]]:
-    """Mark and code of each; one that is marked as a continuation holds what it continues as well."""
+    """Mark and code of each snippet; the code of a continuation includes what it continues."""
     found: list[tuple[str, str]] = []
     for mark, code in re.findall(r"(?:<!-- ([\w: ]+) -->\n)?```python\n(.*?)```", page.read_text(), re.DOTALL):
         found.append((mark, found[-1][1] + code if mark == CONTINUES else code))
     return found
 
 
-README = snippets(ROOT / "README.md")
-USE = [code for mark, code in README if not mark]
-METHOD = next(code for mark, code in README if "method" in mark)
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-RUN = {f"README-{i}": code for i, code in enumerate(USE)} | {
-    f"{page.stem}-{i}": code for page in PAGES for i, (mark, code) in enumerate(snippets(page)) if mark != "sketch"
-}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPETS = [(f"{page.stem}-{i}", *found) for page in PAGES for i, found in enumerate(snippets(page))]
+RUN = {name: code for name, mark, code in SNIPPETS if mark in ("", CONTINUES)}
+(METHOD,) = (code for _, mark, code in SNIPPETS if mark == "test: method")
 
 
 @pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", RUN)
 def test_snippet_runs_as_it_stands(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in re.findall(r"^(?:import|from) (\w+)", RUN[name], re.MULTILINE):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     exec(compile(RUN[name], name, "exec"), {"__name__": name})
 
 
 def test_there_is_a_snippet_for_each_way_to_use_it() -> None:
     for name in ("get_peft_model", "from_linear", "replace_linears", "fk.encode", "fk.divergence", "fk.reconstruct"):
-        assert any(name in code for code in USE), name
+        assert any(name in code for code in RUN.values()), name
+
+
+def test_every_mark_is_known() -> None:
+    assert {mark for _, mark, _ in SNIPPETS} == {"", CONTINUES, "sketch", "test: method"}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    missing = [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()]
+    assert missing == []
+
+
+def test_the_index_has_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert {name for name in pages if f"]({name})" not in index} == set()
 
 
 def test_the_six_lines_are_the_layer() -> None:

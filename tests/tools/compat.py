@@ -1,7 +1,7 @@
-"""The compatibility table of the README, from the marks on the tests: `python -m tests.tools.compat` writes it.
+"""The compatibility table of docs/works_with.md, from marks on tests: `python -m tests.tools.compat` writes it.
 
 A test (or a whole module, by `pytestmark`) that proves a row carries ``@pytest.mark.compat("Processes", "DDP, 2
-processes")``: the row's group, and what stands in the table. Rows that several tests carry stand once.
+processes")``: the group and the row. Rows of several tests are listed once, with all of their files.
 """
 
 import ast
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests import ROOT
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "works_with.md"
 BEGIN, END = "<!-- compatibility: python -m tests.tools.compat -->", "<!-- end of compatibility -->"
 
 
@@ -33,39 +33,39 @@ def marks(folder: Path = ROOT / "tests") -> dict[str, dict[str, set[str]]]:
 
 
 def table(found: dict[str, dict[str, set[str]]]) -> str:
-    """The block between the README's markers."""
+    """The block between the markers of the page."""
     lines = ["| | works | tests |", "|---|---|---|"]
     for group, rows in sorted(found.items()):
         for i, (row, files) in enumerate(sorted(rows.items())):
-            links = ", ".join(f"[{label(name)}](tests/{name})" for name in sorted(files))
+            links = ", ".join(f"[{label(name)}](../tests/{name})" for name in sorted(files))
             lines.append(f"| {group if i == 0 else ''} | {row} | {links} |")
     return "\n".join(lines)
 
 
 def label(name: str) -> str:
-    """What the link to a file of tests says: `peft/test_saving.py` is "peft saving"."""
+    """The text of the link to a file of tests: "peft saving" for `peft/test_saving.py`."""
     path = Path(name)
     return " ".join([*path.parts[:-1], path.stem.removeprefix("test_")])
 
 
-def in_readme(text: str) -> str:
-    """What stands between the markers.
+def in_page(text: str) -> str:
+    """The text between the markers.
 
     Raises:
-        ValueError: if the README has not just one pair of them.
+        ValueError: unless there is exactly one pair of them.
     """
     blocks = re.findall(f"{re.escape(BEGIN)}\n(.*?)\n?{re.escape(END)}", text, re.DOTALL)
     if len(blocks) != 1:
-        raise ValueError(f"README.md has {len(blocks)} blocks of {BEGIN}; expected one")
+        raise ValueError(f"{PAGE.name} has {len(blocks)} blocks of {BEGIN}; expected one")
     return blocks[0]
 
 
 def main() -> int:
-    """Write the table into the README."""
-    text = README.read_text()
-    in_readme(text)  # raises where there is no such block, or another
+    """Write the table into the page."""
+    text = PAGE.read_text()
+    in_page(text)  # raises unless there is one such block
     before, _, rest = text.partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table(marks())}\n{END}{rest.partition(END)[2]}")
+    PAGE.write_text(f"{before}{BEGIN}\n{table(marks())}\n{END}{rest.partition(END)[2]}")
     return 0
 
 

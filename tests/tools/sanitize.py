@@ -1,7 +1,7 @@
 """``make sanitize``: the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-Builds them once more, apart from the installed ones, checks that a planted read past an end is seen, and then runs the
-kernels' tests, those of odd shapes above all. Linux with gcc.
+Builds them in a folder of their own, checks that a planted read past an end is reported, and runs the kernels' tests.
+Linux with gcc.
 """
 
 import os
@@ -12,7 +12,7 @@ from tests import ROOT
 
 BUILT = ROOT / "build" / "sanitize"
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
-TESTS = ("cpp_shapes", "encode", "divergence", "reconstruct", "layer", "layer_dropout", "layer_edges")
+TESTS = ("cpp_shapes", "encode", "divergence", "geometry", "reconstruct", "layer", "layer_dropout", "layer_edges")
 WANTED = "(cpp or every_dtype) and not distribution and not compiles"  # statistics and torch.compile: slow, no new code
 
 PLANTED = """
@@ -27,7 +27,7 @@ torch.ops.fvae_cpp.divergence_fwd(long, long, short, long, 1.5, 1.0, None)
 
 
 def build() -> None:
-    """Compile into a folder of its own; what has not changed stays."""
+    """Compile into a folder of its own, unless nothing changed."""
     flags = {"CXXFLAGS": FLAGS, "LDFLAGS": FLAGS}
     command = [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(BUILT), "--build-lib", str(BUILT)]
     subprocess.run(command, cwd=ROOT, env=os.environ | flags, check=True)
@@ -36,7 +36,7 @@ def build() -> None:
 
 
 def environment() -> dict[str, str]:
-    """The sanitizer's library comes first in the process; Python's own leaks are not ours."""
+    """The sanitizer's library is loaded first; leaks are not reported, because Python has some of its own."""
     libraries = [_library("libasan.so"), _library("libstdc++.so")]
     return os.environ | {
         "LD_PRELOAD": " ".join(libraries),
@@ -51,7 +51,7 @@ def _library(name: str) -> str:
 
 
 def check_that_errors_are_seen() -> None:
-    """A raw op is handed a tensor that is too short: it must stop there, or the rest of the run shows nothing."""
+    """Call a raw op with a tensor that is too short. Unless that stops the process, the tests prove nothing."""
     done = subprocess.run(
         [sys.executable, "-c", PLANTED], cwd=BUILT, env=environment(), capture_output=True, text=True, check=False
     )
@@ -77,7 +77,7 @@ def main() -> int:
         *files,
         *sys.argv[1:],
     ]
-    # Imports come from the working folder; a sanitizer that ends the process writes where pytest must not capture.
+    # Imports are from the working folder. --capture=sys, because a sanitizer writes to the descriptor and exits.
     return subprocess.run(pytest, cwd=BUILT, env=environment(), check=False).returncode
 
 

@@ -11,11 +11,9 @@ import peft
 import pytest
 import torch
 
-from tests import ROOT
+from tests import HANGS, ROOT
 from tests.helpers.distributed_worker import CASES
 from tests.helpers.tiny_models import batch, build
-
-LIMIT = 240  # seconds, then a hanging job is ended
 
 
 def torchrun(job: str, folder: Path) -> tuple[int, str]:
@@ -33,7 +31,7 @@ def torchrun(job: str, folder: Path) -> tuple[int, str]:
         start_new_session=True,
     ) as process:
         try:
-            output, _ = process.communicate(timeout=LIMIT)
+            output, _ = process.communicate(timeout=HANGS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from transformers import TrainerCallback
 
@@ -154,10 +153,11 @@ def test_nothing_is_kept_between_steps(tmp_path: Path) -> None:
 
 
 def test_tensorboard_gets_every_value_of_every_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
     path = tmp_path / "layers.jsonl"
     train(adapted("bert", "SEQ_CLS"), tmp_path, path, report_to=["tensorboard"])
-    events = EventAccumulator(str(tmp_path / "tb"))
+    events = accumulator.EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     for row in read(path):
         for layer, values in row["layers"].items():
@@ -223,4 +223,4 @@ def test_the_package_alone_does_not_import_transformers() -> None:
         "except ImportError as e: assert 'needs transformers' in str(e), e\n"
         "else: raise SystemExit('no error')"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import ROOT
+from tests import HANGS, ROOT
 from tests.helpers.total_loss import fix_noise
 from tests.helpers.trainer_ddp_child import CASES, one_step
 
@@ -21,7 +21,7 @@ def test_two_processes_make_the_step_of_one(tmp_path: Path, monkeypatch: pytest.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*launch, str(CHILD), str(tmp_path / "steps.pt")]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS)
     assert child.returncode == 0, child.stderr
     together = torch.load(tmp_path / "steps.pt")
     fix_noise(monkeypatch)

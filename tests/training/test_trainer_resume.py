@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from tests import ROOT
+from tests import HANGS, ROOT
 from tests.helpers.tiny_models import batch, build
 from tests.helpers.trainer_tools import Rows, params, shuffled_run
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 def run(code: int, *arguments: object) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(CHILD), *map(str, arguments)]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS)
     assert child.returncode == code, child.stderr
 
 

@@ -7,6 +7,10 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import fvae_kernels as fk
 from fvae_kernels.ops._backend import why_missing
+from tests.helpers.precisions import Setting, adapted, inputs_for
 from tests.helpers.recipe import SMALL_NETWORKS
 from tests.helpers.tiny_models import build
-from tests.training.test_precision import Setting, adapted, inputs_for
 
 # Export of the inference path
 

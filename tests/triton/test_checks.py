@@ -1,13 +1,13 @@
-"""Every Triton kernel, interpreted and metered: no access outside of a buffer, no race, the bytes that it should move.
+"""Every Triton kernel, interpreted and metered: no access outside a buffer, no race, the expected bytes.
 
-They run in the process that `test_triton_interpreted.py` starts.
+`test_interpreted.py` starts it.
 """
 
 import pytest
 import torch
 
 import fvae_kernels as fk
-from fvae_kernels import testing
+from fvae_kernels import ops, testing
 from fvae_kernels.ops import _raw
 from fvae_kernels.ops._backend import interpreting
 
@@ -26,11 +26,11 @@ from tests.tools.triton.meter import Meter
 from tests.tools.triton.strict import strict
 
 SHAPES = [(1, 1, 1, 1), (33, 17, 3, 5), (70, 100, 17, 33), (0, 5, 2, 3)]  # N, D, R, H
-LAYER = ("layer_fwd", "layer_bwd")  # interpreted, they take seconds
+LAYER = ("layer_fwd", "layer_bwd")  # take seconds in the interpreter
 
 
 def arguments(N, D, R, H, dtype, mask=True, stride="contiguous"):
-    """Of every launcher, by name."""
+    """Arguments of every launcher, by name."""
     encoder = testing.restride(testing.encode_inputs((N,), D, R, dtype=dtype), stride)
     *posteriors, keep = testing.restride(testing.divergence_inputs((N,), R, mask, dtype=dtype), stride).values()
     decoder = testing.restride(testing.reconstruct_inputs((N,), D, H, (), dtype=dtype), stride)
@@ -51,7 +51,7 @@ def arguments(N, D, R, H, dtype, mask=True, stride="contiguous"):
 
 
 def layer_arguments(N, D, R, H, dtype, mask=True, stride="contiguous"):
-    """Noise is given where the dtype is float64, and made elsewhere."""
+    """With noise tensors in float64, with noise from a seed in other dtypes."""
     options = {"rank": R, "encoder_hidden": (H,), "decoder_hidden": (H, H + 2)}
     base, *inputs = raw_layer(
         (N,), D, M=H + 1, mask=mask, base=True, stride=stride, dtype=dtype, dropout=0.3, **options
@@ -108,7 +108,7 @@ def test_every_kernel_runs_in_these_checks():
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_more_programs_than_partial_sums(name, monkeypatch):
-    """Programs that walk over several blocks of tokens give what programs of one block give."""
+    """Programs that loop over several blocks of tokens give the results of programs with one block."""
     values = arguments(60 if name in LAYER else 300, 40, 3, 5, torch.float64)[name]
     _, expected = metered(name, values)
     for module in (divergence, reconstruct, layer_bwd):
@@ -121,7 +121,7 @@ def test_more_programs_than_partial_sums(name, monkeypatch):
 
 @pytest.mark.parametrize("needs", [[True] * 5, [True, False, False, True, False]])
 def test_entries_for_wide_networks_give_the_same(needs, monkeypatch):
-    """They cut the gradients over features into programs of their own."""
+    """Entries for wide networks split the gradients over features into more programs."""
     values = layer_arguments(17, 17, 3, 5, torch.float32)
     values["layer_bwd"][-1] = needs
     expected = {name: metered(name, values[name])[1] for name in LAYER}
@@ -276,16 +276,16 @@ def test_reconstruct_stores_no_x_hat():
 @pytest.mark.parametrize("op", testing.INPUTS)
 def test_other_blocks_give_the_same(op, monkeypatch):
     inputs = testing.INPUTS[op]((40,))
-    expected = testing.run(getattr(fk, op), inputs, backend="triton")
+    expected = testing.run(getattr(ops, op), inputs, backend="triton")
     table = {"BLOCK_N": 32, "BLOCK_D": 16, "BLOCK_R": 16, "BLOCK_H": 16}
     for name in ("encode_fwd_kernel", "encode_bwd_kernel", "divergence_fwd_kernel", "reconstruct_fwd_kernel"):
         used = {"encode_bwd_kernel": "NR", "divergence_fwd_kernel": "NR", "encode_fwd_kernel": "NDR"}.get(name, "NDH")
         monkeypatch.setitem(_common.OVERRIDES, name, {f"BLOCK_{axis}": table[f"BLOCK_{axis}"] for axis in used})
-    testing.assert_same(testing.run(getattr(fk, op), inputs, backend="triton"), expected)
+    testing.assert_same(testing.run(getattr(ops, op), inputs, backend="triton"), expected)
 
 
 def test_small_scale_and_gradient_survive_float16():
-    """s = grad / N is far below what float16 holds; the products are made of numbers that it does hold."""
+    """s = grad / N is below the range of float16; the factors of the products are in it."""
     inputs = testing.reconstruct_inputs((40,), hidden=(), dtype=torch.float16)
     grads = {}
     for dtype in (torch.float16, torch.float64):

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that need not be there: what the compiler made of them.
+"""The Triton kernels compiled for GPUs, none of which is needed: registers, spills, instructions.
 
 Here each kernel is compiled once or twice for each target; ``python -m tests.tools.triton.compile_all`` prints every
 entry of the tables.
@@ -76,7 +76,7 @@ def assert_good(kernels, target, dtype):
     ("N", "D", "R", "H", "bare"), [(1, 1, 1, 1, True), (33, 17, 3, 300, True), (1, 1, 1, 1, False)]
 )
 def test_awkward_sizes_compile(N, D, R, H, bare):
-    """Sizes and strides of 1 become constants, and None too: other code than that of common sizes."""
+    """Triton compiles sizes and strides of 1, and None, as constants: other code than for common sizes."""
     with compiling("sm_90") as kernels:
         for name, arguments in calls(N, torch.float16, D, R, H, bare):
             LAUNCHERS[name](*arguments)
@@ -84,7 +84,7 @@ def test_awkward_sizes_compile(N, D, R, H, bare):
 
 
 def test_a_bare_layer_compiles():
-    """Linear encoders, no bias, no hidden layer, no base, noise that is given."""
+    """Linear encoders, no bias, no hidden layer, no base, given noise."""
     with compiling("sm_90") as kernels:
         for name, arguments in layer_calls(33, torch.float16, 17, 3, bare=True):
             LAUNCHERS[name](*arguments)
@@ -95,10 +95,10 @@ def test_a_bare_layer_compiles():
 
 @pytest.fixture
 def _tf32():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.usefixtures("_tf32")

@@ -1,6 +1,6 @@
-"""The compiled 16-bit products, executed on the CPU: what the interpreter, which has no bfloat16, cannot judge.
+"""The compiled 16-bit products, executed on the CPU. The interpreter has no bfloat16 and cannot test them.
 
-The op runs as ever, gradients included, but for its kernels: each is compiled for the target, and the code of the last
+The op runs as usual, gradients included, except that each kernel is compiled for the target and the code of the last
 stage before machine code is executed.
 """
 
@@ -12,6 +12,7 @@ from fvae_kernels import testing
 from fvae_kernels.ops import _backend, _raw
 
 pytest.importorskip("triton")
+pytest.importorskip("ttsem")
 if _backend.interpreting():
     pytest.skip("interpreted kernels do not compile", allow_module_level=True)
 
@@ -40,7 +41,7 @@ PRODUCTS = {
 
 @pytest.fixture
 def _triton_on_cpu(monkeypatch):
-    """Triton's launchers answer for CPU tensors, and are what every op takes."""
+    """Every op runs the Triton launchers, on CPU tensors."""
     library = torch.library.Library(_raw.NAMESPACES["triton"], "IMPL")
     for name, launcher in LAUNCHERS.items():
         library.impl(name, launcher, "CPU")
@@ -60,7 +61,7 @@ LAYER_CASES = [("sm_80", torch.bfloat16, "many", "given"), ("sm_90", torch.float
 @pytest.mark.parametrize(("target", "stage", "dtype", "size"), CASES, ids=str)
 @pytest.mark.parametrize("op", INPUTS)
 def test_compiled_products_are_no_worse_than_pytorch(op, target, stage, dtype, size, monkeypatch):
-    if size == "many":  # the blocks of large inputs, on inputs that are quick to execute
+    if size == "many":  # block shapes for large inputs, on small ones, which execute quickly
         monkeypatch.setattr(_common, "FEW_TOKENS", 0)
     inputs = INPUTS[op](dtype)
     rounded, exact = testing.exact_and_rounded(op, inputs)
@@ -70,7 +71,7 @@ def test_compiled_products_are_no_worse_than_pytorch(op, target, stage, dtype, s
 
 
 def assert_multiplied(ran, op):
-    """The kernels with products ran, and in matrix instructions."""
+    """The kernels with matrix products ran, with matrix instructions."""
     assert PRODUCTS[op] <= set(ran)
     assert all("nvidia_mma" in ran[name] or "tensor_memory" in ran[name] for name in PRODUCTS[op])
 
@@ -86,7 +87,7 @@ def draw_kernel(seed_ptr, first_ptr, second_ptr, R: tl.constexpr, BLOCK: tl.cons
 @pytest.mark.usefixtures("_triton_on_cpu")
 @pytest.mark.parametrize(("target", "dtype", "size", "noise"), LAYER_CASES, ids=str)
 def test_the_compiled_layer_is_no_worse_than_pytorch(target, dtype, size, noise, monkeypatch):
-    """Noise is given, or made by position: then PyTorch gets the same, rounded to its dtype."""
+    """With given noise, and with noise from a seed; PyTorch gets the same, rounded to its dtype."""
     N, R, given = 13, 8, noise == "given"
     if size == "many":
         monkeypatch.setattr(_common, "FEW_TOKENS", 0)

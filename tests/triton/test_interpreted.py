@@ -1,6 +1,7 @@
-"""The tests of the Triton kernels where there is no GPU: in a process in which Triton interprets its kernels.
+"""The tests of the Triton kernels where there is no GPU: in processes in which Triton interprets its kernels.
 
-Interpreted or not is decided when a kernel is decorated, hence the process. On a GPU the tests of each op run there.
+Triton decides whether to interpret when a kernel is decorated, hence the processes. On a GPU the tests of each op run
+in the process that runs all tests.
 """
 
 import importlib.util
@@ -13,21 +14,52 @@ import pytest
 from fvae_kernels.ops._backend import interpreting
 from tests import ROOT
 
+# Files, and the number of processes that share each, so that none takes more than a few minutes on an idle core.
+FILES = {
+    "ops/test_encode": 1,
+    "ops/test_divergence": 1,
+    "ops/test_geometry": 1,
+    "ops/test_reconstruct": 1,
+    "ops/test_layer": 2,
+    "ops/test_layer_base": 1,
+    "ops/test_layer_dropout": 1,
+    "ops/test_layer_edges": 2,
+    "ops/test_contract": 1,
+    "ops/test_no_waiting": 1,
+    "triton/test_checks": 2,
+    "triton/test_layer": 1,
+    "triton/test_traffic": 1,
+}
+SHARDS = [(name, f"{i + 1}/{count}") for name, count in FILES.items() for i in range(count)]
+
 pytestmark = [
     pytest.mark.skipif(interpreting(), reason="this is the process that it would start"),
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
+    pytest.mark.timeout(
+        7200
+    ),  # a hanging test is ended by its own limit, in the process; this is for the whole process
 ]
 
 
-OPS = ["encode", "divergence", "geometry", "reconstruct", "layer", "layer_base", "layer_dropout", "layer_edges"]
-OTHERS = ["ops/test_contract", "ops/test_no_waiting", "triton/test_checks", "triton/test_layer", "triton/test_traffic"]
-
-
-@pytest.mark.parametrize("name", [*(f"ops/test_{op}" for op in OPS), *OTHERS])
-def test_interpreted(name):
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", f"tests/{name}.py"]
+@pytest.mark.parametrize(("name", "shard"), SHARDS)
+def test_interpreted(name: str, shard: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "--shard", shard, "-p", "no:cacheprovider"]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+        [*command, f"tests/{name}.py"],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+def test_every_file_that_needs_the_interpreter_is_started() -> None:
+    """Those that skip themselves elsewhere, and those with cases for every backend of an op."""
+    tests, wanted = ROOT / "tests", ("\nOP = ", "needs TRITON_INTERPRET=1")
+    found = [*(tests / "ops").glob("test_*.py"), *(tests / "triton").glob("test_*.py")]
+    found = [path for path in found if any(words in path.read_text() for words in wanted)]
+    names = {path.relative_to(tests).with_suffix("").as_posix() for path in found}
+    assert names - {"triton/test_interpreted"} <= set(FILES)

@@ -1,9 +1,8 @@
 """What one adapted layer costs on a GPU, and the normals that its kernels make: interpreted and metered.
 
-They run in the process that `test_triton_interpreted.py` starts.
+`test_interpreted.py` starts it.
 """
 
-import itertools
 import math
 import re
 
@@ -14,28 +13,20 @@ import fvae_kernels as fk
 from fvae_kernels import testing
 from fvae_kernels.nn.explain import explain
 from fvae_kernels.ops._backend import interpreting
-from tests.helpers.layer_inputs import layer_inputs, raw_layer
+from tests.helpers.layer_inputs import layer_inputs, raw_layer, run_layer
+from tests.helpers.philox import philox
 
 if not interpreting():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 import triton
 import triton.language as tl
+from fvae_kernels._triton.layer.host import split
 
 from fvae_kernels._triton import LAUNCHERS, _random
 from fvae_kernels._triton.layer import (
-    backward as layer_bwd,
-)
-from fvae_kernels._triton.layer import (
-    features as layer_grads,
-)
-from fvae_kernels._triton.layer import (
-    forward as layer,
-)
-from fvae_kernels._triton.layer import (
     mean as layer_mean,
 )
-from fvae_kernels._triton.layer.host import split
 from tests.tools.triton.meter import Meter
 from tests.tools.triton.strict import strict
 
@@ -47,46 +38,16 @@ def recipe(D, sizes, rank):
     return fk.FusedFVAELinear.from_linear(torch.nn.Linear(D, D), config).train()
 
 
-def expected_bytes(N, D, sizes, R, H=16):
-    """float32, of each launch: every tensor that it reads or writes, once. M is D."""
-    (first, *rest), last = sizes, sizes[-1]
-    T, tiles = layer_grads.TABLE[4, True]["BLOCK_D"], -(-N // layer.TABLE[4, True]["BLOCK_N"])
-    chain = [2 * R, first, *rest]
-    hidden = [(a * b, b) for a, b in itertools.pairwise(chain)]
-    firsts, heads = (2 * H * D, 2 * H), (4 * H * R, 4 * R)
-    output, width = (last * D, D), 2 * H + 4 * R
-    parameters = sum(map(sum, (*hidden, firsts, heads, output))) + D + D * R
-    programs = 2 * -(-D // T) + 2 * 2 * -(-R // T) * -(-H // T) + 2 * -(-H // T) + sum(-(-s // T) for s in sizes)
-    chunks = min(-(-N // layer_grads.TABLE[4, True]["BLOCK_N"]), layer_bwd.PROGRAMS // programs)
-    return {
-        "layer_fwd_kernel": 8 + 4 * (3 * N * D + N * width + parameters + tiles * 16),
-        "layer_mean_kernel": 4 * (tiles * 16 + D + 4),
-        "layer_bwd_kernel": 8
-        + 4 * (2 * N * D + 1 + heads[0] + sum(map(sum, (*hidden, output))) + D + D * R + 2 * N * (width + last)),
-        "layer_grads_kernel": 8
-        + 4 * (3 * N * D + 1 + firsts[0] + sum(map(sum, (*hidden, output))) - last + D + 2 * N * (width + last))
-        + 4 * chunks * parameters,
-        "layer_reduce_kernel": 4 * (chunks + 1) * parameters,
-    }
-
-
-def test_launches_and_bytes_of_a_training_step():
-    N, D, sizes, R = 40, 48, (12, 20), 5
-    fused, x = recipe(D, sizes, R), torch.randn(N, D, requires_grad=True)
+def test_launches_of_a_training_step():
+    """What they move: test_traffic.py."""
+    fused, x = recipe(48, (12, 20), 5), torch.randn(40, 48, requires_grad=True)
     with fk.use_backend("triton"), testing.Calls() as calls, Meter() as meter:
         y, terms = fused.forward_with_terms(x)
         (y.square().sum() + terms.loss).backward()
-    assert {launch.name: launch.distinct for launch in meter.launches} == expected_bytes(N, D, sizes, R)
-    assert len(meter.launches) == 5
+    names = [launch.name.removesuffix("_kernel") for launch in meter.launches]
+    assert names == ["layer_fwd", "layer_mean", "layer_bwd", "layer_grads", "layer_reduce"]
     drawn = calls.count("randint", "randn", "rand", "normal_")
     assert (drawn, calls.count("layer_fwd", "layer_bwd")) == (1, 2)
-
-
-def test_budget_at_the_recipe():
-    """The formula that the test above proves, where it counts: 6 launches with the seed, and 54 MB."""
-    by_launch = expected_bytes(1576, 768, (128, 128, 128), 16)
-    assert len(by_launch) + 1 <= 6
-    assert sum(by_launch.values()) + 8 <= 54e6
 
 
 def test_gradients_that_are_not_needed_cost_nothing():
@@ -168,8 +129,6 @@ def test_both_sides_and_neighbours_and_seeds_are_independent():
 
 def test_normals_follow_philox_and_box_muller():
     """Known answer of Philox at seed 0, position 0 of another stream, and the angle to the last digits."""
-    from tests.ops.test_layer_dropout import philox
-
     first, second = draw(9, 1 << 13, 16, torch.float64)
     for token, entry in ((0, 0), (1, 5), (4000, 15)):
         a, b, *_ = philox((token * 16 + entry, 0, 1 << 31, 0), (9, 0))
@@ -182,8 +141,6 @@ def test_backward_makes_the_noise_of_forward():
     """d y / d B is s z_1: backward's samples, against forward's output."""
     inputs = layer_inputs((9,), rank=3, M=3) | {"noise": None}
     inputs["B"] = torch.eye(3, dtype=torch.float64, requires_grad=True)
-    from tests.helpers.layer_inputs import run_layer
-
     y, *_ = run_layer(**inputs, dropout=0.3, backend="triton")
     weights = torch.randn_like(y)
     (grad,) = torch.autograd.grad(y, inputs["B"], weights)

@@ -1,6 +1,6 @@
-"""The closed form of the fused layer's traffic, behind the cost table and the roofline, against what the meter counts.
+"""The closed form of the fused layer's traffic, which cost table and roofline use, against the metered kernels.
 
-Runs in the process that `test_triton_interpreted.py` starts.
+`test_interpreted.py` starts it.
 """
 
 import pytest
@@ -14,11 +14,9 @@ from fvae_kernels.ops._backend import interpreting
 if not interpreting():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from fvae_kernels._triton import LAUNCHERS, _common
+from fvae_kernels._triton import _common
 from tests.tools.triton.meter import Meter
 from tests.tools.triton.strict import strict
-
-needs_the_layer = pytest.mark.skipif("layer_fwd" not in LAUNCHERS, reason="there is no Triton kernel of the layer yet")
 
 CASES = [
     ((70, 40, 24), {"rank": 5, "encoder_hidden": (7,), "decoder_hidden": (36, 33, 40)}),
@@ -29,7 +27,7 @@ CASES = [
 
 
 def metered(N, D, M, config):
-    """Launches and operators of one forward and backward, and the bytes that were saved between them."""
+    """Launches, operators and saved bytes of one forward and backward."""
     module = fk.FusedFVAELinear.from_linear(torch.nn.Linear(D, M), config).train()
     x = torch.randn(N, D, requires_grad=True)
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -40,7 +38,6 @@ def metered(N, D, M, config):
     return {one.name.removesuffix("_kernel"): one for one in meter.launches}, cost.operators, saved.bytes
 
 
-@needs_the_layer
 @pytest.mark.parametrize(("shape", "options"), CASES, ids=str)
 def test_bytes_of_every_launch(shape, options):
     layer_of = fused.Layer(*shape, fk.FVAEConfig.preset("paper", **options))
@@ -52,9 +49,15 @@ def test_bytes_of_every_launch(shape, options):
     assert saved == fused.saved(layer_of)
 
 
-@needs_the_layer
+def test_budget_at_the_recipe():
+    """The closed form, which the test above proves: 6 launches with the draw of the seed, and 54 MB."""
+    launches = fused.launches(fused.Layer(1576, 768, 768))
+    assert len(launches) <= 6
+    assert sum(one.bytes for one in launches) <= 54e6
+
+
 def test_flops_of_every_launch():
-    """Sizes that blocks divide, for the meter counts what masked lanes compute too."""
+    """For sizes that blocks divide: the meter counts masked lanes too."""
     config = fk.FVAEConfig.preset("paper", decoder_hidden=(32, 64, 32))
     launched, _, _ = metered(64, 64, 32, config)
     expected = {one.name: one.flops for one in fused.launches(fused.Layer(64, 64, 32, config)) if one.flops}
@@ -65,7 +68,6 @@ def test_many_tokens_begin_where_the_tables_say():
     assert fused.FEW == _common.FEW_TOKENS
 
 
-@needs_the_layer
 def test_the_blocks_are_those_of_the_tables():
     from fvae_kernels._triton.layer import features as layer_grads
     from fvae_kernels._triton.layer import forward as layer

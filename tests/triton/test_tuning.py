@@ -1,4 +1,4 @@
-"""fk.tuning: an override reaches the launch of its kernel, and of no other; what cannot be is refused."""
+"""fk.tuning: an override changes the launches of its kernel and of no other; invalid ones are refused."""
 
 import os
 import re
@@ -17,7 +17,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from triton.runtime.jit import JITFunction
 
-from fvae_kernels._triton import FIXED, LAUNCHERS
+from fvae_kernels._triton import FIXED, LAUNCHERS, _common
 from tests import ROOT
 from tests.tools.triton.compile_all import calls, layer_calls
 from tests.tools.triton.gpu_compile import compiling
@@ -25,7 +25,7 @@ from tests.tools.triton.gpu_compile import compiling
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Launches every kernel, and gives the options that each was launched with; nothing runs."""
+    """A function that launches every kernel without running it, and returns the launch options."""
 
     def launch():
         found = {}
@@ -40,7 +40,7 @@ def launched(monkeypatch):
         return found
 
     yield launch
-    tuning.OVERRIDES.clear()
+    _common.OVERRIDES.clear()
 
 
 def test_every_kernel_with_a_table_can_be_told(launched):
@@ -94,10 +94,10 @@ def test_the_page_shows_how(launched, capsys):
 def test_what_cannot_be_is_refused(kernel, options, said):
     with pytest.raises(ValueError, match=said):
         tuning.override(kernel, **options)
-    assert tuning.OVERRIDES == {}
+    assert _common.OVERRIDES == {}
 
 
 def test_without_triton_it_says_so(monkeypatch):
-    monkeypatch.setattr(tuning._library, "load", lambda backend: "No module named 'triton'")
+    monkeypatch.setattr(tuning._raw, "load", lambda backend: "No module named 'triton'")
     with pytest.raises(fk.BackendUnavailable, match="do not load: No module named 'triton'"):
         tuning.kernels()

@@ -1,250 +1,336 @@
-"""layer, backward, over features: grad_x and the gradients of all parameters.   Mathematics: reference.layer
+"""layer, backward by features: grad_x and the gradients of all parameters.   Mathematics: reference.layer
 
-    grad_O = c / t (r^T g)      grad_t = c / t sum of (1 - r^2)      grad_x = G W - c r / t
-    grad_W = G^T x              grad_B = s grad_y^T z_1
+    grad_O = c.nll / t (r^T g)      grad_t = c.nll / t sum of (1 - r^2)      grad_x = G W - c.nll r / t
+    grad_W = G^T x                  grad_B = s grad_y^T z_1                  r = (x_hat - x) / t
 
-where G are the gradients of the encoders' first layers. One launch of four kinds of programs, each of which walks over
-a chunk of the tokens and owns its sums: tiles of the features of x; tiles of those of y, for B; tiles of the encoders'
-later layers; tiles of the decoder's hidden layers, which make their inputs and gradients once more. A last launch adds
-the chunks, in a fixed order.
+where g are the inputs of the output layer and G the gradients of the layers that read x. One launch of four kinds of
+programs, each of which walks over a chunk of the tokens and owns its sums:
+
+    x_features       a tile of the features of x: grad_x, the layers that read x, the output layer, t
+    y_features       a tile of the features of y: B
+    encoder_tile     a tile of an encoder's later layer, or of the bias of a first one
+    decoder_rows     rows of a hidden layer of the decoder, whose inputs and gradients they make once more
+
+`layer_reduce_kernel` adds the chunks, in a fixed order.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, misc, var-annotated"
 # ruff: noqa: RUF005  (Triton adds tuples; it cannot unpack them)
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .._common import Table, counting, product, tile
+from .._common import product, tile
+from .arguments import decoder_inputs, first_units, state_width, width_of
+from .forward import reading
 from .networks import (
-    NLL,
     add_bias,
     add_grad_products,
     add_products,
-    coefficient,
+    decode,
+    grad_activate,
+    grad_linear,
     load_columns,
     residual,
-    samples,
-    width_of,
+    sliced,
 )
-from .weights import hidden_sums, later_sums, rows_of, store_sums
+from .objective import bounds_of, counting, nll_coefficient, samples, token_share
 
-BLOCK_L = 128  # gradients that a program of the last launch adds up
 
-PROGRAMS = 264  # about as many: the chunks of tokens are as many as that leaves
+class Made(NamedTuple):
+    """Which gradients a program over features of x makes."""
 
-TABLE: Table = {
-    (2, True): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
-    (2, False): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
-    (4, True): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
-    (4, False): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
-    (8, True): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
-    (8, False): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
-    (2, None): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
-    (4, None): {"BLOCK_N": 8, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
-    (8, None): {"BLOCK_N": 8, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
-}
+    x: bool
+    encoders: bool
+    decoder: bool
+    scale: bool
 
-AMD: Table = {  # 8 warps leave each 256 registers, which is not enough; 4 leave 512
-    (4, True): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
-    (4, False): {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
-    (2, None): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
-    (4, None): {"BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
-}
+
+class EncoderTiles(NamedTuple):
+    """Where the programs of one layer of an encoder begin, and what they multiply; it has no inputs where it reads x."""
+
+    first_program: int
+    column: int  # of its outputs in the state
+    outputs: int
+    input_column: int
+    inputs: int
+
+
+@triton.constexpr_function
+def tiles_of(size, T):
+    return -(-size // T)
 
 
 @triton.jit
-def feature_sums(
-    layer,
-    grad_state_ptr,
-    g_ptr,
-    grad_x_ptr,
-    parts_ptr,
-    to,
-    c,
-    cols,
-    N,
-    D,
-    G: tl.constexpr,
-    FIRST: tl.constexpr,
-    NEEDS: tl.constexpr,
-    THROUGH_TARGET: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """A tile of the features of x: their grad_x, and the gradients of the weights that read or make them, as needed."""
-    decoder, encoders, scale = layer.decoder, layer.encoders, layer.scale
-    output = decoder[len(decoder) - 1]
-    P: tl.constexpr = output[0].dtype.element_ty
-    LAYERS: tl.constexpr = len(to[0]) // 2
-    outs, ins = tl.arange(0, width_of(FIRST)), tl.arange(0, width_of(G))
-    grad_out = tl.zeros((cols.shape[0], width_of(G)), ACC)
-    grad_bias, grad_scale = tl.zeros((BLOCK_N, cols.shape[0]), ACC), tl.zeros((BLOCK_N, cols.shape[0]), ACC)
-    grad_firsts = ()
-    for _i in tl.static_range(len(to[0])):
-        grad_firsts = grad_firsts + (tl.zeros((width_of(FIRST), cols.shape[0]), ACC),)
+def encoder_linears(networks):
+    """All layers of both encoders, in the order of `EncoderTiles`."""
+    encoder1, encoder2 = networks.encoder1, networks.encoder2
+    first = encoder1.hidden + (encoder1.mean, encoder1.logvar)
+    return first + encoder2.hidden + (encoder2.mean, encoder2.logvar)
+
+
+@triton.jit
+def rows_of(block, N, BLOCK_N: tl.constexpr):
+    rows = tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return rows, rows < N
+
+
+@triton.jit
+def store_sums(parts_ptr, sums, rows, first, cols, ROWS, COLS, stride):
+    """The tile [rows, cols] of the sums of a parameter with rows of `stride` entries; its columns start at `first`."""
+    inside = (rows < ROWS)[:, None] & (cols < COLS)[None, :]
+    tl.store(tile(parts_ptr, rows, first + cols, (stride, 1)), sums, mask=inside)
+
+
+@triton.jit
+def x_features(
+    layer, grad_state_ptr, inputs_ptr, grad_x_ptr, parts_ptr, places, c_nll, cols, N, D, MADE: tl.constexpr,
+    THROUGH_TARGET: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of the features of x: their grad_x, and the gradients of the weights that read or make them, as asked."""
+    linears, grad_places, output = reading(layer.networks, S), reading(places, S), layer.networks.decoder.output
+    P: tl.constexpr = output.weight.dtype.element_ty
+    UNITS: tl.constexpr = first_units(S)
+    G: tl.constexpr = decoder_inputs(S, len(S.decoder))
+    NEEDS_X: tl.constexpr = MADE.x
+    outs, ins = tl.arange(0, width_of(UNITS)), tl.arange(0, width_of(G))
+    grad_out = tl.zeros((cols.shape[0], width_of(G)), S.acc)
+    grad_bias, grad_scale = tl.zeros((BLOCK_N, cols.shape[0]), S.acc), tl.zeros((BLOCK_N, cols.shape[0]), S.acc)
+    grad_reading = ()
+    for _i in tl.static_range(len(linears)):
+        grad_reading = grad_reading + (tl.zeros((width_of(UNITS), cols.shape[0]), S.acc),)
     for block in range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
         rows, inside = rows_of(block, N, BLOCK_N)
-        keep = counting(layer.mask, layer.mask_strides, rows, N)
+        keep = counting(layer, rows, N, S)
         in_x, counts = inside[:, None] & (cols < D)[None, :], keep[:, None] & (cols < D)[None, :]
-        x = tl.load(tile(layer.x, rows, cols, layer.x_strides), mask=in_x, other=0)
-        grad_x = tl.zeros((BLOCK_N, cols.shape[0]), ACC)
-        if NEEDS[2] or NEEDS[3] or (NEEDS[0] and THROUGH_TARGET):
+        x = tl.load(tile(layer.x, rows, cols, (layer.x_stride, 1)), mask=in_x, other=0)
+        grad_x = tl.zeros((BLOCK_N, cols.shape[0]), S.acc)
+        if MADE.decoder or MADE.scale or (NEEDS_X and THROUGH_TARGET):
             # 1. r of this block, once more
-            g = load_columns(g_ptr, G, rows, inside, 0, G)
-            x_hat = add_products(grad_x, g, output, 0, cols, cols < D, G, PRECISION, BLOCK_K)
-            r, inverse = residual(add_bias(x_hat, output, cols, cols < D), x.to(ACC), scale, cols, counts, D)
-            if NEEDS[2]:
-                grad_out = product(tl.trans(r.to(P)), g.to(P), grad_out, PRECISION)
+            g = load_columns(inputs_ptr, G, rows, inside, 0, G)
+            x_hat = add_products(grad_x, g, output.weight, G, cols, cols < D, G, S, BLOCK_K)
+            x_hat = add_bias(x_hat, output.bias, cols, cols < D)
+            r, inverse = residual(x_hat, x.to(S.acc), layer.networks.decoder.scale, cols, counts, D)
+            if MADE.decoder:
+                grad_out = product(tl.trans(r.to(P)), g.to(P), grad_out, S.precision)
                 grad_bias += r
-            if NEEDS[3]:
+            if MADE.scale:
                 grad_scale += tl.where(counts, 1 - r * r, 0.0)
-            if NEEDS[0] and THROUGH_TARGET:
-                grad_x -= c * r * inverse[None, :]
+            if NEEDS_X and THROUGH_TARGET:
+                grad_x -= c_nll * r * inverse[None, :]
         # 2. What reads x
-        added = ()
-        for i in tl.static_range(len(to[0])):
-            first = encoders[i // LAYERS][i % LAYERS]
-            grad = load_columns(grad_state_ptr, WIDTH, rows, inside, i * FIRST, FIRST)
-            of_weight = grad_firsts[i]
-            if NEEDS[1]:
-                of_weight = product(tl.trans(grad.to(P)), x.to(P), of_weight, PRECISION)
-            added = added + (of_weight,)
-            if NEEDS[0]:
-                grad_x = add_grad_products(grad_x, grad, first, cols, cols < D, FIRST, PRECISION, BLOCK_K)
-        grad_firsts = added
-        if NEEDS[0]:
+        if MADE.encoders or NEEDS_X:
+            added = ()
+            for i in tl.static_range(len(linears)):
+                grad = load_columns(grad_state_ptr, state_width(S), rows, inside, i * UNITS, UNITS)
+                of_weight = grad_reading[i]
+                if MADE.encoders:
+                    of_weight = product(tl.trans(grad.to(P)), x.to(P), of_weight, S.precision)
+                added = added + (of_weight,)
+                if NEEDS_X:
+                    grad_x = add_grad_products(grad_x, grad, linears[i].weight, D, cols, cols < D, UNITS, S, BLOCK_K)
+            grad_reading = added
+        if NEEDS_X:
             tl.store(tile(grad_x_ptr, rows, cols, (D, 1)), grad_x.to(grad_x_ptr.dtype.element_ty), mask=in_x)
     # 3. Store
-    if NEEDS[1]:
-        for i in tl.static_range(len(to[0])):
-            store_sums(parts_ptr + to[0][i], grad_firsts[i], outs, 0, cols, FIRST, D, D)
-    if NEEDS[2] or NEEDS[3]:
-        factor = c / tl.load(scale[0] + cols * scale[1][0], mask=cols < D, other=1).to(ACC)
-    if NEEDS[2]:
-        to_w, to_b = to[1][len(decoder) - 1]
-        store_sums(parts_ptr + to_w, grad_out * factor[:, None], cols, 0, ins, D, G, G)
-        if output[1] is not None:
-            tl.store(parts_ptr + to_b + cols, tl.sum(grad_bias, 0) * factor, mask=cols < D)
-    if NEEDS[3]:
-        tl.store(parts_ptr + to[2] + cols, tl.sum(grad_scale, 0) * factor, mask=cols < D)
+    if MADE.encoders:
+        for i in tl.static_range(len(linears)):
+            store_sums(parts_ptr + grad_places[i].weight, grad_reading[i], outs, 0, cols, UNITS, D, D)
+    if MADE.decoder or MADE.scale:
+        factor = c_nll / tl.load(layer.networks.decoder.scale + cols, mask=cols < D, other=1).to(S.acc)
+    if MADE.decoder:
+        to = places.decoder.output
+        store_sums(parts_ptr + to.weight, grad_out * factor[:, None], cols, 0, ins, D, G, G)
+        tl.store(parts_ptr + to.bias + cols, tl.sum(grad_bias, 0) * factor, mask=cols < D)
+    if MADE.scale:
+        tl.store(parts_ptr + places.decoder.scale + cols, tl.sum(grad_scale, 0) * factor, mask=cols < D)
 
 
 @triton.jit
-def up_sums(
-    layer,
-    grad_y_ptr,
-    grad_y_strides,
-    state_ptr,
-    parts_ptr,
-    scaling,
-    cols,
-    N,
-    M,
-    WIDTH: tl.constexpr,
-    ENCODER: tl.constexpr,
-    R: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+def y_features(
+    layer, grad_y_ptr, grad_y_stride, state_ptr, parts_ptr, scaling, bounds, cols, N, M, S: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     """A tile of the features of y: the gradient of B."""
-    P: tl.constexpr = layer.up[0].dtype.element_ty
-    ins = tl.arange(0, width_of(R))
-    sums = tl.zeros((cols.shape[0], width_of(R)), ACC)
+    P: tl.constexpr = layer.networks.B.dtype.element_ty
+    ins = tl.arange(0, width_of(S.R))
+    sums = tl.zeros((cols.shape[0], width_of(S.R)), S.acc)
     for block in range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
         rows, inside = rows_of(block, N, BLOCK_N)
-        z1, _z2 = samples(state_ptr, layer.noise, layer.noise_strides, layer.seed, rows, inside, WIDTH, ENCODER, R, ACC)
+        z1, _z2 = samples(state_ptr, layer, bounds, rows, inside, S, state_width(S))
         in_y = inside[:, None] & (cols < M)[None, :]
-        grad_y = tl.load(tile(grad_y_ptr, rows, cols, grad_y_strides), mask=in_y, other=0)
-        sums = product(tl.trans(grad_y.to(P)), z1.to(P), sums, PRECISION)
-    store_sums(parts_ptr, tl.full((), scaling, ACC) * sums, cols, 0, ins, M, R, R)
+        grad_y = tl.load(tile(grad_y_ptr, rows, cols, (grad_y_stride, 1)), mask=in_y, other=0)
+        sums = product(tl.trans(grad_y.to(P)), z1.to(P), sums, S.precision)
+    store_sums(parts_ptr, tl.full((), scaling, S.acc) * sums, cols, 0, ins, M, S.R, S.R)
 
 
 @triton.jit
+def encoder_tile(
+    program, layer, grad_state_ptr, state_ptr, parts_ptr, places, N, TILES: tl.constexpr, S: tl.constexpr,
+    BLOCK_N: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """A tile of the weight gradient of an encoder's later layer, G^T h, or of the bias gradient of a first one."""
+    P: tl.constexpr = layer.networks.B.dtype.element_ty
+    WIDTH: tl.constexpr = state_width(S)
+    # 1. Which
+    all_places = encoder_linears(places)
+    start, out, outs, at, inputs, to_w, to_b = program, 0, 0, 0, 0, 0, 0
+    for i in tl.static_range(len(TILES)):
+        here = program >= TILES[i].first_program
+        start = tl.where(here, program - TILES[i].first_program, start)
+        out, outs = tl.where(here, TILES[i].column, out), tl.where(here, TILES[i].outputs, outs)
+        at, inputs = tl.where(here, TILES[i].input_column, at), tl.where(here, TILES[i].inputs, inputs)
+        to_w, to_b = tl.where(here, all_places[i].weight, to_w), tl.where(here, all_places[i].bias, to_b)
+    across = tl.maximum(tl.cdiv(inputs, T), 1)
+    rows_out, cols_in = start // across * T + tl.arange(0, T), start % across * T + tl.arange(0, T)
+    # 2. Its sums
+    sums, grad_bias = tl.zeros((T, T), S.acc), tl.zeros((T,), S.acc)
+    for block in range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
+        rows, inside = rows_of(block, N, BLOCK_N)
+        in_grad, in_h = inside[:, None] & (rows_out < outs)[None, :], inside[:, None] & (cols_in < inputs)[None, :]
+        grad = tl.load(tile(grad_state_ptr, rows, out + rows_out, (WIDTH, 1)), mask=in_grad, other=0)
+        h = tl.load(tile(state_ptr, rows, at + cols_in, (WIDTH, 1)), mask=in_h, other=0)
+        sums = product(tl.trans(grad.to(P)), h.to(P), sums, S.precision)
+        grad_bias += tl.sum(grad, 0)
+    store_sums(parts_ptr + to_w, sums, rows_out, 0, cols_in, outs, inputs, inputs)
+    tl.store(parts_ptr + to_b + rows_out, grad_bias, mask=rows_out < tl.where(start % across == 0, outs, 0))
+
+
+@triton.jit
+def decoder_rows(
+    layer, number: tl.constexpr, first, state_ptr, grad_hidden_ptr, parts_ptr, to, c_nll, bounds, N, S: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """T rows, from `first` on, of the weight gradient of the decoder's hidden layer `number`, G^T h."""
+    P: tl.constexpr = layer.networks.B.dtype.element_ty
+    LAST: tl.constexpr = len(S.decoder) - 1
+    UNITS: tl.constexpr = S.decoder[number]
+    INPUTS: tl.constexpr = decoder_inputs(S, number)
+    PARTS: tl.constexpr = 1 if number > 0 or S.average else 2
+    SIZE: tl.constexpr = INPUTS // PARTS
+    outs, ins = first + tl.arange(0, T), tl.arange(0, width_of(SIZE))
+    sums, grad_bias = (), tl.zeros((T,), S.acc)
+    for _i in tl.static_range(PARTS):
+        sums = sums + (tl.zeros((T, width_of(SIZE)), S.acc),)
+    # what does not change with the block is not made before the loop, where it would fill registers
+    for block in tl.range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1), disable_licm=True):
+        # 1. The decoder up to its last hidden layer, whose gradient is there
+        rows, inside = rows_of(block, N, BLOCK_N)
+        z1, z2 = samples(state_ptr, layer, bounds, rows, inside, S, state_width(S))
+        h = decode(z1, z2, layer, rows, LAST, S, BLOCK_K)
+        # 2. Back to this layer
+        if number == LAST:
+            in_grad = inside[:, None] & (outs < UNITS)[None, :]
+            grad = tl.load(tile(grad_hidden_ptr, rows, outs, (UNITS, 1)), mask=in_grad, other=0)
+        else:
+            activated = sliced(h[number], first, T)  # now, for the whole of h would fill registers till it is used
+            of_layer = load_columns(grad_hidden_ptr, S.decoder[LAST], rows, inside, 0, S.decoder[LAST])
+            for i in tl.static_range(LAST, number + 1, -1):
+                weight = layer.networks.decoder.hidden[i].weight
+                of_layer = grad_linear(of_layer, weight, S.decoder[i - 1], S.decoder[i - 1], S.decoder[i], S, BLOCK_K)
+                of_layer = grad_activate(of_layer, h[i - 1], S)
+            after = layer.networks.decoder.hidden[number + 1].weight
+            grad = tl.zeros((BLOCK_N, T), S.acc)
+            grad = add_grad_products(
+                grad, of_layer, after, UNITS, outs, outs < UNITS, S.decoder[number + 1], S, BLOCK_K
+            )
+            grad = grad_activate(grad, activated, S)
+        # 3. G^T h
+        if number > 0:
+            inputs = (h[number - 1],)
+        else:
+            tl.debug_barrier()  # the latents once more: kept, they would fill registers till here
+            z1, z2 = samples(state_ptr, layer, bounds, rows, inside, S, state_width(S))
+            inputs = ((z1 + z2) / 2,) if S.average else (z1, z2)
+        added = ()
+        for i in tl.static_range(PARTS):
+            added = added + (product(tl.trans(grad.to(P)), inputs[i].to(P), sums[i], S.precision),)
+        sums = added
+        grad_bias += tl.sum(tl.where(inside[:, None], grad, 0.0), 0)
+    for i in tl.static_range(PARTS):
+        store_sums(parts_ptr + to.weight, c_nll * sums[i], outs, i * SIZE, ins, UNITS, SIZE, INPUTS)
+    tl.store(parts_ptr + to.bias + outs, c_nll * grad_bias, mask=outs < UNITS)
+
+
+@triton.jit(do_not_specialize=["N"])
 def layer_grads_kernel(
+    layer,  # Layer
     grad_y_ptr,  # [N, M] or None
-    grad_y_strides,
-    grads,  # pointers to those of loss, nll, kl and gamma, [] or None
-    table,  # the weights of the statistics in loss, kl and gamma
-    layer,  # from x to the seed as in layer_fwd_kernel
-    kept_ptr,  # int64 [] or None
-    state_ptr,  # [N, WIDTH], as the one that follows
+    grad_y_stride,
+    term_grads,  # TermGrads of pointers
+    state_ptr,  # [N, state_width], as the one that follows
     grad_state_ptr,
-    g_ptr,  # [N, G] or None, as the one that follows
-    grad_hidden_ptr,  # [N, last hidden layer]
+    inputs_ptr,  # [N, inputs of the output layer] or None, as the one that follows
+    grad_hidden_ptr,  # [N, last hidden layer of the decoder]
     grad_x_ptr,  # [N, D] or None
     parts_ptr,  # [chunks, length]: sums of the gradients of all parameters that need one
-    to,  # where in them those of the layers that read x, of the decoder, scale, B and the encoders' later layers are
-    counts,  # of the four kinds of programs
+    places,  # Networks: where in them each of these starts; a bias that is not there has a place too
     length,
+    recon_weight: tl.float64,
     scaling: tl.float64,
+    logvar1_low: tl.float64,
+    logvar1_high: tl.float64,
     N,
     D,
     M,
-    G: tl.constexpr,
-    FIRST: tl.constexpr,  # outputs of a layer that reads x
-    LATER: tl.constexpr,  # of each later layer of an encoder: first program, columns and inputs in the state
-    MAKES: tl.constexpr,  # of each kind of the programs over features of x: which gradients it makes
-    NEEDS: tl.constexpr,
+    S: tl.constexpr,  # Sizes
+    NEEDS: tl.constexpr,  # Needs
+    MADE: tl.constexpr,  # Made by each kind of program over features of x: one makes all, or three share
+    TILES: tl.constexpr,  # EncoderTiles of each layer of both encoders
+    ENCODER_PROGRAMS: tl.constexpr,
     THROUGH_TARGET: tl.constexpr,
-    WIDTH: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    ENCODER: tl.constexpr,
-    DECODER: tl.constexpr,
-    R: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     program = tl.program_id(0)
     parts_ptr += tl.program_id(1).to(tl.int64) * length
-    c = coefficient(grads, table, kept_ptr, N, NLL, ACC)
-    if program < counts[0]:
-        for i in tl.static_range(len(MAKES)):
-            if program % len(MAKES) == i:
-                cols = program // len(MAKES) * BLOCK_D + tl.arange(0, BLOCK_D)
-                feature_sums(
-                    layer, grad_state_ptr, g_ptr, grad_x_ptr, parts_ptr, to, c, cols, N, D, G, FIRST, MAKES[i],
-                    THROUGH_TARGET, WIDTH, ACC, PRECISION, BLOCK_N, BLOCK_K,
+    bounds = bounds_of(logvar1_low, logvar1_high, S)
+    c_nll = nll_coefficient(token_share(term_grads, layer.kept, N, S), recon_weight)
+    first_y = tl.cdiv(D, BLOCK_D) * len(MADE)
+    first_encoder = first_y + (tl.cdiv(M, BLOCK_D) if NEEDS.B else 0)
+    first_decoder = first_encoder + ENCODER_PROGRAMS
+    if program < first_y:
+        for i in tl.static_range(len(MADE)):
+            if program % len(MADE) == i:
+                cols = program // len(MADE) * BLOCK_D + tl.arange(0, BLOCK_D)
+                x_features(
+                    layer, grad_state_ptr, inputs_ptr, grad_x_ptr, parts_ptr, places, c_nll, cols, N, D, MADE[i],
+                    THROUGH_TARGET, S, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
-    elif program < counts[0] + counts[1]:
-        if NEEDS[4]:
-            cols = (program - counts[0]) * BLOCK_D + tl.arange(0, BLOCK_D)
-            up_sums(
-                layer, grad_y_ptr, grad_y_strides, state_ptr, parts_ptr + to[3], scaling, cols, N, M, WIDTH, ENCODER,
-                R, ACC, PRECISION, BLOCK_N,
+    elif program < first_encoder:
+        if NEEDS.B:
+            cols = (program - first_y) * BLOCK_D + tl.arange(0, BLOCK_D)
+            y_features(
+                layer, grad_y_ptr, grad_y_stride, state_ptr, parts_ptr + places.B, scaling, bounds, cols, N, M, S,
+                BLOCK_N,
             )  # fmt: skip
-    elif program < counts[0] + counts[1] + counts[2]:
-        if NEEDS[1]:
-            later_sums(
-                program - counts[0] - counts[1], layer.up[0].dtype.element_ty, grad_state_ptr, state_ptr, parts_ptr,
-                to[4], N, LATER, WIDTH, ACC, PRECISION, BLOCK_N, BLOCK_D,
+    elif program < first_decoder:
+        if NEEDS.encoders:
+            encoder_tile(
+                program - first_encoder, layer, grad_state_ptr, state_ptr, parts_ptr, places, N, TILES, S, BLOCK_N,
+                BLOCK_D,
             )  # fmt: skip
     else:
-        first = (program - counts[0] - counts[1] - counts[2]) * BLOCK_D
-        if NEEDS[2]:
-            for number in tl.static_range(len(DECODER)):
-                if (first >= 0) & (first < tl.cdiv(DECODER[number], BLOCK_D) * BLOCK_D):
-                    hidden_sums(
-                        layer, number, first, state_ptr, grad_hidden_ptr, parts_ptr, to[1][number], c, N, WIDTH,
-                        AVERAGE, ENCODER, DECODER, R, THRESHOLD, ACC, PRECISION, BLOCK_N, BLOCK_K,
-                        min(BLOCK_D, width_of(DECODER[number])),
+        first = (program - first_decoder) * BLOCK_D
+        if NEEDS.decoder:
+            for number in tl.static_range(len(S.decoder)):
+                if (first >= 0) & (first < tiles_of(S.decoder[number], BLOCK_D) * BLOCK_D):
+                    decoder_rows(
+                        layer, number, first, state_ptr, grad_hidden_ptr, parts_ptr, places.decoder.hidden[number],
+                        c_nll, bounds, N, S, BLOCK_N, BLOCK_K, min(BLOCK_D, width_of(S.decoder[number])),
                     )  # fmt: skip
-                first -= tl.cdiv(DECODER[number], BLOCK_D) * BLOCK_D
+                first -= tiles_of(S.decoder[number], BLOCK_D) * BLOCK_D
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def layer_reduce_kernel(
     parts_ptr,  # [P, length]
-    gradients,  # pointers to the gradients, contiguous
-    places,  # of each: where it is in the parts, and how many entries it has
+    gradients,  # pointers to the gradients that are needed, contiguous
+    starts,  # of each: where it starts in the parts
+    sizes,  # of each: its entries
     P,
     length,
     ACC: tl.constexpr,
@@ -253,12 +339,12 @@ def layer_reduce_kernel(
     """Sums over the first dimension, always in the same order."""
     program = tl.program_id(0)
     for i in tl.static_range(len(gradients)):
-        if (program >= 0) & (program < tl.cdiv(places[i][1], BLOCK_L)):
+        if (program >= 0) & (program < tl.cdiv(sizes[i], BLOCK_L)):
             entries = program * BLOCK_L + tl.arange(0, BLOCK_L)
-            inside = entries < places[i][1]
+            inside = entries < sizes[i]
             sums = tl.zeros((BLOCK_L,), ACC)
             for part in range(P):
-                at = tl.cast(part, tl.int64) * length + places[i][0]
+                at = tl.cast(part, tl.int64) * length + starts[i]
                 sums += tl.load(parts_ptr + at + entries, mask=inside, other=0)
             tl.store(gradients[i] + entries, sums.to(gradients[i].dtype.element_ty), mask=inside)
-        program -= tl.cdiv(places[i][1], BLOCK_L)
+        program -= tl.cdiv(sizes[i], BLOCK_L)

@@ -1,28 +1,34 @@
-"""Every kernel, at every entry of its table, for every target: a table of what the compiler made of it.
+"""Compile every kernel, at every entry of its table, for every target: registers, spills, instructions.
 
-It is printed and written to a file; the exit status is 1 where a kernel spills.
+The table is printed and written to a file. The exit status is 1 if a kernel spills.
 
-python -m tests.tools.triton.compile_all [--out FILE] [target ...]
+python -m tests.tools.triton.compile_all [--out FILE] [--sizes SIZE ...] [--dtypes DTYPE ...] [target ...]
+python -m tests.tools.triton.compile_all --triton FOLDER sm_90 --dtypes bfloat16   with another Triton, unpacked there
 """
 
 import argparse
 import itertools
+import os
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
-from fvae_kernels._triton import LAUNCHERS
+from fvae_kernels._triton.launchers import LAUNCHERS
+from fvae_kernels.ops._layer_inputs import Options, Tensors
 from tests.tools.triton.gpu_compile import TARGETS, compiling, metrics
 
 TOKENS = {"few": 1576, "many": 100_000}
-WIDE = {  # layers that fill the registers as no other does: all hidden layers there can be, and none
+WIDE = {  # layers that need most registers: the widest hidden layers, and none
     "widest": {"R": 256, "H": 256, "E": 256},
     "linear": {"R": 256, "H": 0, "E": 0},
 }
+DTYPES = ("bfloat16", "float32", "float64")
 COLUMNS = (
     *("registers", "shared", "spills", "lanes", "stack", "occupancy", "tensor_core"),
     *("loads", "loads_128", "share_128", "stores_128", "atomics"),
@@ -33,7 +39,7 @@ OUT = Path("runs/gpu-compile.md")
 def calls(
     N: int, dtype: torch.dtype, D: int = 768, R: int = 16, H: int = 128, bare: bool = False
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Name and arguments of every launcher; `bare` is with a mask, and without whatever else may be None."""
+    """Name and arguments of every launcher; `bare` has a mask, and None for all other optional arguments."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -66,9 +72,9 @@ def layer_calls(
     E: int = 16,
     products: torch.dtype | None = None,
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """The same for the whole layer; E and H are units of hidden layers, 0 for none, `products` what autocast asks for.
+    """The same for the whole layer. E and H are units of hidden layers, 0 for none; `products` is autocast's dtype.
 
-    `bare` is without any, with averaged latents, and with noise that is given.
+    `bare` has no hidden layers, averaged latents and given noise.
     """
 
     def empty(*shape: int) -> Tensor:
@@ -85,8 +91,10 @@ def layer_calls(
     decoder = chain(R if bare else 2 * R, *((H, H, H) if H else ()), D)
     noise = [empty(N, R) if bare else None for _ in range(2)]
     mask = torch.empty(N, dtype=torch.bool) if bare else None
-    inputs = (x, encoder, encoder, decoder, empty(D), empty(D, R), *noise, mask, torch.empty((), dtype=torch.int64))
-    inputs = (*inputs, 0.0 if bare else 0.1, bare, 1.0, 1.5, [0.5] * 36, products)
+    parameters = [*encoder, *encoder, *decoder, empty(D), empty(D, R)]
+    tensors = Tensors(x, parameters, *noise, mask, torch.empty((), dtype=torch.int64))
+    options = Options(int(E > 0), 0.0 if bare else 0.1, bare, 1.0, 1.5, -20.0, 20.0, [0.5] * 36, products)
+    inputs = (*tensors, *options)
     loss, width = torch.empty((), dtype=wide), 2 * E + 4 * R
     state = torch.empty(N, width, dtype=wide)
     yield "layer_fwd", (None if bare else base, *inputs)
@@ -102,29 +110,37 @@ def compiled(target: str, size: str, dtype: torch.dtype, calls: Any = calls) -> 
             yield metrics(kernel)
 
 
-def table(targets: Sequence[str]) -> Iterator[dict[str, Any]]:
+def table(
+    targets: Sequence[str], dtypes: Sequence[str] = DTYPES, sizes: Sequence[str] = (*TOKENS, *WIDE)
+) -> Iterator[dict[str, Any]]:
     """Every entry of every table."""
-    for target in targets:
-        for dtype in (torch.bfloat16, torch.float32, torch.float64):
-            wide = ("linear",) if dtype == torch.float64 else tuple(WIDE)  # the widest takes minutes to compile
-            for size, of in (*itertools.product(TOKENS, (calls, layer_calls)), *((size, layer_calls) for size in wide)):
+    for target, name in itertools.product(targets, dtypes):
+        dtype = getattr(torch, name)
+        wide = ("linear",) if dtype == torch.float64 else tuple(WIDE)  # the widest takes minutes to compile
+        for size, of in (*itertools.product(TOKENS, (calls, layer_calls)), *((size, layer_calls) for size in wide)):
+            if size in sizes:
                 for row in compiled(target, size, dtype, of):
-                    start = {"target": target, "dtype": str(dtype)[6:], "size": size}
+                    start = {"target": target, "dtype": name, "size": size}
                     yield {"kernel": row["kernel"].removesuffix("_kernel"), **start, **{c: row[c] for c in COLUMNS}}
 
 
 def line(cells: Iterable[Any]) -> str:
-    """Of the table in markdown, readable as it is."""
+    """A line of the table in markdown, padded so that it can be read as text."""
     texts = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells]
     return f"| {texts[0]:26} | " + " | ".join(f"{text:>9}" for text in texts[1:]) + " |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """1 where a kernel spills to memory; float64, which is there for gradcheck, may."""
+    """1 if a kernel spills to memory; float64 kernels, used for gradcheck, may."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", metavar="target", help=f"some of {', '.join(TARGETS)} (all)")
     parser.add_argument("--out", type=Path, default=OUT, help="where the table goes (%(default)s)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the tensors (all)")
+    parser.add_argument("--sizes", nargs="+", choices=(*TOKENS, *WIDE), default=(*TOKENS, *WIDE), help="(all)")
+    parser.add_argument("--triton", type=Path, metavar="FOLDER", help="as `pip install --target FOLDER triton==3.6.0`")
     options = parser.parse_args(arguments)
+    if options.triton is not None:
+        return _with(options.triton, sys.argv[1:] if arguments is None else arguments)
     unknown = set(options.targets) - set(TARGETS)
     if unknown:
         parser.error(f"unknown target {', '.join(sorted(unknown))}; expected some of {', '.join(TARGETS)}")
@@ -135,12 +151,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for text in (line(head), line("---" for _ in head)):
             print(text, file=file)
             print(text)
-        for row in table(options.targets or list(TARGETS)):
+        for row in table(options.targets or list(TARGETS), options.dtypes, options.sizes):
             spilled += row["spills"] > row["lanes"] and row["dtype"] != "float64"
             print(line(row.values()), file=file, flush=True)
             print(line(row.values()), flush=True)
-    print(f"{spilled} kernels spill registers to memory; the table is in {options.out}")
+    print(f"{spilled} kernels spill registers to memory by Triton {triton.__version__}; table: {options.out}")
     return int(spilled > 0)
+
+
+def _with(folder: Path, arguments: Sequence[str]) -> int:
+    """The same in a process that imports the Triton of this folder."""
+    if not (folder / "triton").is_dir():
+        raise SystemExit(f"there is no Triton in {folder}: pip install --no-deps --target {folder} triton==3.6.0")
+    rest = [a for i, a in enumerate(arguments) if a != "--triton" and (i == 0 or arguments[i - 1] != "--triton")]
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "tests.tools.triton.compile_all", *rest]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
     with executed("sm_90", "ttgir") as ran: op(...)
 
 compiles every launch in the block for the target and executes the intermediate representation of that stage on the
-CPU tensors: "ttir" is the kernel as it was written, "ttgir" what is left to translate to machine code, pipelined and
-with its products in the instructions of the target. Unlike the interpreter, this computes bfloat16 as a GPU does.
-An access outside of a buffer raises. Approximate divisions are executed as exact ones. Built on ttsem 0.1.0, which
-knows NVIDIA's targets alone.
+CPU tensors: "ttir" is the kernel as written, "ttgir" the last stage before machine code, pipelined and with matrix
+instructions of the target. Unlike the interpreter, this computes bfloat16 as a GPU does. An access outside a buffer
+raises. Approximate divisions are executed as exact ones. Built on ttsem 0.1.0, for NVIDIA's targets only.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ except ImportError as error:
 from tests.tools.triton.gpu_compile import TARGETS, FakeDriver
 from tests.tools.triton.strict import patch
 
-_CODES: dict[tuple[Any, ...], str] = {}  # what was compiled before
+_CODES: dict[tuple[Any, ...], str] = {}  # compiled before
 
 
 @contextlib.contextmanager
@@ -57,7 +56,7 @@ def executed(target: str, stage: str) -> Iterator[dict[str, str]]:
 
 
 def _code(record: Any, stage: str, target: str) -> str:
-    """From a compilation that ends at `stage`: `harness.ir_for_launch` prints every pass up to machine code."""
+    """The code of a compilation that ends at `stage`; `harness.ir_for_launch` would compile to machine code."""
     specialised = harness._specialize(record.fn, record.args, record.kwargs, TARGETS[target])
     key = record.fn, stage, target, str(specialised)
     if key not in _CODES:
@@ -67,7 +66,7 @@ def _code(record: Any, stage: str, target: str) -> str:
 
 
 def _write_back(record: Any, done: Any) -> None:
-    """What the launch left in memory, into the storages of the tensors that it was given."""
+    """Copy the memory after the launch into the storages of its tensors."""
     for name, value in ((leaf, v) for outer, arg in record.bound.items() for leaf, v in harness._flat_args(outer, arg)):
         memory = done.buffer(record, name) if name in record.ptrs else None
         if memory is not None and isinstance(value, torch.Tensor):

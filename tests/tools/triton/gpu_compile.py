@@ -1,6 +1,6 @@
-"""Compiles the Triton kernels for GPUs that are not there, and reads what came out: no driver, nothing runs.
+"""Compile the Triton kernels for GPUs and inspect the result; no GPU and no driver is needed, nothing runs.
 
-A block under `compiling` turns every launch into a compilation for the target, with the arguments of the launch, as
+Within `compiling` every launch is a compilation for the target, with the arguments of the launch, as
 Triton's own specialisation sees them: strides of 1, pointers and sizes divisible by 16, None.
 """
 
@@ -49,7 +49,7 @@ class FakeDriver:
 
 @contextlib.contextmanager
 def compiling(target: str) -> Iterator[list[Any]]:
-    """Launches in the block compile for `target` and do not run; yields the list of what they compiled to."""
+    """Launches in the block compile for `target` and do not run; yields the list of compiled kernels."""
     compiled: list[Any] = []
     before, run = driver._active, JITFunction.run
 
@@ -95,7 +95,7 @@ def _nvidia(kernel: Any) -> dict[str, Any]:
 
 
 def _spilled_bytes(ptx: str, arch: int) -> int:
-    """ptxas tells spills from local arrays; the resource usage of a cubin does not."""
+    """From ptxas, because the resource usage of a cubin does not separate spills from local arrays."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     target = re.search(r"\.target (\w+)", ptx)[1]
@@ -108,7 +108,7 @@ def _spilled_bytes(ptx: str, arch: int) -> int:
 
 
 def _nvidia_occupancy(registers: int, shared: int, warps: int) -> float:
-    """Of 64 warps: registers are handed out to warps by 256, and each block reserves 1 KiB of shared memory."""
+    """Share of 64 warps: a warp gets registers in units of 256, a block reserves 1 KiB of shared memory."""
     of_a_warp = -(-registers * 32 // 256) * 256
     blocks = min((65536 // of_a_warp) // warps, (228 * 1024) // (shared + 1024), 64 // warps, 32)
     return blocks * warps / 64

@@ -1,13 +1,13 @@
-"""Counts what interpreted Triton kernels load and store, and sees accesses outside of buffers and races.
+"""Count loads and stores of interpreted Triton kernels, and find races and accesses outside of buffers.
 
     with Meter() as meter: op(...)
     meter.launches[0].loaded, .stored       bytes of the lanes that are not masked
     meter.launches[0].distinct              bytes read and written at least once: the traffic if caches were perfect
-    meter.launches[0].sectors               32-byte sectors touched by each instruction: what coalescing makes of it
+    meter.launches[0].sectors               32-byte sectors touched by each instruction: traffic with coalescing
     meter.launches[0].flops                 two for each multiply and add of a tl.dot, masked lanes included
-    meter.launches[0].outside, .races       what must be empty
+    meter.launches[0].outside, .races       errors; must be empty
 
-Lanes that leave their buffer are recorded and then dropped, so that the process survives.
+Lanes outside of their buffer are recorded and not executed, so that the process survives.
 """
 
 import bisect
@@ -22,7 +22,7 @@ from tests.tools.triton.strict import patch
 
 
 class Buffer(NamedTuple):
-    """A tensor of a launch, and which program wrote and read each of its entries: -1 none, -2 many."""
+    """A tensor of a launch, and the program that wrote and read each entry: -1 none, -2 several."""
 
     name: str
     first: int
@@ -77,7 +77,7 @@ class Launch:
         return self.buffers[max(bisect.bisect_right([b.first for b in self.buffers], address) - 1, 0)]
 
     def _watch(self, kind: str, owner: Buffer, entries: Any, program: tuple[int, int, int]) -> None:
-        """Programs run in no order: none may touch what another one writes, nor write an entry twice at once."""
+        """Find races: no program may read or write an entry that another writes, nor write one twice at once."""
         mine = program[0] + self.grid[0] * (program[1] + self.grid[1] * program[2])
         written, read = owner.writers[entries], owner.readers[entries]
         foreign = (written != -1) & (written != mine)
@@ -99,7 +99,7 @@ def _buffer(name: str, t: torch.Tensor) -> Buffer:
 
 
 def _tensors(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Those among the arguments, and in tuples of them under names such as ``inputs[2]``."""
+    """Tensors among the arguments; those in tuples have names such as ``inputs[2]``."""
     found: dict[str, torch.Tensor] = {}
     for name, value in arguments.items():
         if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter compute as a GPU does, and forgive less. Written for Triton 3.9.
+"""Make Triton's interpreter compute as a GPU does, and stricter. Written for Triton 3.9.
 
 bfloat16      computed and rounded as numbers; the interpreter works on their bits and truncates
 masked lanes  of a load without ``other=`` are NaN; the interpreter makes them 0
@@ -22,7 +22,7 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceO
 
 
 def patch(stack: contextlib.ExitStack, owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-    """Replace an attribute by what `wrap` makes of it, until the stack closes."""
+    """Replace an attribute by `wrap(attribute)` until the stack closes."""
     old = getattr(owner, name)
     setattr(owner, name, wrap(old))
     stack.callback(setattr, owner, name, old)
@@ -56,7 +56,7 @@ def _decoded(handle: Any) -> Any:
 
 
 def _encoded(numbers: Any) -> Any:
-    """To the bits of bfloat16, to the nearest, ties to even."""
+    """Round to bfloat16 and return the bits: to nearest, ties to even."""
     bits = np.ascontiguousarray(numbers, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(numbers), np.uint32(0x7FC0), rounded).astype(np.uint16)

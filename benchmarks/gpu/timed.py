@@ -1,0 +1,70 @@
+"""Times of an op, of a layer and of a model's step. Each side is shown to compute what it says before it is timed."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .. import experiments, models, roofline
+from ..sides import Side
+from .case import Found, Plan
+from .clock import Run, times
+
+COMPILER = {True: "eager", False: "inductor"}  # of torch.compile, in a dry run and in a real one
+
+
+def checked_layer(plan: Plan, shape: Any, precision: str, side: str) -> Side:
+    """A side of an adapted layer, behind the gate."""
+    _, N, D, M = shape
+    dtype, adapter, autocast = roofline.PRECISIONS[precision]
+    where = {"device": plan.device, "compiler": COMPILER[plan.dry]}
+    found = experiments.checked_layer((side,), N, D, M, dtype=dtype, adapter=adapter, autocast=autocast, **where)
+    return found[side]
+
+
+def compile_layer(plan: Plan, shape: Any, precision: str) -> Found:
+    """Launch every kernel that the layer's cases will launch, for Triton's cache on the disk."""
+    checked_layer(plan, shape, precision, "triton").run()
+    return {}
+
+
+def layer(plan: Plan, shape: Any, precision: str, side: str) -> Found:
+    """Forward and backward of an adapted layer."""
+    torch._dynamo.reset()
+    return times(plan, checked_layer(plan, shape, precision, side).run)
+
+
+def op(plan: Plan, name: str, size: dict[str, Any], dtype: str, tokens: int, side: str) -> Found:
+    """Forward and backward of one op."""
+    torch._dynamo.reset()
+    run, _ = experiments.checked_op(name, side, tokens, size, getattr(torch, dtype), plan.device, COMPILER[plan.dry])
+    return times(plan, run)
+
+
+def compile_step(plan: Plan, model: str) -> Found:
+    """As `compile_layer`, of a model's step."""
+    checked_step(plan, model, "triton")[0]()
+    return {}
+
+
+def step(plan: Plan, model: str, side: str) -> Found:
+    """A training step under autocast to bfloat16: forward, backward, AdamW. Random weights."""
+    run, samples = checked_step(plan, model, side)
+    return times(plan, run) | {"samples": samples}
+
+
+def checked_step(plan: Plan, model: str, side: str) -> tuple[Run, int]:
+    """A step behind the gate, and the samples of its batch."""
+    case = (models.TINY if plan.dry else models.CASES)[model]
+    if not plan.dry:
+        batch = {"vit": lambda: models.images(64), "roberta": lambda: models.sentences(32, 128)}[model]
+        case = replace(case, batch=batch)
+    built, batch = models.build(case)
+    built, batch = built.to(plan.device), {name: t.to(plan.device) for name, t in batch.items()}
+    found = experiments.checked_steps(built, batch, (side,))[side]
+
+    def run() -> None:
+        with torch.autocast(plan.device, torch.bfloat16):
+            found.run()
+
+    return run, len(next(iter(batch.values())))

@@ -1,0 +1,117 @@
+"""The sides of one adapted layer on one token, timed in turns, each by its quickest call."""
+
+import contextlib
+import ctypes
+import gc
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import machine, roofline, sides
+from . import driver, internals, profile
+
+SIDES = ("base", "lora", "dora", "plain", "triton", "cpp")
+FEATURES = 64
+MANY = (1, 1576, 12608)  # tokens: with arguments of other sizes the host does the same
+FLOAT32, *OTHERS = roofline.PRECISIONS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How often."""
+
+    rounds: int = 40
+    calls: int = 25  # of a side in a round, each timed
+    full: bool = False  # the other precisions, and many tokens: Triton compiles for minutes
+
+
+QUICK = Settings(2, 2)
+FULL = Settings(full=True)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """And no collection of garbage while the clock runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        torch.set_num_threads(threads)
+
+
+def minima(runs: Mapping[str, Callable[[], Any]], s: Settings) -> dict[str, float]:
+    """Seconds of this thread in the quickest call of each: other work on the machine only ever adds.
+
+    Each round runs every side several times, in an order drawn anew, so that a slow minute slows all of them.
+    """
+    order, found = random.Random(0), dict.fromkeys(runs, float("inf"))
+    for _ in range(s.rounds):
+        for name in order.sample(list(runs), len(runs)):
+            run = runs[name]
+            run()
+            for _ in range(s.calls):
+                start = time.thread_time()
+                run()
+                found[name] = min(found[name], time.thread_time() - start)
+        gc.collect()
+    return found
+
+
+def step(name: str, precision: str, tokens: int = 1, features: int = FEATURES) -> sides.Side:
+    """Forward and backward of a side."""
+    dtype, adapter, autocast = roofline.PRECISIONS[precision]
+    x, grad_y = (torch.randn(tokens, features, dtype=dtype) for _ in range(2))
+    model = sides.OneLinear(features, features, dtype)
+    return sides.layer_side(name, model, x.requires_grad_(), grad_y, adapter=adapter, autocast=autocast)
+
+
+def without_base(tokens: int, features: int) -> Callable[[], Any]:
+    """Ours on Triton around a base layer that computes nothing: the arithmetic of many tokens does not count."""
+    side, y = step("triton", FLOAT32, tokens, features), torch.zeros(tokens, features)
+    base: Any = side.module.base_layer
+    base.forward = lambda x: y
+    return side.run
+
+
+def measure(fake: ctypes.CDLL, s: Settings) -> dict[str, Any]:
+    """Microseconds of every side in every precision, of ours with many tokens, and of ours by part.
+
+    `fake` is the driver that was loaded; it counts the launches of a step of ours.
+    """
+    launcher = driver.activate()
+    names = [name for name in SIDES if name != "cpp" or "cpp" in sides.kernels("layer")]
+    found: dict[str, Any] = {"machine": machine.describe(), "steps": {}}
+    with warnings.catch_warnings(), one_thread():
+        warnings.simplefilter("ignore")
+        with internals.pretending():
+            for precision in roofline.PRECISIONS if s.full else (FLOAT32,):
+                which = [name for name in names if name != "cpp" or precision == FLOAT32]
+                found["steps"][precision] = _us(minima({name: step(name, precision).run for name in which}, s))
+            if s.full:
+                runs = {f"{tokens} x {D}": without_base(tokens, D) for tokens, D in _sizes()}
+                found["many"] = _us(minima(runs, s))
+            ours = step("triton", FLOAT32).run
+            ours()
+            before = fake.launches()
+            ours()
+            found["launched"] = fake.launches() - before
+        calls = s.rounds * s.calls // 3 + 1
+        found["parts"] = _us(profile.parts(ours, launcher, calls))
+        found["launches"] = _us(profile.launches(ours, launcher, calls))
+    return found
+
+
+def _sizes() -> list[tuple[int, int]]:
+    return [(1, FEATURES), *((tokens, 768) for tokens in MANY)]
+
+
+def _us(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(1e6 * value, 1) for name, value in seconds.items()}

@@ -1,0 +1,76 @@
+"""What was measured, as tables and as the line that sums it up."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..pages import replace_block, row
+from ..sides import TITLES
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "roofline.md"
+Found = dict[str, Any]
+
+
+def beyond(found: Found, side: str, precision: str = "float32") -> float:
+    """Microseconds of a side beyond those of the base layer."""
+    us = found["steps"][precision]
+    return float(us[side] - us["base"])
+
+
+def table(found: Found) -> list[str]:
+    """Every side, and its ratio to LoRA and DoRA in the same run."""
+    lines = [row(["host's time of a step", "us", "us beyond the base layer", "/ LoRA", "/ DoRA"]), row(["---"] * 5)]
+    for side, us in found["steps"]["float32"].items():
+        over = beyond(found, side)
+        ratios = [f"{over / beyond(found, other):.2f}" for other in ("lora", "dora")] if side != "base" else ["", ""]
+        lines.append(row([TITLES[side], f"{us:.0f}", f"{over:.0f}" if side != "base" else "", *ratios]))
+    return lines
+
+
+def precisions(found: Found) -> list[str]:
+    """Microseconds beyond the base layer in every precision."""
+    names = [side for side in found["steps"]["float32"] if side not in ("base", "cpp")]
+    lines = [row(["us beyond the base layer", *(TITLES[name] for name in names)]), row(["---"] * (1 + len(names)))]
+    for precision in found["steps"]:
+        lines.append(row([precision, *(f"{beyond(found, name, precision):.0f}" for name in names)]))
+    return lines
+
+
+def last_line(found: Found) -> str:
+    """The numbers that count."""
+    ours, lora, dora = (beyond(found, side) for side in ("triton", "lora", "dora"))
+    return (
+        f"host cost beyond base: ours {ours:.0f} us, LoRA {lora:.0f} us, DoRA {dora:.0f} us; "
+        f"ours / LoRA {ours / lora:.2f}, ours / DoRA {ours / dora:.2f}"
+    )
+
+
+def where(found: Found) -> str:
+    """On what."""
+    machine, versions = found["machine"], found["machine"]["versions"]
+    return (
+        f"{machine['cpu']}, one thread, commit {machine['commit']}; torch {versions['torch']}, "
+        f"peft {versions['peft']}, triton {versions['triton']}, Python {versions['python']}"
+    )
+
+
+def text(found: Found) -> Iterator[str]:
+    """Everything, to be read in a terminal."""
+    yield where(found)
+    yield "Eager forward and backward, one token, D = M = 64. Sides in turns, each by its quickest call, in CPU time."
+    yield from ("", *table(found))
+    if len(found["steps"]) > 1:
+        yield from ("", *precisions(found))
+    if "many" in found:
+        yield from ("", row(["ours, Triton, around a base layer that computes nothing: N x D", "us"]), row(["---"] * 2))
+        yield from (row([size, f"{us:.0f}"]) for size, us in found["many"].items())
+    for title, name in (("ours, Triton, by part", "parts"), ("launches with their arguments at hand", "launches")):
+        yield from ("", row([title, "us"]), row(["---"] * 2))
+        yield from (row([part, f"{us:.0f}"]) for part, us in found[name].items())
+        yield row(["sum", f"{sum(found[name].values()):.0f}"])
+    yield from ("", last_line(found))
+
+
+def write(found: Found) -> None:
+    """The block of docs/roofline.md."""
+    replace_block(PAGE, "host", [f"Measured on {where(found)}.", "", *table(found), "", *precisions(found)])

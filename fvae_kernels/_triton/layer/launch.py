@@ -1,0 +1,76 @@
+"""Two roads to a launch.
+
+The general one is Triton's: it looks at every argument, finds the compiled kernel, compiles it where there is none. That
+costs the host some 100 us for a kernel of the layer. The straight one hands the arguments to what was compiled before,
+for arguments that Triton's specialisation could not tell from these, and costs 10 us.
+"""
+
+import os
+from collections.abc import Hashable
+from typing import Any
+
+from triton import knobs
+from triton.runtime import driver
+
+from .._common import INTERPRET
+
+Constants = dict[str, Any]
+
+
+class Launch:
+    """A kernel with everything that it is compiled for, and what it was compiled to, by what tells arguments apart."""
+
+    def __init__(self, kernel: Any, constants: Constants, num_warps: int, num_stages: int) -> None:
+        self.kernel, self.constants = kernel, constants
+        self.values = tuple(constants.values())  # in the order of the kernel's arguments, of which they are the last
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        self.compiled: dict[Hashable, tuple[Any, Any, Any]] = {}
+
+    def __call__(self, grid: tuple[int, int], arguments: tuple[Any, ...], key: Hashable, stream: int | None) -> None:
+        """Launch; `key` tells arguments apart that Triton compiles for, and without a stream the road is the general one.
+
+        Pointers must be divisible by 16 where a stream is given, and those that a key does not tell about alike.
+        """
+        known = None if stream is None else self.compiled.get(key)
+        if known is not None:
+            run, function, metadata = known
+            run(grid[0], grid[1], 1, stream, function, metadata, None, None, None, *arguments, *self.values)
+            return
+        compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
+        if stream is not None:
+            self.compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
+
+
+def why_general() -> str | None:
+    """None where launches may go straight to compiled kernels, else what only Triton's own road serves."""
+    if INTERPRET.value:
+        return "Triton interprets its kernels"
+    runtime = knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return "a launch hook is set, as profilers do"
+    if runtime.debug or knobs.compilation.instrumentation_mode:
+        return "Triton's debugging is on"
+    if _target() != "cuda":
+        return f"the target is {_target()}"
+    return None
+
+
+_targets: dict[Any, str] = {}  # by active driver
+
+
+def _target() -> str:
+    active = driver.active
+    found = _targets.get(active)
+    if found is None:
+        found = _targets[active] = active.get_current_target().backend
+    return found
+
+
+def stream_of(device: int) -> int | None:
+    """The current stream of a device; None where another device is the current one, on which Triton would launch."""
+    active = driver.active
+    return active.get_current_stream(device) if active.get_current_device() == device else None
+
+
+os.register_at_fork(after_in_child=_targets.clear)

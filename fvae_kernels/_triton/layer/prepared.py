@@ -1,0 +1,240 @@
+"""What does not change from step to step for layers of the same sizes: launches with their blocks, numbers, places."""
+
+import ctypes
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...ops._layer_inputs import Encoder, Linear, Needs, Networks, Objective, Options
+from ...ops._raw import wide_dtype_of
+from .. import tables
+from .._common import on_amd, precision, triton_dtype
+from .arguments import Sizes
+from .features import EncoderTiles, Made, layer_grads_kernel, layer_reduce_kernel
+from .forward import layer_fwd_kernel, layer_mean_kernel
+from .launch import Launch
+from .tokens import layer_bwd_kernel
+
+
+class Case(NamedTuple):
+    """What decides a layer's launches; hashable."""
+
+    encoder: tuple[int, ...]  # units of hidden layers
+    decoder: tuple[int, ...]
+    R: int
+    D: int
+    M: int
+    dtype: torch.dtype  # of the parameters
+    device: torch.device
+    average: bool
+    dropout: float  # 0 without a seed
+    precision: str  # of products
+    given_noise: bool
+    masked: bool
+    many_tokens: bool
+
+    @classmethod
+    def of(cls, networks: Networks, options: Options, given_noise: bool, masked: bool, seeded: bool, N: int) -> "Case":
+        """For parameters as tensors, and N tokens."""
+        B, D = networks.B, networks.decoder.scale.shape[0]
+        encoder, decoder = (
+            tuple(layer.weight.shape[0] for layer in network.hidden)
+            for network in (networks.encoder1, networks.decoder)
+        )
+        sizes, kind = (encoder, decoder, B.shape[1], D, B.shape[0]), (B.dtype, B.device, options.average)
+        dropout = options.dropout if seeded else 0.0
+        products = precision(B.dtype, options.products)
+        return cls(*sizes, *kind, dropout, products, given_noise, masked, N >= tables.FEW_TOKENS)
+
+    @property
+    def latent(self) -> int:
+        """Inputs of the decoder."""
+        return self.R if self.average else 2 * self.R
+
+
+class Numbers(NamedTuple):
+    """What may change from step to step, as kernels take it.
+
+    A float in a tuple is float32 there; what the objective's weights lose as such is in `rest`.
+    """
+
+    objective: Objective
+    rest: Objective
+    recon_weight: float
+    scaling: float
+    prior2_mean: float
+    logvar1_low: float
+    logvar1_high: float
+
+
+@functools.lru_cache(maxsize=512)
+def numbers_of(options: Options) -> Numbers:
+    """From what the raw operators take."""
+    table = options.objective
+    high = tuple(ctypes.c_float(entry).value for entry in table)
+    rest = tuple(entry - first for entry, first in zip(table, high, strict=True))
+    others = Objective.of(table).loss.nll, options.scaling, options.prior2_mean
+    return Numbers(Objective.of(high), Objective.of(rest), *others, options.logvar1_low, options.logvar1_high)
+
+
+class Prepared:
+    """The launches of a case. Blocks come from the tables, or from `tuning.override`."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.wide = case, wide_dtype_of(case.dtype)
+        self.size = tables.size_of(tables.is_wide(case.encoder, case.decoder, case.R), case.many_tokens)
+        self.S = Sizes(
+            case.encoder,
+            case.decoder,
+            case.R,
+            case.average,
+            case.given_noise,
+            case.masked,
+            threshold(case.dropout),
+            triton_dtype(self.wide),
+            case.precision,
+        )
+        self.state_width = 2 * sum(case.encoder) + 4 * case.R
+        self.output_inputs = (case.latent, *case.decoder)[-1]
+        self.fwd = self.launch("layer_fwd", layer_fwd_kernel, S=self.S)
+        blocks = {"MASKED": case.masked, **{name: tables.MEAN[name] for name in ("BLOCK_P", "BLOCK_D")}}
+        self.mean = Launch(layer_mean_kernel, blocks, tables.MEAN["num_warps"], 3)
+        self._backwards: dict[Any, Backward] = {}
+
+    def launch(self, name: str, kernel: Any, **constants: Any) -> Launch:
+        """A kernel of the layer with its row of the table, no block of features wider than what it covers."""
+        # products of 16 bits, which add up 16 numbers at least, take blocks that are made for them where those are smaller
+        narrow = self.size == tables.WIDE and self.case.precision in ("bfloat16", "float16")
+        row = tables.layer_row(name, 2 if narrow else self.case.dtype.itemsize, self.size, on_amd())
+        chosen = {
+            "BLOCK_N": row.N,
+            "BLOCK_D": row.D,
+            "BLOCK_K": row.K,
+            "num_warps": row.warps,
+            "num_stages": row.stages,
+        }
+        chosen |= tables.OVERRIDES.get(kernel.__name__, {})
+        chosen["BLOCK_D"] = min(chosen["BLOCK_D"], tables.padded(max(self.case.D, self.case.M)))
+        warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
+        return Launch(kernel, constants | chosen, warps, stages)
+
+    def backward(self, needs: Needs, detach_target: bool, decode: bool, given: tuple[bool, ...]) -> "Backward":
+        """For these gradients; `decode`: whether any arrives through the decoder; `given`: which parameters there are."""
+        key = needs, detach_target, decode, given
+        found = self._backwards.get(key)
+        if found is None:
+            found = self._backwards[key] = Backward(self, needs, detach_target, decode, given)
+        return found
+
+
+class Backward:
+    """Which programs backward runs for the gradients that are asked, and where sums and gradients lie."""
+
+    def __init__(
+        self, prepared: Prepared, needs: Needs, detach_target: bool, decode: bool, given: tuple[bool, ...]
+    ) -> None:
+        case = prepared.case
+        self.needs, self.latents = needs, needs.x or needs.encoders
+        self.target = needs.x and decode and not detach_target
+        self.tokens = prepared.launch("layer_bwd", layer_bwd_kernel, S=prepared.S, DECODE=decode)
+        self.inputs = needs.decoder or needs.scale or self.target  # of the decoder's output layer
+        self.hidden = needs.decoder and bool(case.decoder)
+        made = Made(*needs[:4])
+        kinds = (
+            Made(needs.x, *(False,) * 3),
+            Made(False, needs.encoders, False, False),
+            Made(False, False, *needs[2:4]),
+        )
+        self.made = tuple(kind for kind in (kinds if prepared.size == tables.WIDE else (made,)) if any(kind))
+        launch = prepared.launch("layer_grads", layer_grads_kernel)
+        T = launch.constants["BLOCK_D"]
+        tiles, encoder_programs = encoder_tiles(case.encoder, case.R, T)
+        self.grads = prepared.launch(
+            "layer_grads",
+            layer_grads_kernel,
+            S=prepared.S,
+            NEEDS=needs,
+            MADE=self.made,
+            TILES=tiles,
+            ENCODER_PROGRAMS=encoder_programs if needs.encoders else 0,
+            THROUGH_TARGET=self.target,
+        )
+        self.programs = (
+            -(-case.D // T) * len(self.made)
+            + (-(-case.M // T) if needs.B else 0)
+            + (encoder_programs if needs.encoders else 0)
+            + (sum(-(-size // T) for size in case.decoder) if needs.decoder else 0)
+        )
+        self._place(prepared, given)
+        acc = {"ACC": triton_dtype(prepared.wide), "BLOCK_L": tables.BLOCK_L}
+        self.reduce = Launch(layer_reduce_kernel, acc, 4, 3)
+        self.reduce_programs = sum(-(-size // tables.BLOCK_L) for size in self.entries)
+
+    def _place(self, prepared: Prepared, given: tuple[bool, ...]) -> None:
+        """Sums of each gradient start at a multiple of 16; gradients themselves lie one after the other."""
+        case, hidden, shapes = prepared.case, len(prepared.case.encoder), shapes_of(prepared.case)
+        made, self.flags = self.needs.flags([True] * len(given), hidden), tuple(self.needs.flags(given, hidden))
+        starts, self.length = [], 0
+        for flag, shape in zip(made, shapes, strict=True):
+            starts.append(self.length)
+            self.length += -(-math.prod(shape) // 16) * 16 if flag else 0
+        self.places = Networks.of(starts, hidden)
+        self.shapes = tuple(shape if flag else (0,) for flag, shape in zip(self.flags, shapes, strict=True))
+        self.starts = tuple(start for flag, start in zip(self.flags, starts, strict=True) if flag)
+        self.entries = tuple(math.prod(shape) for flag, shape in zip(self.flags, shapes, strict=True) if flag)
+
+    def chunks(self, N: int) -> int:
+        """Chunks of tokens, for each of which the programs leave sums."""
+        return max(min(-(-N // self.grads.constants["BLOCK_N"]), tables.PROGRAMS // max(self.programs, 1)), 1)
+
+
+def shapes_of(case: Case) -> list[tuple[int, ...]]:
+    """Of all parameters, in the order of `Networks.flat`, biases that are not there included."""
+
+    def linear(inputs: int, outputs: int) -> Linear:
+        return Linear((outputs, inputs), (outputs,))
+
+    def hidden(first: int, sizes: tuple[int, ...]) -> tuple[Linear, ...]:
+        return tuple(linear(a, b) for a, b in zip((first, *sizes), sizes, strict=False))
+
+    top = (case.D, *case.encoder)[-1]
+    encoder = Encoder(hidden(case.D, case.encoder), linear(top, case.R), linear(top, case.R))
+    output = linear((case.latent, *case.decoder)[-1], case.D)
+    layers = (*encoder.hidden, encoder.mean, encoder.logvar) * 2 + (*hidden(case.latent, case.decoder), output)
+    return [*(shape for layer in layers for shape in layer), (case.D,), (case.M, case.R)]
+
+
+def encoder_tiles(sizes: tuple[int, ...], R: int, T: int) -> tuple[tuple[EncoderTiles, ...], int]:
+    """For weights cut into tiles of T: each layer of encoder 1, then of encoder 2; and how many programs they are."""
+    hidden, heads = len(sizes), 2 * sum(sizes)
+    found, programs = [], 0
+    for side in range(2):
+        for i in range(hidden + 2):
+            outputs = sizes[i] if i < hidden else R
+            column = 2 * sum(sizes[:i]) + side * outputs if i < hidden else heads + (2 * side + i - hidden) * R
+            before = min(i, hidden) - 1  # the hidden layer that it reads
+            inputs = sizes[before] if before >= 0 else 0
+            at = 2 * sum(sizes[:before]) + side * inputs if inputs else 0
+            found.append(EncoderTiles(programs, column, outputs, at, inputs))
+            programs += -(-outputs // T) * max(-(-inputs // T), 1)
+    return tuple(found), programs
+
+
+def threshold(dropout: float) -> int | None:
+    """An activation is kept where 16 random bits are below this; None where nothing is dropped."""
+    return min(max(round((1 - dropout) * 2**16), 1), 2**16) if dropout > 0 else None
+
+
+@functools.lru_cache(maxsize=512)
+def prepared(case: Case, changes: int) -> Prepared:
+    """One for all layers of a case; `changes` is `tables.changes()`, so that an override is noticed."""
+    return Prepared(case)
+
+
+@functools.lru_cache(maxsize=64)
+def zeros(dtype: torch.dtype, device: torch.device, size: int) -> Tensor:
+    """What stands in for something that is not there, such as a bias."""
+    return torch.zeros(size, dtype=dtype, device=device)

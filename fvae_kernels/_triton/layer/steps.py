@@ -1,0 +1,189 @@
+"""The layer's forward and backward: what they allocate and launch.   Kernels: forward, tokens, features
+
+Five launches: layer_fwd and layer_mean; layer_bwd, layer_grads and layer_reduce. Without a stream they take Triton's
+road; with one, they go straight to what it compiled before (see `launch`).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...ops._layer_inputs import Arriving, Needs, Networks, Options, Tensors
+from .. import tables
+from .arguments import Layer
+from .objective import TermGrads
+from .prepared import Case, Numbers, Prepared, numbers_of, prepared, zeros
+
+
+class Given(NamedTuple):
+    """What changes from step to step, apart from the parameters: contiguous, but for rows of x that lie apart."""
+
+    x: Tensor
+    noise1: Tensor | None
+    noise2: Tensor | None
+    mask: Tensor | None
+    seed: Tensor | None
+
+
+def forward(
+    base: Tensor | None, given: Given, networks: Networks, ready: Prepared, numbers: Numbers, stream: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [N, M], the terms [4] and the state that backward reads [N, state_width]."""
+    case, x, N = ready.case, given.x, given.x.shape[0]
+    y = x.new_empty((N, case.M), dtype=case.dtype if base is None else base.dtype)
+    state = x.new_empty((N, ready.state_width), dtype=ready.wide)
+    if N == 0:
+        return y, x.new_zeros(4, dtype=ready.wide), state
+    layer, key = _layer(given, networks, ready), (x.dtype, x.stride(0), *_kind(base))
+    programs = -(-N // ready.fwd.constants["BLOCK_N"])
+    statistics = x.new_empty((programs, 16), dtype=ready.wide)
+    of_latents = numbers.scaling, numbers.prior2_mean, numbers.logvar1_low, numbers.logvar1_high
+    arguments: tuple[Any, ...] = (layer, base, _row(base), y, state, statistics, *of_latents, N, case.D, case.M)
+    ready.fwd((programs, 1), arguments, key, stream)
+    terms = x.new_empty(4, dtype=ready.wide)
+    weights = numbers.objective, numbers.rest
+    arguments = statistics, networks.decoder.scale, *weights, layer.kept, terms, programs, N, case.D, case.R
+    ready.mean((1, 1), arguments, None, stream)
+    return y, terms, state
+
+
+def backward(
+    arriving: Arriving,
+    given: Given,
+    networks: Networks,
+    state: Tensor,
+    needs: Needs,
+    detach_target: bool,
+    there: tuple[bool, ...],
+    ready: Prepared,
+    numbers: Numbers,
+    into: Any,
+    stream: int | None = None,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """grad_x [N, D] and the gradients of those parameters that are there and needed; `into` makes
+    their memory.
+
+    `there`: of each parameter, whether there is one, which a bias may not be.
+    """
+    case, x, N = ready.case, given.x, given.x.shape[0]
+    plan = ready.backward(needs, detach_target, arriving.at_decoder, there)
+    grad_x = x.new_empty(x.shape if needs.x else (0,))
+    gradients = into(plan)
+    if N == 0 or not any(needs):
+        return grad_x.zero_(), [grad.zero_() for grad in gradients]
+
+    layer, wide = _layer(given, networks, ready), ready.wide
+    grad_state = x.new_empty((N, ready.state_width), dtype=wide) if plan.latents else None
+    inputs = x.new_empty((N, ready.output_inputs), dtype=wide) if plan.inputs else None
+    grad_hidden = x.new_empty((N, ready.output_inputs), dtype=wide) if plan.hidden else None
+    grad_y, nothing = arriving.grad_y, zeros(wide, x.device, 1)
+    term_grads = TermGrads(*(nothing if grad is None else grad for grad in arriving[1:]))
+    key = x.dtype, x.stride(0), *_kind(grad_y)
+    arrives = layer, grad_y, _row(grad_y), term_grads
+    bounds = numbers.logvar1_low, numbers.logvar1_high
+    if plan.latents or plan.inputs:
+        programs = -(-N // plan.tokens.constants["BLOCK_N"])
+        weights, scalars = (
+            (numbers.objective, numbers.rest),
+            (numbers.recon_weight, numbers.scaling, numbers.prior2_mean),
+        )
+        to = state, grad_state, inputs, grad_hidden
+        plan.tokens((programs, 1), (*arrives, *weights, *to, *scalars, *bounds, N, case.D, case.M), key, stream)
+
+    chunks = plan.chunks(N)
+    parts = x.new_empty((chunks, plan.length), dtype=wide)
+    tensors = state, grad_state, inputs, grad_hidden, grad_x if needs.x else None, parts
+    scalars = numbers.recon_weight, numbers.scaling
+    arguments: tuple[Any, ...] = (*arrives, *tensors, plan.places, plan.length, *scalars, *bounds, N, case.D, case.M)
+    plan.grads((plan.programs, chunks), arguments, key, stream)
+    if plan.entries:
+        arguments = parts, tuple(gradients), plan.starts, plan.entries, chunks, plan.length
+        plan.reduce((plan.reduce_programs, 1), arguments, None, stream)
+    return grad_x, gradients
+
+
+def _layer(given: Given, networks: Networks, ready: Prepared) -> Layer:
+    x, nothing = given.x, zeros(torch.int64, given.x.device, 1)
+    return Layer(
+        x,
+        x.stride(0),
+        networks,
+        x if given.noise1 is None else given.noise1,
+        x if given.noise2 is None else given.noise2,
+        nothing if given.mask is None else given.mask,
+        nothing if given.mask is None else given.mask.sum(),
+        nothing if given.seed is None else given.seed,
+    )
+
+
+def _row(t: Tensor | None) -> int:
+    """From row to row."""
+    return 0 if t is None else t.stride(0)
+
+
+def _kind(t: Tensor | None) -> tuple[Any, int]:
+    return (None, 0) if t is None else (t.dtype, t.stride(0))
+
+
+def by_rows(t: Tensor) -> Tensor:
+    """[N, D] with entries of a row side by side; a copy where they are not."""
+    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+
+
+def given_of(
+    x: Tensor, noise1: Tensor | None, noise2: Tensor | None, mask: Tensor | None, seed: Tensor | None
+) -> Given:
+    """With the layout that kernels read."""
+    noise1, noise2, mask = (None if t is None else t.contiguous() for t in (noise1, noise2, mask))
+    return Given(by_rows(x), noise1, noise2, mask, seed)
+
+
+def contiguous(parameters: Sequence[Tensor | None], encoder_hidden: int) -> Networks:
+    """Of tensors, with zeros for a bias that is not there."""
+    B = parameters[-1]
+    assert B is not None
+    units = max((weight.shape[0] for weight in parameters[:-2:2] if weight is not None), default=1)
+    nothing = zeros(B.dtype, B.device, units)
+    return Networks.of([nothing if p is None else p.contiguous() for p in parameters], encoder_hidden)
+
+
+def _all_of(tensors: Tensors, options: Options) -> tuple[Given, Networks, Prepared, Numbers]:
+    x, parameters, noise1, noise2, mask, seed = tensors
+    networks, given = contiguous(parameters, options.encoder_hidden), given_of(x, noise1, noise2, mask, seed)
+    case = Case.of(networks, options, noise1 is not None, mask is not None, seed is not None, x.shape[0])
+    return given, networks, prepared(case, tables.changes()), numbers_of(options)
+
+
+def layer_fwd(base: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The raw operator."""
+    count = len(Tensors._fields)
+    given, networks, ready, numbers = _all_of(Tensors(*rest[:count]), _options(rest[count:]))
+    return forward(None if base is None else by_rows(base), given, networks, ready, numbers)
+
+
+def layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    """The raw operator; memory of one gradient is not that of another."""
+    *arguments, state, detach_target, needs = arguments  # type: ignore[assignment]
+    first, count = len(Arriving._fields), len(Arriving._fields) + len(Tensors._fields)
+    grad_y, *grad_terms = arguments[:first]
+    tensors, options = Tensors(*arguments[first:count]), _options(arguments[count:])
+    given, networks, ready, numbers = _all_of(tensors, options)
+    arriving = Arriving(None if grad_y is None else by_rows(grad_y), *grad_terms)
+    B, there = networks.B, tuple(p is not None for p in tensors.parameters)
+
+    def apart(plan: Any) -> list[Tensor]:
+        return [B.new_empty(shape) for shape, flag in zip(plan.shapes, plan.flags, strict=True) if flag]
+
+    grad_x, grads = backward(
+        arriving, given, networks, state.contiguous(), Needs(*needs), detach_target, there, ready, numbers, apart
+    )
+    left, flags = iter(grads), Needs(*needs).flags(there, options.encoder_hidden)
+    return grad_x, [next(left) if flag else B.new_empty(0) for flag in flags]
+
+
+def _options(values: Sequence[Any]) -> Options:
+    """Hashable."""
+    options = Options(*values)
+    return options._replace(objective=tuple(options.objective))

@@ -1,0 +1,205 @@
+"""Plans: what does not change from step to step of one adapted layer, made once and checked cheaply.
+
+A step looks at the parameters (which tensors they are, their shapes, strides and dtypes), at what kind of x, base and
+mask came, and at what else decides the path: config, backend, autocast. Where all is as before, the layer runs without
+checks, tables and dispatch, and on a GPU with launches straight to what was compiled. Otherwise a new plan is made; and
+what no plan serves takes the general road of `layer`, with the same numbers.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..config import FVAEConfig
+from . import _backend
+from ._checks import rows, token_flags
+from ._layer_inputs import Arriving, Needs, Options, Tensors
+from ._layer_path import autocast_products
+from ._once import differentiable_once
+from ._raw import RAW
+
+Parameters = Sequence[Tensor | None]
+# What arrives at a layer's loss besides what comes through the graph, of this dtype; None where nothing does
+LossGradient = Callable[[torch.dtype, torch.device], Tensor | None]
+
+
+class Steps(Protocol):
+    """Forward and backward of a backend, as a plan runs them. Results may share memory."""
+
+    options: Options
+
+    def forward(self, base: Tensor | None, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+        """y [N, M], the terms [4], and the state for backward."""
+
+    def backward(
+        self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """grad_x, and the gradients of those parameters that are there and needed."""
+
+
+class CppSteps:
+    """The raw operators, without the search for an overload."""
+
+    def __init__(self, options: Options, detach_target: bool) -> None:
+        self.options, self.detach_target = options, detach_target
+        self._forward, self._backward = RAW["cpp"].layer_fwd.default, RAW["cpp"].layer_bwd.default
+
+    def forward(self, base: Tensor | None, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Steps`."""
+        y, terms, state = self._forward(base, *tensors, *self.options)
+        return y, terms, state
+
+    def backward(
+        self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """See `Steps`."""
+        grad_x, grads = self._backward(*arriving, *tensors, *self.options, state, self.detach_target, needs)
+        flags = needs.flags([p is not None for p in tensors.parameters], self.options.encoder_hidden)
+        return grad_x, [grad for grad, flag in zip(grads, flags, strict=True) if flag]
+
+
+class Plan:
+    """What a layer's forward and backward need, for parameters, a config and a backend that stay."""
+
+    def __init__(self, steps: Steps, parameters: Parameters, config: FVAEConfig) -> None:
+        self.steps, self.parameters, self.config = steps, parameters, config
+        self.looks = _looks(parameters)
+        B = parameters[-1]
+        assert B is not None
+        self.M, self.dtype, self.device = B.shape[0], B.dtype, B.device
+
+
+class Plans:
+    """The plans of one adapter, which neither copies nor files carry."""
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.key: tuple[Any, ...] = ()
+
+    def fitting(
+        self, parameters: Parameters, x: Tensor, config: FVAEConfig, dropout: float, mask: Tensor | None, base: Tensor
+    ) -> Plan | None:
+        """The plan of the last step, if all that it stands on is as it was."""
+        plan = self.plan
+        if (
+            plan is None
+            or plan.config is not config
+            or not all(map(operator.is_, parameters, plan.parameters))
+            or self.key != key_of(x, dropout, plan.dtype, plan.device, base)
+            or plan.looks != _looks(parameters)
+            or torch._C._len_torch_dispatch_stack() > 0
+            or base.shape != (*x.shape[:-1], plan.M)
+            or (mask is not None and (mask.shape != x.shape[:-1] or mask.device != plan.device))
+        ):
+            return None
+        return plan
+
+    def keep(self, plan: Plan, x: Tensor, dropout: float, base: Tensor) -> None:
+        """Serve steps alike with this plan."""
+        self.plan, self.key = plan, key_of(x, dropout, plan.dtype, plan.device, base)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Plans":
+        return Plans()
+
+    def __reduce__(self) -> tuple[type["Plans"], tuple[()]]:
+        return Plans, ()
+
+
+def key_of(x: Tensor, dropout: float, dtype: torch.dtype, device: torch.device, base: Tensor) -> tuple[Any, ...]:
+    """What else decides the path, cheap to compare; a tensor of another class is no plain one."""
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    kinds = type(x), x.dtype, x.device, x.shape[-1], base.dtype, base.device
+    return *kinds, dropout, _backend._selected, autocast
+
+
+def _looks(parameters: Parameters) -> list[Any]:
+    return [None if p is None else (p.dtype, p.shape, p.stride(), p.device) for p in parameters]
+
+
+def plannable(parameters: Parameters, x: Tensor, base: Tensor | None) -> bool:
+    """Whether a plan can serve: plain tensors, in plain PyTorch, parameters without gaps."""
+    if base is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, nn.Parameter):
+        return False
+    return all(p is None or (type(p) in (Tensor, nn.Parameter) and p.is_contiguous()) for p in parameters)
+
+
+def make_plan(parameters: Parameters, config: FVAEConfig, dropout: float, backend: str) -> Plan:
+    """A plan for a layer that `backend` covers, whose inputs have been checked."""
+    B = parameters[-1]
+    assert B is not None
+    options = Options.of(config, dropout, autocast_products(B, backend))
+    steps: Steps
+    if backend == "triton":
+        from .._triton.layer.plan import TritonSteps
+
+        steps = TritonSteps(parameters, options, config.detach_target)
+    else:
+        steps = CppSteps(options, config.detach_target)
+    return Plan(steps, parameters, config)
+
+
+class PlannedLayer(torch.autograd.Function):
+    """(plan, loss gradient, base, x, mask bool [N], noise1, noise2, seed, parameters) -> y, loss, terms [4]
+
+    The terms are for the log: they carry no graph. In backward the loss gets `loss_gradient` too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Plan, loss_gradient: LossGradient | None, base: Tensor, x: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mask, noise1, noise2, seed, *parameters = rest
+        noises = (None, None) if noise1 is None else (rows(noise1), rows(noise2))
+        y, terms, state = plan.steps.forward(rows(base), Tensors(rows(x), parameters, *noises, mask, seed))
+        ctx.save_for_backward(x, mask, *noises, seed, state, *parameters)
+        ctx.plan, ctx.loss_gradient, ctx.like = plan, loss_gradient, (terms.dtype, terms.device)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(terms)
+        return torch.ops.aten._unsafe_view(y, base.shape), terms[0], terms
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward_once(ctx, *grads) if torch.is_grad_enabled() else _backward(ctx, *grads)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    injected = None if ctx.loss_gradient is None else ctx.loss_gradient(*ctx.like)
+    if injected is not None:
+        grad_loss = injected if grad_loss is None else grad_loss + injected
+    x, mask, noise1, noise2, seed, state, *parameters = ctx.saved_tensors
+    steps, asked = ctx.plan.steps, ctx.needs_input_grad
+    arriving = Arriving(None if grad_y is None else rows(grad_y), grad_loss, None, None, None)
+    flags, hidden = asked[-len(parameters) :], steps.options.encoder_hidden
+    needs = Needs.of(asked[3], flags, hidden, arriving)
+    tensors = Tensors(rows(x), parameters, noise1, noise2, mask, seed)
+    grad_x, grads = steps.backward(arriving, tensors, state, needs)
+    left = iter(grads)
+    made = needs.flags([p is not None for p in parameters], hidden)
+    computed = [next(left) if flag else None for flag in made]
+    wanted = [grad if flag else None for grad, flag in zip(computed, flags, strict=True)]
+    grad_x = torch.ops.aten._unsafe_view(grad_x, x.shape) if needs.x else None
+    return None, None, grad_y if asked[2] else None, grad_x, None, None, None, None, *wanted
+
+
+_backward_once = differentiable_once(_backward)
+
+
+def run_plan(
+    plan: Plan,
+    parameters: Parameters,
+    x: Tensor,
+    base: Tensor,
+    mask: Tensor | None,
+    noise: tuple[Tensor, Tensor] | None,
+    seed: Tensor | None,
+    loss_gradient: LossGradient | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the loss with its graph, and the terms [4] without."""
+    noises = noise or (None, None)
+    y, loss, terms = PlannedLayer.apply(plan, loss_gradient, base, x, token_flags(mask), *noises, seed, *parameters)
+    return y, loss, terms

@@ -1,0 +1,181 @@
+"""What one forward owns: its masks, the calls of its layers, and the terms that wait for a loss.
+
+A forward begins with the outermost module that has hooks (`hooks`), or with a layer that is called outside of any. The
+layers find it on a stack of this thread. Afterwards it lives as long as the graph of its outputs, to whose nodes it is
+tied, and is found from there alone: by the loss that depends on it, and by a checkpoint's recomputation.
+"""
+
+import itertools
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .padding import Padding
+from .recompute import Region
+
+MARK = "fvae_kernels.forward"  # in the metadata of the graph nodes that made a forward's outputs
+
+
+_numbers = itertools.count(1)
+
+
+class State:
+    """What has happened to the terms of a forward. It holds no tensors, so that a layer's own graph may hold it."""
+
+    __slots__ = ("entered", "injected")
+
+    def __init__(self) -> None:
+        self.entered = False  # a backward came by the loss that they were added to
+        self.injected = False  # a backward came to a layer before, and they went in without a loss
+
+
+class Call:
+    """One call of an adapted layer in training: the weight of its term, and what a recomputation has to repeat."""
+
+    __slots__ = (
+        *("armed", "attached", "checkpointed", "fixed", "key", "loss_weight", "mask", "noise"),
+        *("state", "task", "traced"),
+    )
+
+    def __init__(self, key: Any, loss_weight: float, mask: Tensor | None) -> None:
+        self.key, self.loss_weight, self.mask = key, loss_weight, mask
+        self.checkpointed = False  # it will be recomputed
+        self.noise: Tensor | None = None  # then, the generator's state before the call
+        self.traced = True  # False inside a reentrant checkpoint, whose recomputation makes the graph
+        self.armed = False  # `gradient` speaks for this call
+        self.attached = False  # the graph leads from a loss to the term
+        self.state = State()  # its forward's
+        self.fixed: Tensor | None = None  # d(root) / d(task loss), where it is known before the backward begins
+        self.task: int | None = None  # the backward in which the term entered without a loss
+
+    def gradient(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """What the backward of the layer's output adds to the gradient of its loss; None where the graph brings it.
+
+        A term whose loss nobody uses enters with weight 1, in the first backward that comes by, and in no other.
+        """
+        if not self.armed or (self.attached and self.state.entered):
+            return None
+        if self.fixed is not None:
+            return self.fixed.to(device=device, dtype=dtype) * self.loss_weight
+        task = torch._C._current_graph_task_id()
+        if self.task not in (None, task):
+            return None
+        if self.task is None:
+            self.task, self.state.injected = task, True
+            from . import aux_loss
+
+            aux_loss._warn_unprobed()
+        return torch.full((), self.loss_weight, dtype=dtype, device=device)
+
+
+class Forward:
+    """One forward of a model, or of a layer that is called alone."""
+
+    def __init__(self, grad: bool) -> None:
+        self.number = 0 if torch.compiler.is_compiling() else next(_numbers)
+        self.grad = grad  # whether autograd was on at its beginning
+        self.scopes: list[tuple[Any, Padding]] = []  # of the modules that run: which argument is for whom, the masks
+        self.calls: list[Call] = []
+        self.pending: list[tuple[Call | None, float, Tensor]] = []  # weight and loss, graph and all; no call: compiled
+        self.values: list[tuple[Any, float, Tensor]] = []  # key, weight and loss of calls without a graph
+        self.compiled = False  # some of its layers are
+        self.recomputed = False  # some of its calls are inside a checkpoint
+        self.state = State()
+        self.weights: dict[int, Tensor] = {}  # d(root) / d(task loss) in each backward, where recomputations need it
+        self.inherited: Tensor | None = None  # the same, for a forward that runs inside the backward of its loss
+
+    def token_mask(self, key: Any, x: Tensor) -> Tensor | None:
+        """The mask of x, from the module next to the layer that was given one that fits."""
+        problem = None
+        for certain in (True, False):  # masks of attention [batch, 1, tokens, tokens] come last
+            for arguments, padding in reversed(self.scopes):
+                argument = arguments.get(key)
+                if argument is None or not padding.masks:
+                    continue
+                found = padding.find(argument, x) if certain else padding.find_in_attention(argument, x)
+                if found.settled:
+                    return found.flags
+                problem = found.problem or problem
+        if problem is not None:
+            problem.warn(key)
+        return None
+
+    def held(self, keys: Iterable[Any]) -> list[tuple[Call | None, float, Tensor]]:
+        """The terms of these layers that still wait for a loss."""
+        wanted = set(map(id, keys))
+        return [entry for entry in self.pending if entry[0] is None or _waits(entry[0], wanted)]
+
+    def own(self, outputs: Iterable[Tensor]) -> None:
+        """Live as long as the graph of these outputs, and be found from there."""
+        for tensor in outputs:
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.metadata[MARK] = self
+        PENDING.add(self)
+
+    def recall(self, outputs: Iterable[Tensor], start: int = 0) -> None:
+        """A backward that comes to these outputs may recompute the calls from `start` on."""
+        if self.recomputed and start < len(self.calls):
+            region = Region(self, start, len(self.calls))
+            for tensor in outputs:
+                if tensor.grad_fn is not None:
+                    tensor.grad_fn.register_prehook(region.enter)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Forward":
+        return Forward(self.grad)
+
+
+def _waits(call: Call, wanted: set[int]) -> bool:
+    return id(call.key) in wanted and not call.attached and call.task is None
+
+
+PENDING: "weakref.WeakSet[Forward]" = weakref.WeakSet()  # forwards whose loss nobody has attached yet
+
+
+class Local(threading.local):
+    """Of this thread: replicas of DataParallel run in threads of their own."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []  # for each module with hooks that runs: its Forward and the calls before, or none
+        self.masks: list[Tensor | None] = []  # of `token_mask`
+        self.compiled: list[Tensor] = []  # weighted losses of compiled forwards, inside `external_loss`
+        self.traced: tuple[Any, Padding] | None = None  # the masks of the last forward, if any of it was compiled
+        self.call: Call | None = None  # of the layer that runs
+        self.repeats: Call | None = None  # the call that it recomputes
+
+
+local = Local()
+
+
+def current() -> Forward | None:
+    """The forward that runs."""
+    found = local.stack[-1] if local.stack else None
+    return found[0] if isinstance(found, tuple) else None
+
+
+def reached(loss: Tensor, forwards: list[Forward]) -> list[Forward]:
+    """Those of `forwards` on whose outputs the loss depends, by its graph; all of them where it shows none."""
+    if len(forwards) < 2 or loss.grad_fn is None:
+        return forwards
+    wanted, found = set(map(id, forwards)), {}
+    for node in _nodes(loss.grad_fn):
+        forward = node.metadata.get(MARK)
+        if forward is not None and id(forward) in wanted:
+            found[id(forward)] = forward
+            if len(found) == len(wanted):
+                break
+    return [forward for forward in forwards if id(forward) in found] or forwards
+
+
+def _nodes(root: Any) -> Iterator[Any]:
+    seen, stack = {root}, [root]
+    while stack:
+        node = stack.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)

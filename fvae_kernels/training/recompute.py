@@ -1,0 +1,120 @@
+"""Activation checkpointing: a layer that runs once more in a backward repeats a call of the forward that is its own.
+
+The outputs of a forward, and of each block in it, lead a backward to the calls that may be recomputed from there
+(`Region`). Of these a layer takes its own: with the mask that it had, and with the generator as it was. So the noise is
+the same with ``preserve_rng_state=False`` too.
+"""
+
+import contextlib
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .forward import Call, Forward
+
+KEPT = 32  # regions of a thread: of nested backwards, and of some that are over
+
+
+class Region:
+    """The calls `start` to `end` of a forward, which a backward recomputes once it has come to their output."""
+
+    def __init__(self, forward: "Forward", start: int, end: int) -> None:
+        self.forward, self.start, self.end = forward, start, end
+
+    def enter(self, *_: Any) -> None:
+        """A hook of the output's node."""
+        task, regions = torch._C._current_graph_task_id(), _local.regions
+        for over in [other for other in regions if other > task]:  # nested backwards, which have ended
+            del regions[over]
+        regions.pop(task, None)
+        regions[task] = weakref.ref(self.forward), self.start, self.end
+        if len(regions) > KEPT:
+            del regions[min(regions)]
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.regions: dict[int, tuple[Any, int, int]] = {}
+
+
+_local = _Local()
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine runs on this thread."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def region() -> "tuple[Forward, int, int] | None":
+    """The region that this backward has come to, if it has come to any."""
+    found = _local.regions.get(torch._C._current_graph_task_id())
+    forward = None if found is None else found[0]()
+    return None if found is None or forward is None else (forward, found[1], found[2])
+
+
+def inside_checkpoint() -> bool:
+    """Whether hooks take the tensors that autograd saves now, as in a non-reentrant checkpoint."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def generator_state(device: torch.device) -> Tensor | None:
+    """The state of torch's generator on `device`; None while a CUDA graph is captured."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.get_rng_state(device)
+
+
+def repeated_call(key: Any, device: torch.device) -> "Call | None":
+    """The call of the layer `key` that is being recomputed; None where this is a call of its own."""
+    if not in_backward():
+        return None
+    found = region()
+    if found is None:
+        return None
+    forward, start, end = found
+    calls = [call for call in forward.calls[start:end] if call.key is key and call.checkpointed]
+    if len(calls) > 1:
+        now = generator_state(device)
+        same = [call for call in calls if now is not None and call.noise is not None and torch.equal(now, call.noise)]
+        if not same:
+            _warn()
+        calls = same or calls
+    return calls[0] if calls else None
+
+
+@contextlib.contextmanager
+def noise_of(call: "Call", device: torch.device) -> Iterator[None]:
+    """Inside, the generator is as it was at that call; afterwards, as it is now."""
+    now = generator_state(device)
+    if now is None or call.noise is None or torch.equal(now, call.noise):
+        yield
+        return
+    restore = torch.set_rng_state if device.type == "cpu" else lambda state: torch.cuda.set_rng_state(state, device)
+    restore(call.noise)
+    try:
+        yield
+    finally:
+        restore(now)
+
+
+_warned = False
+
+
+def _warn() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "FVAE: a layer that a forward calls more than once is recomputed with another state of the random number "
+            "generator (preserve_rng_state=False), and nothing tells which of its calls this is: its noise, and so its "
+            "gradient, may be another call's. Leave preserve_rng_state=True, or use_reentrant=False.",
+            stacklevel=2,
+        )

@@ -1,0 +1,53 @@
+"""The host's part of a step: the tool runs over the fake driver, and what it prints is what it measured."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.host_cost import internals, pages
+
+ROOT = Path(__file__).parent.parent.parent
+KERNELS = ["layer_fwd_kernel", "layer_mean_kernel", "layer_bwd_kernel", "layer_grads_kernel", "layer_reduce_kernel"]
+FOUND = {
+    "machine": {"cpu": "a CPU", "commit": "abc", "versions": dict.fromkeys(("torch", "peft", "triton", "python"), "1")},
+    "steps": {"float32": {"base": 80.0, "lora": 200.0, "dora": 440.0, "plain": 1000.0, "triton": 500.0}},
+}
+
+
+def test_the_last_line_by_hand() -> None:
+    line = "host cost beyond base: ours 420 us, LoRA 120 us, DoRA 360 us; ours / LoRA 3.50, ours / DoRA 1.17"
+    assert pages.last_line(FOUND) == line
+
+
+def test_the_table_by_hand() -> None:
+    assert pages.table(FOUND)[2:] == [
+        "| base layer | 80 |  |  |  |",
+        "| PEFT LoRA | 200 | 120 | 1.00 | 0.33 |",
+        "| PEFT DoRA | 440 | 360 | 3.00 | 1.00 |",
+        "| plain PyTorch FVAE | 1000 | 920 | 7.67 | 2.56 |",
+        "| ours, Triton | 500 | 420 | 3.50 | 1.17 |",
+    ]
+
+
+@pytest.mark.timeout(1200)  # the first time Triton compiles
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="the fake driver is built by gcc")
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's driver is Linux's")
+def test_triton_launches_over_the_fake_driver(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "benchmarks.host_cost", "--quick", "--out", str(tmp_path / "found.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert done.stdout.splitlines()[-1] == pages.last_line(found)
+    assert re.fullmatch(r"host cost beyond base: ours \d+ us, .* ours / DoRA \d+\.\d\d", done.stdout.splitlines()[-1])
+    assert list(found["launches"]) == KERNELS
+    assert list(found["parts"]) == list(internals.PARTS)
+    assert all(us > 0 for us in (*found["parts"].values(), *found["launches"].values()))
+    assert found["launched"] == len(KERNELS)  # what the driver itself has seen of one step
+    steps = found["steps"]["float32"]
+    assert steps["base"] < steps["lora"] < steps["triton"]

@@ -1,0 +1,22 @@
+"""A pytest plugin, ``-p tests.helpers.without``: packages that the suite can do without are not found."""
+
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+from typing import Any
+
+OPTIONAL = (
+    *("trl", "datasets", "pandas", "pyarrow", "ttsem", "tensorboard", "rich", "matplotlib", "torchao", "hqq"),
+    *("pytest_timeout", "xdist", "pytest_benchmark", "torchvision"),
+)
+
+
+class Without(PathFinder):
+    """Finds every package but those in `OPTIONAL`."""
+
+    @classmethod
+    def find_spec(cls, name: str, *arguments: Any) -> ModuleSpec | None:
+        """None where nothing is found."""
+        return None if name.partition(".")[0] in OPTIONAL else super().find_spec(name, *arguments)
+
+
+sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
