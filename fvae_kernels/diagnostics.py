@@ -1,11 +1,12 @@
 """Diagnostics of a model's adapters: terms of the last step, and the geometry of the two latent spaces."""
 
+import torch
 from torch import Tensor, nn
 
 from .nn.adapter import FVAEAdapter
 from .ops import geometry
 from .ops.divergence import check_posteriors
-from .reference import posterior
+from .reference import LOGVAR_LIMIT, posterior, widen
 from .training.aux_loss import AuxLossLayer
 
 

@@ -159,7 +159,10 @@ class FVAEAdapter(nn.Module):
     def set_scale(self, scale: float) -> None:
         """Multiply the update by `scale`, from what the adapter was made with."""
         alpha = self.alpha * scale
-        self.config, self.training_config = replace(self.config, alpha=alpha), replace(self.training_config, alpha=alpha)
+        self.config, self.training_config = (
+            replace(self.config, alpha=alpha),
+            replace(self.training_config, alpha=alpha),
+        )
 
     def trained(self) -> bool:
         """Whether any of its parameters is. A replica's, of DataParallel, are plain tensors, and count as trained."""
