@@ -8,7 +8,7 @@ from tests.helpers.layer_inputs import layer_inputs, plain, replaced, run_layer
 
 OP = "layer"
 
-compiled = pytest.mark.compiled
+not_interpreted = pytest.mark.not_interpreted
 
 BOUNDED = {"logvar1_start": -0.3, "logvar1_max": -0.3}
 HELD = {"logvar1_start": -1.0, "logvar1_held": True}
@@ -22,7 +22,7 @@ OPTIONS = [
 ]
 
 
-@compiled
+@not_interpreted
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradcheck(backend, device, options, dropout):
