@@ -31,7 +31,8 @@ class OptionalBuild(BuildExtension):
     """optional=True is honoured by setuptools' own build steps alone: not by ninja's, nor by torch's look at CXX."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs, use_ninja=False)
+        super().__init__(*args, **kwargs)
+        self.use_ninja = False  # as an option it is refused by setuptools 77
 
     def build_extensions(self):
         try:

@@ -8,7 +8,7 @@ import torch
 
 from fvae_kernels import ops, testing
 
-from . import gate, memory, models, sides, stats
+from . import gate, host_cost, memory, models, sides, stats
 from .cost import count
 from .sides import Side, kernels, layer_sides, names, ours
 
@@ -213,12 +213,20 @@ def peaks(s: Settings) -> list[Group]:
     return [{"title": "peak memory of a step, " + s.cases["vit"].title, "megabytes": found, "side": ours()}]
 
 
+def host(s: Settings) -> list[Group]:
+    """What a step of one adapted layer costs the host on a GPU, measured without one; nothing where it cannot be."""
+    if not host_cost.possible():
+        return []
+    return [{"title": "host's time of a step of one adapted layer", "found": host_cost.run(quick=s.tiny)}]
+
+
 SECTIONS: dict[str, Callable[[Settings], list[Group]]] = {
     "layer": layer,
     "inference": inference,
     "threads": threads,
     "curves": curves,
     "operators": operators,
+    "host": host,
     "memory": peaks,
     "steps": steps,
 }

@@ -19,32 +19,14 @@ from functools import cached_property
 import torch
 
 from fvae_kernels import FVAEConfig
+from fvae_kernels._triton import tables
+from fvae_kernels._triton.tables import padded
 from fvae_kernels.nn.adapter import parameter_shapes
-from fvae_kernels.ops._raw import padded
 
 from .cost import Launch
 
 RECIPE = FVAEConfig.preset("paper")
 STATISTICS = 16  # sums that a program of the forward leaves
-PROGRAMS = 264  # of layer_grads, about
-FEW = 8192  # tokens, below which blocks are small
-
-# more units than in a layer of an encoder, in one of the decoder, in all hidden ones of the decoder, are many
-NARROW = (16, 128, 384)
-
-# (bytes of a parameter, few tokens or None for many units): tokens of a program of layer_fwd; tokens and features of a
-# block of layer_grads
-CUTS = {
-    (2, True): (16, 16, 32),
-    (2, False): (64, 16, 32),
-    (4, True): (16, 16, 32),
-    (4, False): (32, 16, 32),
-    (8, True): (16, 16, 16),
-    (8, False): (32, 16, 16),
-    (2, None): (16, 16, 16),
-    (4, None): (8, 8, 16),
-    (8, None): (8, 8, 16),
-}
 
 
 @dataclass(frozen=True)
@@ -96,14 +78,14 @@ class Layer:
     @property
     def many_units(self) -> bool:
         """Whether registers do not hold all sums over tokens at once: layer_grads then walks over them three times."""
-        encoder = [padded(size) for size in (*self.config.encoder_hidden, self.config.rank)]
-        decoder = [padded(size) for size in self.config.decoder_hidden]
-        sizes = max(encoder), max(decoder, default=0), sum(decoder)
-        return any(size > most for size, most in zip(sizes, NARROW, strict=True))
+        return tables.is_wide(self.config.encoder_hidden, self.config.decoder_hidden, self.config.rank)
 
     @property
     def cuts(self) -> tuple[int, int, int]:
-        return CUTS[self.p_bytes, None if self.many_units else self.N < FEW]
+        """Tokens of a program of layer_fwd; tokens and features of a block of layer_grads."""
+        key = self.p_bytes, tables.size_of(self.many_units, self.N >= tables.FEW_TOKENS)
+        grads = tables.LAYER_GRADS[key]
+        return tables.LAYER_FWD[key].N, grads.N, grads.D
 
     @property
     def tiles(self) -> int:
@@ -128,7 +110,7 @@ class Layer:
         """Of the tokens, for each of which layer_grads leaves sums."""
         programs = sum(map(self._blocks, (self.D, self.M, *self.config.decoder_hidden))) + self.later
         programs += 2 * self._blocks(self.D) if self.many_units else 0
-        return max(min(-(-self.N // self.cuts[1]), PROGRAMS // programs), 1)
+        return max(min(-(-self.N // self.cuts[1]), tables.PROGRAMS // programs), 1)
 
     def _blocks(self, size: int) -> int:
         return -(-size // self.features)

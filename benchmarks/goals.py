@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .host_cost import pages
 from .sides import DEFAULT, TITLES
 from .stats import Estimate, estimate, median, power_law, ratio
 
@@ -38,6 +39,7 @@ def goals(results: Results, ours: str) -> list[Goal]:
         "threads": _threads,
         "curves": _curves,
         "inference": _inference,
+        "host": _host,
     }
     return [goal for name, part in parts.items() if name in results for goal in part(results[name], ours)]
 
@@ -116,3 +118,10 @@ def _inference(groups: list[dict[str, Any]], ours: str) -> Iterator[Goal]:
         value = ratio(g["seconds"], "merged", "base")
         what = f"merged `FusedFVAELinear`, N={g['tokens']}, time / base layer"
         yield Goal(what, "1 (within 2 %)", str(value), abs(value.value - 1) <= 0.02)
+
+
+def _host(groups: list[dict[str, Any]], ours: str) -> Iterator[Goal]:
+    for g in groups:
+        value = pages.beyond(g["found"], "triton") / pages.beyond(g["found"], "dora")
+        what = "host's time of a layer beyond its base, Triton's launchers, time / PEFT DoRA"
+        yield Goal(what, "at most 1.2", f"{value:.2f}", value <= 1.2)

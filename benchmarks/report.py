@@ -19,6 +19,7 @@ import torch
 
 from . import experiments, figures, machine
 from .goals import goals
+from .host_cost import pages
 from .sides import TITLES, ours
 from .stats import median, ratio
 
@@ -36,6 +37,7 @@ SECTION_TITLES = {
     "operators": "The ops, forward and backward",
     "inference": "Inference",
 }
+HOST = "What a step of one adapted layer costs the host on a GPU, measured without one (`make host-cost`)"
 
 
 def measure(settings: experiments.Settings, only: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -131,8 +133,10 @@ def text(found: dict[str, Any], pictures: Sequence[str]) -> str:
     lines += [goal.row() for goal in goals(results, side)]
     lines += ["", *(f"![{name.removesuffix('.png')}]({name})" for name in pictures)]
     for section, title in SECTION_TITLES.items():
-        if section in results:
+        if results.get(section):
             lines += ["", f"## {title}", *(line for group in results[section] for line in table(group))]
+    for group in results.get("host", []):
+        lines += ["", f"## {HOST}", "", pages.where(group["found"]), "", *pages.table(group["found"])]
     return "\n".join([*lines, "", "## Method", METHOD.rstrip(), ""])
 
 

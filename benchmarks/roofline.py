@@ -1,9 +1,10 @@
 """Predicted time of an adapted layer, forward and backward beyond its base layer: ``make tables``.
 
-A prediction, never a measurement. Every launch costs what starting it costs, plus the longer one of moving its bytes at
-the device's peak bandwidth and of computing its FLOPs at the device's peak rate (docs/roofline.md):
+A prediction, never a measurement. An eager step runs at the pace of the slower of two. The device takes for every
+launch the longer one of moving its bytes at its peak bandwidth and of computing its FLOPs at its peak rate; the host
+takes what `host_cost` measured (docs/roofline.md):
 
-    seconds = sum over launches of  launch + max(bytes / bandwidth, FLOPs / rate)
+    seconds = max(host, sum over launches of max(bytes / bandwidth, FLOPs / rate))
 """
 
 import functools
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import fused, sides
+from . import fused, host_cost, sides
 from .cost import Cost, Launch
 from .pages import replace_block, row
 
@@ -25,12 +26,12 @@ PAGE = Path(__file__).parent.parent / "docs" / "roofline.md"
 
 @dataclass(frozen=True)
 class Device:
-    """Peak numbers of a data sheet: bytes/s, dense FLOP/s by dtype; and an assumed cost of a launch, in seconds."""
+    """Peak numbers of a data sheet: bytes/s, dense FLOP/s by dtype; seconds that a launch adds, where measured."""
 
     name: str
     bandwidth: float
     rates: dict[torch.dtype, float]
-    launch: float = 5e-6
+    launch: float = 0.0
 
 
 DEVICES = {
@@ -71,7 +72,7 @@ SIDES = ("triton", "lora", "plain")
 
 
 def predicted(launches: Sequence[Launch], device: Device) -> float:
-    """Seconds of these launches, one after the other. The formula of docs/roofline.md."""
+    """Seconds of these launches on the device, one after the other. The formula of docs/roofline.md."""
     return sum(
         device.launch + max(one.bytes / device.bandwidth, one.flops / device.rates[one.dtype]) for one in launches
     )
@@ -103,7 +104,7 @@ def fused_launches(shape: Shape, precision: str = "float32") -> list[Launch]:
 
 
 def beyond_base(side: str, shape: Shape, precision: str, device: Device) -> float:
-    """Predicted seconds of a side less those of the base layer alone; `triton` is ours."""
+    """Predicted seconds of a side on the device less those of the base layer alone; `triton` is ours."""
     if side == "triton":
         return predicted(fused_launches(shape, precision), device)
     with_base, alone = (predicted(_dispatched(name, shape, precision), device) for name in (side, "base"))
@@ -113,24 +114,36 @@ def beyond_base(side: str, shape: Shape, precision: str, device: Device) -> floa
 _dispatched = functools.cache(dispatched)
 
 
+def host(side: str, precision: str) -> float:
+    """Seconds that a side costs the host beyond the base layer, as measured; in float32 where no other was."""
+    steps = host_cost.stored()["steps"]
+    us = steps.get(precision, steps["float32"])
+    return float(us[side] - us["base"]) / 1e6
+
+
+def pace(on_host: float, on_device: float) -> str:
+    """Microseconds of the slower one, and which it is."""
+    return f"{1e6 * max(on_host, on_device):,.0f} {'host' if on_host > on_device else 'device'}"
+
+
 def devices_table() -> list[str]:
     """The numbers of the devices."""
-    lines = [row(["device", "bandwidth, TB/s", "float32, TFLOP/s", "bf16, TFLOP/s", "launch, us (assumed)"])]
-    lines.append(row(["---"] * 5))
+    lines = [row(["device", "bandwidth, TB/s", "float32, TFLOP/s", "bf16, TFLOP/s"])]
+    lines.append(row(["---"] * 4))
     for device in DEVICES.values():
         rates = [f"{device.rates[dtype] / 1e12:g}" for dtype in (torch.float32, torch.bfloat16)]
-        lines.append(row([device.name, f"{device.bandwidth / 1e12:g}", *rates, f"{device.launch * 1e6:g}"]))
+        lines.append(row([device.name, f"{device.bandwidth / 1e12:g}", *rates]))
     return lines
 
 
 def table() -> list[str]:
-    """Predicted microseconds of every shape, precision and device, ours and two others."""
+    """Predicted microseconds of every shape, precision and device, ours and two others, and who decides."""
     names = [f"{device}: {sides.TITLES[side]}" for device in DEVICES for side in SIDES]
     lines = [row(["layer (N, D, M)", "precision", *names]), row(["---"] * (2 + len(names)))]
     for shape in SHAPES:
         for precision in PRECISIONS:
             cells = [
-                f"{1e6 * beyond_base(side, shape, precision, device):,.0f}"
+                pace(host(side, precision), beyond_base(side, shape, precision, device))
                 for device in DEVICES.values()
                 for side in SIDES
             ]

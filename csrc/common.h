@@ -64,13 +64,18 @@ inline Tensor gradient(bool needed, at::IntArrayRef shape, const at::TensorOptio
 struct Tile {
   int64_t index, start, length;  // tokens start ... start + length - 1
   int64_t worker;
+  bool first;  // of its worker
 
-  // These tokens of t [N, ...], contiguous and in the given type; a copy only if they are not.
+  // These tokens of t [N, ...].
+  Tensor of(const Tensor& t) const {
+    return length == t.size(0) ? t : t.narrow(0, start, length);
+  }
+  // The same, contiguous and in the given type; a copy only if they are not.
   Tensor rows(const Tensor& t, at::ScalarType type) const {
-    return t.narrow(0, start, length).to(type).contiguous();
+    return of(t).to(type).contiguous();
   }
   Tensor rows(const Tensor& t) const {
-    return t.narrow(0, start, length).contiguous();
+    return of(t).contiguous();
   }
 };
 
@@ -97,8 +102,9 @@ struct Tiles {
     at::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
       const PlainTensors guard;
       for (int64_t worker = first; worker < last; ++worker) {
-        for (int64_t i = worker * count / workers; i < (worker + 1) * count / workers; ++i) {
-          body(Tile{i, i * length, std::min(length, tokens - i * length), worker});
+        const int64_t start = worker * count / workers;
+        for (int64_t i = start; i < (worker + 1) * count / workers; ++i) {
+          body(Tile{i, i * length, std::min(length, tokens - i * length), worker, i == start});
         }
       }
     });

@@ -7,6 +7,8 @@
 // Decoder and x_hat exist for one tile of tokens at a time; backward makes them once more.
 #include "layer.h"
 
+#include <limits>
+
 namespace fvae {
 namespace {
 
@@ -90,6 +92,14 @@ double total(at::ArrayRef<double> table, Term term, const Statistics& means) {
   return value;
 }
 
+// Infinite where the type cannot hold it, as the reference's own is.
+template <typename T>
+T rounded(double value) {
+  using Limits = std::numeric_limits<T>;
+  const bool fits = !(std::abs(value) > double{Limits::max()});  // NaN does
+  return fits ? static_cast<T>(value) : std::copysign(Limits::infinity(), static_cast<T>(value > 0 ? 1 : -1));
+}
+
 // y = base + z1 up, rounded once.
 void update(Tensor y, const Tensor& base, const Tensor& z1, const Tensor& up) {
   const auto type = z1.scalar_type();
@@ -109,8 +119,7 @@ Statistics forward_tile(
   layer.encoders.forward<acc_t>(x_rows, state_rows, layer.dropout, tile);
   sample.template draw<acc_t>(heads, layer.noise_rows(tile), layer.bounds);
   update(
-      y.narrow(0, tile.start, tile.length), base.defined() ? base.narrow(0, tile.start, tile.length) : base,
-      block(sample.z, 1, 0, 2), layer.up.t());
+      tile.of(y), base.defined() ? tile.of(base) : base, block(sample.z, 1, 0, 2), layer.up.t());
   layer.decoder.forward<acc_t>(sample, outputs, residual, layer.dropout, tile);
   Statistics sums = latent_statistics<acc_t>(heads, sample, layer.mu, layer.bounds, layer.kept, tile);
   sums[kNll] = sum_of_squares<acc_t>(x_rows, residual, layer.decoder, layer.kept, tile) / 2;
@@ -137,8 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_fwd(
 
   AT_DISPATCH_FLOATING_TYPES(layer.type, "layer_fwd", [&] {
     layer.tiles.for_each([&](const Tile& tile) {
-      const Tensor state_rows = state.narrow(0, tile.start, tile.length);
-      partial[tile.index] = forward_tile<scalar_t>(layer, tile, from, y, state_rows);
+      partial[tile.index] = forward_tile<scalar_t>(layer, tile, from, y, tile.of(state));
     });
   });
 
@@ -151,10 +159,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_fwd(
   }
   means[kOne] = 1;
   means[kNll] += (inputs.scale().to(at::kDouble).abs().log() + kHalfLog2Pi).sum().item<double>();
-  const auto term = [&](Term which) { return total(objective, which, means); };
   AT_DISPATCH_FLOATING_TYPES(layer.type, "layer_fwd", [&] {
     scalar_t* to = terms.mutable_data_ptr<scalar_t>();
-    to[0] = term(kLoss), to[1] = means[kNll], to[2] = term(kKl), to[3] = term(kGamma);  // inf beyond its range
+    const auto term = [&](Term which) { return rounded<scalar_t>(total(objective, which, means)); };
+    to[0] = term(kLoss), to[1] = rounded<scalar_t>(means[kNll]), to[2] = term(kKl), to[3] = term(kGamma);
   });
   return {y, terms, state};
 }

@@ -69,7 +69,14 @@ struct Bounds {
 constexpr int64_t kLayerTile = 1 << 18, kTokens = 128;
 constexpr int64_t kWork = 64;  // of a token for each entry of x, against a simple loop
 
+// to = a b + beta to
+inline void multiply(Tensor to, const Tensor& a, const Tensor& b, double beta) {
+  beta != 0 ? to.addmm_(a, b, beta) : at::mm_out(to, a, b);
+}
+
+// The i-th of equal parts of t along dim.
 inline Tensor block(const Tensor& t, int64_t dim, int64_t i, int64_t blocks) {
+  if (blocks == 1) return t;
   const int64_t size = t.size(dim) / blocks;
   return t.narrow(dim, i * size, size);
 }
@@ -82,23 +89,20 @@ struct Linear {
 
   void product(const Tensor& out, const Tensor& in) const {
     for (int64_t i = 0; i < blocks; ++i) {
-      Tensor to = block(out, 1, i, blocks);
-      at::mm_out(to, block(in, 1, i, blocks), block(w, 0, i, blocks).t());
+      multiply(block(out, 1, i, blocks), block(in, 1, i, blocks), block(w, 0, i, blocks).t(), 0);
     }
   }
   // grad_in = beta * grad_in + grad_out w
   void grad_input(const Tensor& grad_in, const Tensor& grad_out, double beta = 0) const {
     for (int64_t i = 0; i < blocks; ++i) {
-      Tensor to = block(grad_in, 1, i, blocks);
-      const Tensor from = block(grad_out, 1, i, blocks), weight = block(w, 0, i, blocks);
-      beta != 0 ? to.addmm_(from, weight, beta) : at::mm_out(to, from, weight);
+      multiply(block(grad_in, 1, i, blocks), block(grad_out, 1, i, blocks), block(w, 0, i, blocks), beta);
     }
   }
-  void add_grads(const Tensor& sum_w, const Tensor& sum_b, const Tensor& grad_out, const Tensor& in) const {
+  // grad_w = beta * grad_w + grad_out^T in
+  void grad_weight(const Tensor& grad_w, const Tensor& grad_out, const Tensor& in, double beta) const {
     for (int64_t i = 0; i < blocks; ++i) {
-      block(sum_w, 0, i, blocks).addmm_(block(grad_out, 1, i, blocks).t(), block(in, 1, i, blocks));
+      multiply(block(grad_w, 0, i, blocks), block(grad_out, 1, i, blocks).t(), block(in, 1, i, blocks), beta);
     }
-    sum_b.add_(grad_out.sum(0));
   }
 };
 
@@ -106,6 +110,7 @@ struct Linear {
 inline Linear stacked(
     const Parameters& parameters, const std::vector<int64_t>& numbers, at::ScalarType type, int64_t blocks) {
   std::vector<Tensor> w, b;
+  w.reserve(numbers.size()), b.reserve(numbers.size());
   for (const int64_t i : numbers) {
     const Tensor weight = *parameters.get(2 * i);
     const std::optional<Tensor> bias = parameters.get(2 * i + 1);
@@ -228,6 +233,7 @@ struct Scratch {
   // The rows for a tile of so many tokens.
   Scratch first(int64_t length) const {
     Scratch tile(*this);
+    if (length == residual.size(0)) return tile;
     for (Tensor* t : {&tile.sample.z, &tile.sample.std, &tile.residual}) *t = t->narrow(0, 0, length);
     for (Tensor& t : tile.outputs) t = t.narrow(0, 0, length);
     return tile;

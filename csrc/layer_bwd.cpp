@@ -104,8 +104,9 @@ struct Backward {
   bool through_target, decode;  // whether x is differentiated as the target; whether anything arrives through nll
   Tensor factor;                // [D]: 1 / t and what arrives at nll for each token
   Tensor slack;                 // [workers, D] in doubles
-  Tensor grad_x, sums_B;        // [N, D], [workers, M, R]
-  std::vector<LinearSums> encoder_sums, decoder_sums;
+  Tensor grad_x;                // [N, D]
+  std::vector<Tensor> sums_B;   // [M, R] of each worker
+  NetworkSums encoder_sums, decoder_sums;
 
   template <typename acc_t>
   void tile(const Tile& tile) const;
@@ -125,7 +126,7 @@ struct Backward {
 Tensor Backward::through_y(const Tile& tile, const Sample& sample) const {
   if (!grad_y.defined()) return at::zeros({tile.length, layer.encoders.R}, layer.up.options());
   const Tensor grad = tile.rows(grad_y, layer.type);
-  if (needs[kB]) sums_B.select(0, tile.worker).addmm_(grad.t(), block(sample.z, 1, 0, 2));
+  if (needs[kB]) multiply(sums_B[tile.worker], grad.t(), block(sample.z, 1, 0, 2), tile.first ? 0 : 1);
   return latents() ? at::mm(grad, layer.up) : Tensor();
 }
 
@@ -140,7 +141,7 @@ Tensor Backward::through_decoder(const Tile& tile, const Tensor& x_rows, const S
   if (!latents() && !needs[kDecoder]) return Tensor();
   Tensor grad = memory.residual;
   for (int64_t i = layer.decoder.hidden(); i >= 0; --i) {
-    if (needs[kDecoder]) decoder_sums[i].add(layers[i], grad, memory.outputs[i], tile.worker);
+    if (needs[kDecoder]) decoder_sums[i][tile.worker].add<acc_t>(layers[i], grad, memory.outputs[i], tile.first);
     if (i == 0 && !latents()) return Tensor();
     const Tensor grad_in = at::empty(memory.outputs[i].sizes(), grad.options());
     layers[i].grad_input(grad_in, grad);
@@ -157,7 +158,7 @@ void Backward::through_encoders(
   const Encoders& encoders = layer.encoders;
   for (int64_t i = encoders.hidden(); i >= 0; --i) {
     const Tensor in = i == 0 ? x_rows : encoders.output(state_rows, i - 1);
-    if (needs[kEncoders]) encoder_sums[i].add(encoders.layers[i], grad, in, tile.worker);
+    if (needs[kEncoders]) encoder_sums[i][tile.worker].add<acc_t>(encoders.layers[i], grad, in, tile.first);
     if (i == 0) break;
     const Tensor grad_in = at::empty(in.sizes(), grad.options());
     encoders.layers[i].grad_input(grad_in, grad);
@@ -170,10 +171,10 @@ void Backward::through_encoders(
 template <typename acc_t>
 void Backward::tile(const Tile& tile) const {
   Scratch memory = layer.scratch[tile.worker].first(tile.length);
-  const Tensor x_rows = tile.rows(layer.x, layer.type), state_rows = state.narrow(0, tile.start, tile.length);
+  const Tensor x_rows = tile.rows(layer.x, layer.type), state_rows = tile.of(state);
   const Tensor heads = layer.encoders.output(state_rows, layer.encoders.hidden());
   const auto noise = layer.noise_rows(tile);
-  Tensor grad_x_rows = needs[kX] ? grad_x.narrow(0, tile.start, tile.length) : Tensor();
+  Tensor grad_x_rows = needs[kX] ? tile.of(grad_x) : Tensor();
   const bool in_place = needs[kX] && grad_x.scalar_type() == layer.type;  // grad_x is the residual's memory
   if (in_place) memory.residual = grad_x_rows;
   memory.sample.draw<acc_t>(heads, noise, layer.bounds);
@@ -219,16 +220,17 @@ std::tuple<Tensor, std::vector<Tensor>> layer_bwd(
   const Inputs inputs{x,       parameters, noise1,      noise2,      mask,         seed,      encoder_hidden, dropout,
                       average, scaling,    prior2_mean, logvar1_low, logvar1_high, objective, products};
   const Layer layer(inputs);
-  const int64_t workers = layer.tiles.workers;
+  const int64_t workers = std::max<int64_t>(layer.tiles.workers, 1);
+  const bool any = layer.tiles.count > 0;
   const Coefficients c = combine(objective, grad_loss, grad_nll, grad_kl, grad_gamma, layer.kept.count);
   const bool decode = grad_loss.has_value() || grad_nll.has_value();
   const Backward backward{
       layer, grad_y.value_or(Tensor()), state, c, needs, !detach_target, decode,
       layer.decoder.inverse_scale * c[kNll], at::zeros({workers, x.size(1)}, layer.up.options().dtype(at::kDouble)),
       gradient(needs[kX], x.sizes(), x.options()),
-      at::zeros({needs[kB] ? workers : 0, layer.up.size(0), layer.up.size(1)}, layer.up.options()),
-      sums_of(layer.encoders.layers, needs[kEncoders], workers),
-      sums_of(layer.decoder.layers, needs[kDecoder], workers)};
+      sums_like(layer.up, needs[kB] ? workers : 0, any && grad_y.has_value()),
+      sums_of(layer.encoders.layers, needs[kEncoders], workers, any),
+      sums_of(layer.decoder.layers, needs[kDecoder], workers, any && decode)};
 
   if (std::any_of(needs.begin(), needs.end(), [](bool need) { return need; })) {
     AT_DISPATCH_FLOATING_TYPES(layer.type, "layer_bwd", [&] {
@@ -240,8 +242,9 @@ std::tuple<Tensor, std::vector<Tensor>> layer_bwd(
   gradients.add_encoder(backward.encoder_sums, 0);
   gradients.add_encoder(backward.encoder_sums, 1);
   for (size_t i = 0; i < backward.decoder_sums.size(); ++i) gradients.add(backward.decoder_sums[i], inputs.decoder() + i);
-  gradients.add(backward.slack * backward.factor, bool{needs[kScale]});
-  gradients.add(backward.sums_B.mul(scaling), bool{needs[kB]});
+  gradients.add(needs[kScale] ? backward.slack.sum(0) * backward.factor : Tensor(), bool{needs[kScale]});
+  for (int64_t i = 1; needs[kB] && i < workers; ++i) backward.sums_B[0].add_(backward.sums_B[i]);
+  gradients.add(needs[kB] ? backward.sums_B[0].mul_(scaling) : Tensor(), bool{needs[kB]});
   return {backward.grad_x, gradients.all};
 }
 

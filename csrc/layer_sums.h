@@ -5,22 +5,56 @@
 
 namespace fvae {
 
-// Sums over a worker's tokens of the gradients of one Linear, [workers, ...].
+// Columns of `rows` summed up, 16 rows at a time, so that many small numbers do not drown in a large one.
+template <typename acc_t>
+FVAE_VECTORISED static void add_columns(acc_t* sums, const acc_t* rows, int64_t stride, int64_t length, int64_t width) {
+  constexpr int64_t kRows = 16, kColumns = 64;
+  for (int64_t first = 0; first < width; first += kColumns) {
+    const int64_t columns = std::min(kColumns, width - first);
+    for (int64_t start = 0; start < length; start += kRows) {
+      acc_t run[kColumns] = {};
+      for (int64_t n = start; n < std::min(start + kRows, length); ++n) {
+        const acc_t* row = rows + n * stride + first;
+        for (int64_t j = 0; j < columns; ++j) run[j] += row[j];
+      }
+      for (int64_t j = 0; j < columns; ++j) sums[first + j] += run[j];
+    }
+  }
+}
+
+// A worker's sum of a gradient like t, which its first tile starts; zero where no tile will.
+inline Tensor sum_like(const Tensor& t, bool started) {
+  return started ? at::empty_like(t) : at::zeros_like(t);
+}
+
+inline std::vector<Tensor> sums_like(const Tensor& t, int64_t workers, bool started) {
+  std::vector<Tensor> sums;
+  for (int64_t worker = 0; worker < workers; ++worker) sums.push_back(sum_like(t, started));
+  return sums;
+}
+
+// A worker's sums of the gradients of one Linear.
 struct LinearSums {
-  bool needed;
   Tensor w, b;
-  LinearSums(const Linear& layer, bool needed, int64_t workers)
-      : needed(needed),
-        w(at::zeros({needed ? workers : 0, layer.w.size(0), layer.w.size(1)}, layer.w.options())),
-        b(at::zeros({needed ? workers : 0, layer.b.size(0)}, layer.w.options())) {}
-  void add(const Linear& layer, const Tensor& grad_out, const Tensor& in, int64_t worker) const {
-    layer.add_grads(w.select(0, worker), b.select(0, worker), grad_out, in);
+  LinearSums(const Linear& layer, bool started) : w(sum_like(layer.w, started)), b(at::zeros_like(layer.b)) {}
+
+  template <typename acc_t>
+  void add(const Linear& layer, const Tensor& grad_out, const Tensor& in, bool first) const {
+    layer.grad_weight(w, grad_out, in, first ? 0 : 1);
+    add_columns<acc_t>(
+        b.mutable_data_ptr<acc_t>(), grad_out.const_data_ptr<acc_t>(), grad_out.stride(0), grad_out.size(0),
+        grad_out.size(1));
   }
 };
 
-inline std::vector<LinearSums> sums_of(const std::vector<Linear>& layers, bool needed, int64_t workers) {
-  std::vector<LinearSums> sums;
-  for (const Linear& layer : layers) sums.emplace_back(layer, needed, workers);
+// Of all layers of a network and of every worker, [layers][workers]; nothing where they are not needed.
+using NetworkSums = std::vector<std::vector<LinearSums>>;
+
+inline NetworkSums sums_of(const std::vector<Linear>& layers, bool needed, int64_t workers, bool started) {
+  NetworkSums sums(layers.size());
+  for (size_t i = 0; needed && i < layers.size(); ++i) {
+    for (int64_t worker = 0; worker < workers; ++worker) sums[i].emplace_back(layers[i], started);
+  }
   return sums;
 }
 
@@ -29,22 +63,28 @@ struct Gradients {
   const Inputs& in;
   std::vector<Tensor> all;
 
-  // Rows `part` of `parts` of the sums over workers, for a parameter that is there and needed.
-  void add(const Tensor& sums, bool needed, int64_t part = 0, int64_t parts = 1) {
-    const at::TensorOptions options = in.B().options();
-    if (!needed) return all.push_back(at::empty({0}, options));
-    const bool whole = sums.size(0) == 1 && parts == 1;  // nothing to add, and memory that no other result shares
-    all.push_back((whole ? sums[0] : block(sums, 1, part, parts).sum(0)).to(options.dtype()));
+  void add(const Tensor& gradient, bool needed) {
+    const auto options = in.B().options();
+    all.push_back(needed ? gradient.to(options.dtype()) : at::empty({0}, options));
   }
-  // Weight and bias of the linear layer with this number.
-  void add(const LinearSums& sums, int64_t number, int64_t part = 0, int64_t parts = 1) {
-    add(sums.w, sums.needed, part, parts);
-    add(sums.b, sums.needed && in.parameters.get(2 * number + 1).has_value(), part, parts);
+  // Weight and bias of the linear layer with this number: rows `part` of `parts` of the sums over workers.
+  void add(const std::vector<LinearSums>& sums, int64_t number, int64_t part = 0, int64_t parts = 1) {
+    for (const auto of : {&LinearSums::w, &LinearSums::b}) {
+      const bool there = of == &LinearSums::w || in.parameters.get(2 * number + 1).has_value();
+      all.push_back(there && !sums.empty() ? total(sums, of, part, parts) : at::empty({0}, in.B().options()));
+    }
   }
-  void add_encoder(const std::vector<LinearSums>& sums, int64_t which) {
+  void add_encoder(const NetworkSums& sums, int64_t which) {
     const int64_t hidden = in.encoder_hidden, first = in.encoder(which);
     for (int64_t i = 0; i < hidden; ++i) add(sums[i], first + i, which, 2);
     for (int64_t head = 0; head < 2; ++head) add(sums[hidden], first + hidden + head, 2 * which + head, 4);
+  }
+
+ private:
+  Tensor total(const std::vector<LinearSums>& sums, Tensor LinearSums::* of, int64_t part, int64_t parts) const {
+    Tensor total = block(sums[0].*of, 0, part, parts);
+    for (size_t i = 1; i < sums.size(); ++i) total.add_(block(sums[i].*of, 0, part, parts));
+    return total.to(in.B().scalar_type(), false, /*copy=*/parts > 1);  // results share no memory
   }
 };
 

@@ -46,7 +46,7 @@ struct Dropout {
   // No seed: nothing is dropped.
   Dropout(const OptionalTensor& given, double probability) : on(given.has_value()) {
     if (!on) return;
-    seed = static_cast<uint64_t>(given->item<int64_t>());
+    seed = static_cast<uint64_t>(*given->const_data_ptr<int64_t>());
     threshold = static_cast<uint32_t>(std::clamp(std::round((1 - probability) * 65536), 1.0, 65536.0));
     scale = 65536.0 / threshold;
   }

@@ -71,7 +71,7 @@ def run(module: Any, options: argparse.Namespace, start: float) -> bool:
     finally:
         supervisor.end()
         write(state)
-    return not any("error" in one for one in results.cases.values())
+    return not report.failures(results.cases)
 
 
 def _left(cases: Sequence[Case], part: Part, results: Results) -> list[Case]:

@@ -4,6 +4,7 @@ Order is by what tells most: that the kernels are right on the device, then the 
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import warnings
@@ -160,10 +161,14 @@ def identity(plan: Plan) -> Found:
 @contextlib.contextmanager
 def around(plan: Plan) -> Iterator[None]:
     """What holds while a case runs. Interpreted kernels compute bfloat16 right under the stricter interpreter alone."""
+    import torch
+
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     warnings.filterwarnings("ignore", message="FVAE: the auxiliary loss")
     if not plan.dry:
         yield
+        gc.collect()
+        torch.cuda.empty_cache()
         return
     from tests.tools.triton.strict import strict
 

@@ -36,8 +36,14 @@ def layer(plan: Plan, name: str, masked: bool) -> Found:
             actual = testing.run(run_layer, inputs, backend="triton")
             rounded = testing.run(plain, inputs)
         exact = testing.run(plain, testing.convert(inputs, torch.float64))
-        gate.no_worse("layer", actual, rounded, exact, floor)
+        gate.no_worse("layer", *map(_named, (actual, rounded, exact)), floor)
     return {}
+
+
+def _named(found: testing.Results) -> testing.Results:
+    """Results by the names that the gate knows."""
+    names = dict(zip((f"out{i}" for i in range(5)), ("y", *gate.NATS), strict=True))
+    return {names.get(name, name): value for name, value in found.items()}
 
 
 def dropout(plan: Plan) -> Found:

@@ -16,11 +16,11 @@ METHOD = """
 Times are medians in milliseconds of `triton.testing.do_bench`, which clears the L2 cache before each call. *eager* is
 the call as PyTorch users make it; *graph* is the replay of the same call as a CUDA graph, which is the device's time
 alone; *host* is how long the host takes to issue the call. Where eager is about host, the host is the bottleneck. Every
-side is checked against plain PyTorch in float64 before it is timed. Sides share base weights and rank 16; PEFT's
-methods have no dropout, FVAE-LoRA has the 0.1 of its recipe. "Beyond base" takes the base layer's time off both, of
-graphs where all have one. Peak is memory beyond what the side holds between calls. Predictions are those of
-docs/roofline.md with what this device reached: bandwidth of a copy, rates of products of 8192 x 8192, and the seconds
-of one operator on one number.
+side is checked against plain PyTorch in float64 before it is timed, and marked WRONG if it computes something else.
+Sides share base weights and rank 16; PEFT's methods have no dropout, FVAE-LoRA has the 0.1 of its recipe. "Beyond base"
+takes the base layer's time off both, of graphs where all have one. Peak is memory beyond what the side holds between
+calls. Predictions are those of docs/roofline.md with what this device reached: bandwidth of a copy, rates of products
+of 8192 x 8192, and the seconds of one operator on one number.
 """
 TITLES = {
     "base": "base layer",
@@ -41,13 +41,19 @@ def write(module: Any, plan: Plan, cases: dict[str, Found], wanted: Sequence[str
     replace_text(plan.folder / NAME, "\n".join(text(module.PARTS, found, missing, state, plan.dry)) + "\n")
 
 
+def failures(cases: dict[str, Found]) -> dict[str, str]:
+    """What went wrong, by case; the times of a side that computes something else stand, and say nothing."""
+    wrong = {key: one["found"]["wrong"] for key, one in cases.items() if "wrong" in one.get("found", {})}
+    return {key: one["error"] for key, one in cases.items() if "error" in one} | wrong
+
+
 def text(parts: Sequence[Any], cases: dict[str, Found], missing: Sequence[str], state: str, dry: bool) -> Iterator[str]:
     """The lines of the page."""
     yield from ("# On a GPU", "")
     if dry:
         yield from (DRY, "")
     yield from (f"The run {state}: {len(cases)} cases are here, {len(missing)} are missing.", "")
-    errors = {key: one["error"] for key, one in cases.items() if "error" in one}
+    errors = failures(cases)
     if errors:
         yield from (f"## Failed: {len(errors)}", "")
         yield from (f"- **{key}**: {error}" for key, error in errors.items())
@@ -114,7 +120,10 @@ def _tables(here: dict[str, Found], _: dict[str, Found]) -> Iterator[str]:
         yield from (f"**{title}**", "", row(columns), row(["---"] * len(columns)))
         for side, found in sides.items():
             other = sides.get(baseline or "", {})
-            cells = [TITLES[side], *(_cell(found.get(key)) for key in ("ms", "graph_ms", "host_ms", "peak_mb"))]
+            cells = [
+                TITLES[side] + " (WRONG)" * ("wrong" in found),
+                *(_cell(found.get(key)) for key in ("ms", "graph_ms", "host_ms", "peak_mb")),
+            ]
             cells += [_ratio(found.get(key), other.get(key)) for key in ("ms", "graph_ms")]
             if "base" in sides:
                 cells.append(_beyond(found, other, sides["base"]))

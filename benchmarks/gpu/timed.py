@@ -1,37 +1,41 @@
-"""Times of an op, of a layer and of a model's step. Each side is shown to compute what it says before it is timed."""
+"""Times of an op, of a layer and of a model's step. What each side computes is checked before it is timed."""
 
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from .. import experiments, models, roofline
-from ..sides import Side
+from .. import experiments, gate, models, roofline, sides
 from .case import Found, Plan
 from .clock import Run, times
 
 COMPILER = {True: "eager", False: "inductor"}  # of torch.compile, in a dry run and in a real one
 
 
-def checked_layer(plan: Plan, shape: Any, precision: str, side: str) -> Side:
-    """A side of an adapted layer, behind the gate."""
+def checked_layer(plan: Plan, shape: Any, precision: str, side: str) -> tuple[Run, Found]:
+    """A side of an adapted layer, and what the gate said of it if it did not pass: a wrong one has a time as well."""
     _, N, D, M = shape
     dtype, adapter, autocast = roofline.PRECISIONS[precision]
-    where = {"device": plan.device, "compiler": COMPILER[plan.dry]}
-    found = experiments.checked_layer((side,), N, D, M, dtype=dtype, adapter=adapter, autocast=autocast, **where)
-    return found[side]
+    where: dict[str, Any] = {"device": plan.device, "compiler": COMPILER[plan.dry]}
+    where |= {"dtype": dtype, "adapter": adapter, "autocast": autocast}
+    try:
+        return experiments.checked_layer((side,), N, D, M, **where)[side].run, {}
+    except gate.WrongKernel as error:
+        return sides.layer_sides((side,), N, D, M, **where)[side].run, {"wrong": str(error)}
 
 
 def compile_layer(plan: Plan, shape: Any, precision: str) -> Found:
     """Launch every kernel that the layer's cases will launch, for Triton's cache on the disk."""
-    checked_layer(plan, shape, precision, "triton").run()
+    run, _ = checked_layer(plan, shape, precision, "triton")
+    run()
     return {}
 
 
 def layer(plan: Plan, shape: Any, precision: str, side: str) -> Found:
     """Forward and backward of an adapted layer."""
     torch._dynamo.reset()
-    return times(plan, checked_layer(plan, shape, precision, side).run)
+    run, wrong = checked_layer(plan, shape, precision, side)
+    return times(plan, run) | wrong
 
 
 def op(plan: Plan, name: str, size: dict[str, Any], dtype: str, tokens: int, side: str) -> Found:
@@ -49,22 +53,26 @@ def compile_step(plan: Plan, model: str) -> Found:
 
 def step(plan: Plan, model: str, side: str) -> Found:
     """A training step under autocast to bfloat16: forward, backward, AdamW. Random weights."""
-    run, samples = checked_step(plan, model, side)
-    return times(plan, run) | {"samples": samples}
+    run, more = checked_step(plan, model, side)
+    return times(plan, run) | more
 
 
-def checked_step(plan: Plan, model: str, side: str) -> tuple[Run, int]:
-    """A step behind the gate, and the samples of its batch."""
+def checked_step(plan: Plan, model: str, side: str) -> tuple[Run, Found]:
+    """A step, the samples of its batch, and what the gate said of it if it did not pass."""
     case = (models.TINY if plan.dry else models.CASES)[model]
     if not plan.dry:
         batch = {"vit": lambda: models.images(64), "roberta": lambda: models.sentences(32, 128)}[model]
         case = replace(case, batch=batch)
     built, batch = models.build(case)
     built, batch = built.to(plan.device), {name: t.to(plan.device) for name, t in batch.items()}
-    found = experiments.checked_steps(built, batch, (side,))[side]
+    wrong: Found = {}
+    try:
+        found = experiments.checked_steps(built, batch, (side,))[side]
+    except gate.WrongKernel as error:
+        found, wrong = models.step_side(side, built, batch), {"wrong": str(error)}
 
     def run() -> None:
         with torch.autocast(plan.device, torch.bfloat16):
             found.run()
 
-    return run, len(next(iter(batch.values())))
+    return run, {"samples": len(next(iter(batch.values())))} | wrong

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import FOUND, driver
-
-ROOT = Path(__file__).parent.parent.parent
+from . import FOUND, ROOT, driver
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.host_cost", description="Time the host's part of a step.")
     parser.add_argument("--quick", action="store_true", help="few calls: does it run?")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write what was found, as JSON")
-    parser.add_argument("--write", action="store_true", help=f"with --full: {FOUND.name}, docs/roofline.md")
+    parser.add_argument("--write", action="store_true", help=f"write {FOUND.name} and docs/roofline.md")
     parser.add_argument("--full", action="store_true", help="more tokens, and the other precisions")
     options = parser.parse_args(arguments)
     if os.environ.pop("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -25,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fake = driver.load(ROOT / ".cache" / "host_cost")  # before torch
     from . import measure, pages
 
-    full = options.full or options.write
-    found = measure.measure(fake, measure.QUICK if options.quick else measure.FULL if full else measure.Settings())
+    settings = measure.QUICK if options.quick else measure.FULL if options.full else measure.Settings()
+    found = measure.measure(fake, settings)
     for path in filter(None, (options.out, FOUND if options.write else None)):
         path.write_text(json.dumps(found, indent=1) + "\n")
     if options.write:

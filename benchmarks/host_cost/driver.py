@@ -2,10 +2,11 @@
 
 import ctypes
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+
+from . import compiler
 
 SOURCE = Path(__file__).parent / "fake_libcuda.c"
 NAME = "libcuda.so.1"
@@ -17,12 +18,12 @@ def load(folder: Path) -> ctypes.CDLL:
     Raises:
         RuntimeError: there is no C compiler, or the library does not build.
     """
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
+    with_compiler = compiler()
+    if with_compiler is None:
         raise RuntimeError("the fake CUDA driver is built from C, and there is no compiler: install gcc or set CC")
     folder.mkdir(parents=True, exist_ok=True)
     library, fresh = folder / NAME, folder / f"{NAME}.{os.getpid()}"
-    command = [compiler, "-shared", "-fPIC", "-O1", f"-Wl,-soname,{NAME}", str(SOURCE), "-o", str(fresh)]
+    command = [with_compiler, "-shared", "-fPIC", "-O1", f"-Wl,-soname,{NAME}", str(SOURCE), "-o", str(fresh)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed: {built.stderr.strip()}")

@@ -1,7 +1,6 @@
 """All that the measurement knows of the package's internals: where launchers are registered, and where parts begin."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,24 +12,23 @@ Wrap = Callable[[str, Function], Function]
 OUTSIDE = "outside: the base layer, PyTorch's engine, gradients of leaves"
 LAYER = "PEFT layer and auxiliary loss"
 ADAPTER = "adapter"
-CHECKS = "ops.layer: checks, options"
+CHECKS = "whether the plan fits"
 FUNCTION = "autograd.Function"
-DISPATCH = "dispatch of the raw ops"
 LAUNCHER = "our launchers"
 JIT = "Triton's JITFunction.run"
 LAUNCH = "Triton's launches"
-PARTS = (OUTSIDE, LAYER, ADAPTER, CHECKS, FUNCTION, DISPATCH, LAUNCHER, JIT, LAUNCH)
+PARTS = (OUTSIDE, LAYER, ADAPTER, CHECKS, FUNCTION, LAUNCHER, JIT, LAUNCH)
 
 
 @contextlib.contextmanager
 def pretending(wrap: Wrap = lambda part, function: function) -> Iterator[None]:
     """In the block our Triton launchers take CPU tensors, each wrapped as the part `LAUNCHER`."""
-    from fvae_kernels import _triton
+    from fvae_kernels._triton import launchers
     from fvae_kernels.ops import _backend, _raw
 
     library = torch.library.Library(_raw.NAMESPACES["triton"], "IMPL")
-    for name, launcher in _triton.LAUNCHERS.items():
-        library.impl(name, wrap(LAUNCHER, _triton._on_its_device(launcher)), "CPU")
+    for name, launcher in launchers.LAUNCHERS.items():
+        library.impl(name, wrap(LAUNCHER, launchers._on_its_device(launcher)), "CPU")
     missing, _backend._triton_missing = _backend._triton_missing, lambda: None
     _forget(_backend)
     try:
@@ -50,20 +48,21 @@ def entrances(launcher: type) -> Iterator[tuple[str, Any, str]]:
     """Part, owner and attribute of every function at which a part begins; `launcher` is the fake driver's."""
     from triton.runtime.jit import JITFunction
 
+    from fvae_kernels._triton.layer import plan as steps
     from fvae_kernels.nn import adapter
+    from fvae_kernels.ops import _layer_plan as plan
     from fvae_kernels.peft.layer import FVAELoraLinear
     from fvae_kernels.training import aux_loss
 
-    layer = sys.modules["fvae_kernels.ops.layer"]
     yield OUTSIDE, torch.nn.Linear, "forward"
     yield LAYER, FVAELoraLinear, "forward"
     yield LAYER, aux_loss.InjectAuxLoss, "backward"
-    yield ADAPTER, adapter.FVAEAdapter, "forward"
-    yield CHECKS, adapter, "layer"
-    yield FUNCTION, layer.LayerFunction, "apply"
-    yield FUNCTION, layer.LayerFunction, "forward"
-    yield FUNCTION, layer.LayerFunction, "backward"
-    yield DISPATCH, torch.ops.fvae_triton, "layer_fwd"
-    yield DISPATCH, torch.ops.fvae_triton, "layer_bwd"
+    yield ADAPTER, adapter.FVAEAdapter, "planned"
+    yield CHECKS, plan.Plans, "fitting"
+    yield FUNCTION, plan.PlannedLayer, "apply"
+    yield FUNCTION, plan.PlannedLayer, "forward"
+    yield FUNCTION, plan.PlannedLayer, "backward"
+    yield LAUNCHER, steps.TritonSteps, "forward"
+    yield LAUNCHER, steps.TritonSteps, "backward"
     yield JIT, JITFunction, "run"
     yield LAUNCH, launcher, "__call__"

@@ -73,4 +73,5 @@ def text(found: Found) -> Iterator[str]:
 
 def write(found: Found) -> None:
     """The block of docs/roofline.md."""
-    replace_block(PAGE, "host", [f"Measured on {where(found)}.", "", *table(found), "", *precisions(found)])
+    more = ["", *precisions(found)] if len(found["steps"]) > 1 else []
+    replace_block(PAGE, "host", [f"Measured on {where(found)}.", "", *table(found), *more])

@@ -116,7 +116,7 @@ def padded(size: int) -> int:
 
 
 def is_wide(encoder: Sequence[int], decoder: Sequence[int], rank: int) -> bool:
-    """True if wider than the paper's recipe, which nearly fills the registers; the first two are hidden layers' units."""
+    """True if wider than the paper's recipe, which nearly fills the registers. Hidden layers come as their units."""
     encoder_sizes, decoder_sizes = [*map(padded, encoder), padded(rank)], [*map(padded, decoder)]
     sizes = max(encoder_sizes), max(decoder_sizes, default=0), sum(decoder_sizes)
     return any(size > most for size, most in zip(sizes, NARROW, strict=True))

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from ..config import FVAEConfig
 from ..ops._backend import resolve
-from ..ops.layer import draw_noise, layer
-from ..reference import LOGVAR_LIMIT, Decoder, Encoder, Linears, bounded, mlp, sample
+from ..ops._layer_checks import check_layer
+from ..ops._layer_path import path_of
+from ..ops._layer_plan import LossGradient, Plan, Plans, make_plan, plannable, run_plan
+from ..ops.layer import draw_noise, draw_seed, layer
+from ..reference import LOGVAR_LIMIT, Decoder, Encoder, Linears, Terms, bounded, mlp, sample
 
 
 class FVAEAdapter(nn.Module):
@@ -52,6 +55,7 @@ class FVAEAdapter(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.config, self.training_config, self.inference_only = config, config, inference_only
         self.alpha = config.alpha
+        self.plans, self._order = Plans(), parameter_order(config)
         for name, shape in parameter_shapes(in_features, out_features, config):
             if inference_only and not is_served(name, config):
                 continue
@@ -155,6 +159,40 @@ class FVAEAdapter(nn.Module):
         plain = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         backend = "reference" if plain else None  # torch.func differentiates PyTorch, not kernels
         return layer(x, *parameters, self.training_config, noise, dropout, mask, base=base, backend=backend)
+
+    def planned(
+        self, x: Tensor, base: Tensor, mask: Tensor | None, loss_gradient: LossGradient | None
+    ) -> tuple[Tensor, Terms] | None:
+        """`forward` by the plan of an earlier step, or by a new one; None where only the general road serves.
+
+        Of the terms the loss alone carries a graph; in backward it gets `loss_gradient` too.
+        """
+        parameters = [self._parameters.get(name) for name in self._order]
+        dropout = self.config.dropout if self.training else 0.0
+        plan = self.plans.fitting(parameters, x, self.training_config, dropout, mask, base)
+        if plan is None:
+            plan = self._new_plan(parameters, x, dropout, mask, base)
+            if plan is None:
+                return None
+        noise = None if plan.backend == "triton" else (self.draw_noise(x), self.draw_noise(x))
+        seed = draw_seed(x.device) if dropout > 0 or noise is None else None
+        y, loss, terms = run_plan(plan, parameters, x, base, mask, noise, seed, loss_gradient)
+        return y, Terms(loss, *terms.unbind()[1:])
+
+    def _new_plan(
+        self, parameters: list[Tensor | None], x: Tensor, dropout: float, mask: Tensor | None, base: Tensor
+    ) -> Plan | None:
+        self.plans.forget()
+        if parameters[-1] is None or self.inference_only or not plannable(parameters, x, base):
+            return None  # a replica has no parameters of its own, and what cannot train says so elsewhere
+        config, networks = self.training_config, (self._encoder(1), self._encoder(2))
+        tensors = check_layer(x, networks, self._decoder(), self.B, config, None, dropout, mask, base)
+        path = path_of(config, tensors, x.device)
+        if path.kind != "fused":
+            return None
+        plan = make_plan(parameters, config, dropout, path.backend)
+        self.plans.keep(plan, x, dropout, base)
+        return plan
 
     def set_scale(self, scale: float) -> None:
         """Multiply the update by `scale`, from what the adapter was made with."""
@@ -269,6 +307,20 @@ def bound_noise(model: nn.Module, logvar: float | None) -> None:
         for adapter, config in zip(adapters, before, strict=True):
             adapter.training_config = config
         raise
+
+
+def parameter_order(config: FVAEConfig) -> tuple[str | None, ...]:
+    """Names in the order of `Networks.flat`; None stands for a bias that is not there."""
+    hidden, decoder = range(len(config.encoder_hidden)), range(len(config.decoder_hidden))
+    layers = [f"{stem}_{part}" for stem in ("encoder1", "encoder2") for part in (*_hidden(hidden), "mean", "logvar")]
+    layers += [f"decoder_{part}" for part in (*_hidden(decoder), "out")]
+    names = [f"{layer}_{kind}" for layer in layers for kind in ("weight", "bias")]
+    missing = {"encoder1_mean_bias"} if not config.encoder_hidden else set()
+    return (*(None if name in missing else name for name in names), "decoder_scale", "B")
+
+
+def _hidden(numbers: range) -> list[str]:
+    return [f"hidden{i}" for i in numbers]
 
 
 def is_served(name: str, config: FVAEConfig) -> bool:

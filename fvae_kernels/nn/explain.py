@@ -45,7 +45,8 @@ def _told(path: Path, device_type: str, named: str | None) -> Iterator[str]:
     if path.kind == "fused":
         yield f"training runs the fused kernels of {path.backend!r}, one forward and one backward."
     elif path.kind == "composed":
-        yield f"training runs the smaller ops of {path.backend!r} (divergence, reconstruct), its encoders in plain PyTorch:"
+        yield f"training runs the smaller ops of {path.backend!r} (divergence, reconstruct), its encoders in plain"
+        yield "PyTorch:"
         yield f"its fused kernel does not cover {path.missing}."
     else:
         yield "training runs the reference, plain PyTorch:"

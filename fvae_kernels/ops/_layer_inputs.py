@@ -35,7 +35,7 @@ class Encoder(NamedTuple):
 
     @property
     def state_width(self) -> int:
-        """Entries per token that both encoders leave for backward: outputs of all hidden layers, means, log-variances."""
+        """Entries per token that both encoders leave for backward: hidden outputs, means, log-variances."""
         return 2 * sum(layer.weight.shape[0] for layer in (*self.hidden, self.mean, self.logvar))
 
 

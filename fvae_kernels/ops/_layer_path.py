@@ -81,8 +81,8 @@ def _too_wide(config: FVAEConfig, tensors: Mapping[str, Tensor | None]) -> str |
     ]
     if sum(map(tables.padded, sizes)) > tables.WIDEST_DECODER:
         return (
-            f"hidden layers of the decoder of more than {tables.WIDEST_DECODER} units together, each rounded up to a power of "
-            f"two (they have {', '.join(map(str, sizes))})"
+            f"hidden layers of the decoder of more than {tables.WIDEST_DECODER} units together, each rounded up to a "
+            f"power of two (they have {', '.join(map(str, sizes))})"
         )
     return None
 

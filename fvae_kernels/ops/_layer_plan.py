@@ -64,8 +64,8 @@ class CppSteps:
 class Plan:
     """What a layer's forward and backward need, for parameters, a config and a backend that stay."""
 
-    def __init__(self, steps: Steps, parameters: Parameters, config: FVAEConfig) -> None:
-        self.steps, self.parameters, self.config = steps, parameters, config
+    def __init__(self, backend: str, steps: Steps, parameters: Parameters, config: FVAEConfig) -> None:
+        self.backend, self.steps, self.parameters, self.config = backend, steps, parameters, config
         self.looks = _looks(parameters)
         B = parameters[-1]
         assert B is not None
@@ -100,6 +100,10 @@ class Plans:
     def keep(self, plan: Plan, x: Tensor, dropout: float, base: Tensor) -> None:
         """Serve steps alike with this plan."""
         self.plan, self.key = plan, key_of(x, dropout, plan.dtype, plan.device, base)
+
+    def forget(self) -> None:
+        """No step is served until the next plan."""
+        self.plan = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Plans":
         return Plans()
@@ -140,7 +144,7 @@ def make_plan(parameters: Parameters, config: FVAEConfig, dropout: float, backen
         steps = TritonSteps(parameters, options, config.detach_target)
     else:
         steps = CppSteps(options, config.detach_target)
-    return Plan(steps, parameters, config)
+    return Plan(backend, steps, parameters, config)
 
 
 class PlannedLayer(torch.autograd.Function):

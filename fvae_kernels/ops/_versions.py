@@ -1,5 +1,6 @@
 """The oldest torch and Triton that the kernels run with (docs/versions.md), and what is said of older ones."""
 
+import importlib
 import importlib.metadata
 import re
 
@@ -26,7 +27,7 @@ def torch_obstacle() -> str | None:
 def triton_obstacle(interpreting: bool) -> str | None:
     """None, or why the kernels do not run with the Triton that is installed, interpreted or compiled."""
     try:
-        import triton
+        triton = importlib.import_module("triton")
     except Exception as error:  # whatever a broken installation raises, plain PyTorch runs
         return f"Triton does not import ({type(error).__name__}: {error})"
     found = parsed(triton.__version__)

@@ -127,12 +127,16 @@ class AuxLossLayer:
         repeats = repeated_call(self.aux_key, x.device)
         if repeats is not None:
             with noise_of(repeats, x.device):
-                y, terms = adapter(x, mask=repeats.mask, base=base)
+                y, terms = adapter.planned(x, base, repeats.mask, None) or adapter(x, mask=repeats.mask, base=base)
         else:
             call = Call(self.aux_key, loss_weight, self.token_mask(x, adapter.config))
             if not torch.compiler.is_compiling() and _will_be_recomputed():
                 call.checkpointed, call.noise = True, generator_state(x.device)
-            y, terms = adapter(x, mask=call.mask, base=base)
+            # the layer's own backward asks for the gradient, unless the output has to own the forward
+            call.asked = torch.is_grad_enabled() and current() is not None
+            planned = adapter.planned(x, base, call.mask, call.gradient if call.asked else None)
+            call.asked = call.asked and planned is not None
+            y, terms = planned or adapter(x, mask=call.mask, base=base)
             local.call = call
         local.repeats = repeats
         return self.inject(y, terms, loss_weight)
@@ -210,7 +214,7 @@ def _injected(forward: Forward | None, out: Tensor, loss: Tensor, call: Call) ->
     forward.pending.append((call, call.loss_weight, loss))
     if transformed():
         out = InjectInTransform.apply(out, loss, call.loss_weight) if owner is not None else out
-    else:
+    elif not call.asked:
         out = InjectAuxLoss.apply(out, loss, call, owner)
     if owner is not None:
         owner.own([out])

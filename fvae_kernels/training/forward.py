@@ -37,7 +37,7 @@ class Call:
     """One call of an adapted layer in training: the weight of its term, and what a recomputation has to repeat."""
 
     __slots__ = (
-        *("armed", "attached", "checkpointed", "fixed", "key", "loss_weight", "mask", "noise"),
+        *("armed", "asked", "attached", "checkpointed", "fixed", "key", "loss_weight", "mask", "noise"),
         *("state", "task", "traced"),
     )
 
@@ -46,6 +46,7 @@ class Call:
         self.checkpointed = False  # it will be recomputed
         self.noise: Tensor | None = None  # then, the generator's state before the call
         self.traced = True  # False inside a reentrant checkpoint, whose recomputation makes the graph
+        self.asked = False  # the layer's own backward asks `gradient`; else an `InjectAuxLoss` does
         self.armed = False  # `gradient` speaks for this call
         self.attached = False  # the graph leads from a loss to the term
         self.state = State()  # its forward's

@@ -12,9 +12,10 @@ import torch
 pytest.importorskip("matplotlib")
 
 import fvae_kernels as fk
-from benchmarks import cost, experiments, gate, goals, memory, models, report, sides, stats
+from benchmarks import cost, experiments, gate, goals, host_cost, memory, models, report, sides, stats
 from fvae_kernels import ops, reference, testing
 from fvae_kernels.nn import adapter
+from tests.benchmarks import test_host_cost
 
 pytestmark = pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss", "ignore::FutureWarning")
 
@@ -175,6 +176,8 @@ def test_the_gate_refuses_a_side_that_does_not_start_as_the_base() -> None:
 
 
 def test_the_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(host_cost, "possible", lambda: True)
+    monkeypatch.setattr(host_cost, "run", lambda quick: test_host_cost.FOUND)
     monkeypatch.setattr(memory, "peak", lambda case, side, threads, tiny: {"lora": 200.0}.get(side, 210.0))
     threads = torch.get_num_threads()
     try:
@@ -184,7 +187,15 @@ def test_the_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     text, found = written.read_text(), json.loads((tmp_path / "results.json").read_text())
     assert found["machine"]["commit"] in text
     assert "1.050 (1.050 to 1.050 over 1 pairs; 210 against 200 MB) | **not met**" in text
-    for section in ("## Goals", "## One training step", "## One adapted layer", "## Inference", "PEFT HiRA", "Llama"):
+    for section in (
+        "## Goals",
+        "## One training step",
+        "## One adapted layer",
+        "## Inference",
+        "PEFT HiRA",
+        "Llama",
+        "costs the host",
+    ):
         assert section in text
     for name in ("ratios.png", "scaling.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

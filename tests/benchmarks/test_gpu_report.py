@@ -60,6 +60,7 @@ def test_cases_are_those_of_the_roofline() -> None:
     assert set(cases.PRECISIONS) == set(roofline.PRECISIONS)
     assert {name for names in cases.LAYER_SIDES for name in names} == set(report.TITLES)
     assert all(sides.TITLES[name] == title for name, title in report.TITLES.items())
+    assert all((ROOT / "tests" / "ops" / f"test_{name}.py").is_file() for name in cases.TESTS)
 
 
 @pytest.mark.parametrize("dry", [True, False])
@@ -106,6 +107,11 @@ def test_the_report_sets_sides_side_by_side() -> None:
     assert "| ours, Triton | 3 | 0.75 | 0.3 | 5 | 1.50 | 0.75 | 0.50 |" in text, "beyond base by graphs: 0.25 / 0.5"
     assert "| plain PyTorch FVAE | 8 | - | 6 | - | 4.00 | - | 7.00 |" in text, "by eager calls: 7 / 1"
     assert "plain PyTorch FVAE was not captured: RuntimeError: no" in text
+    found[f"{group}: lora"]["found"]["wrong"] = "layer differs"
+    assert f"## Failed: 2\n\n- **{group}: dora**: WrongKernel: it differs\n- **{group}: lora**: layer differs" in page(
+        found
+    )
+    assert "| PEFT LoRA (WRONG) | 2 |" in page(found)
     assert text.endswith("## Missing\n\n- tools: ncu")
     assert "DRY RUN" not in text
 

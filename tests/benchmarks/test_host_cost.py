@@ -2,16 +2,15 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import host_cost
 from benchmarks.host_cost import internals, pages
 
-ROOT = Path(__file__).parent.parent.parent
 KERNELS = ["layer_fwd_kernel", "layer_mean_kernel", "layer_bwd_kernel", "layer_grads_kernel", "layer_reduce_kernel"]
 FOUND = {
     "machine": {"cpu": "a CPU", "commit": "abc", "versions": dict.fromkeys(("torch", "peft", "triton", "python"), "1")},
@@ -35,12 +34,10 @@ def test_the_table_by_hand() -> None:
 
 
 @pytest.mark.timeout(1200)  # the first time Triton compiles
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="the fake driver is built by gcc")
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's driver is Linux's")
+@pytest.mark.skipif(not host_cost.possible(), reason="needs Linux, Triton and a C compiler")
 def test_triton_launches_over_the_fake_driver(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
     command = [sys.executable, "-m", "benchmarks.host_cost", "--quick", "--out", str(tmp_path / "found.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=host_cost.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert done.stdout.splitlines()[-1] == pages.last_line(found)

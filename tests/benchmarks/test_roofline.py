@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fvae_kernels as fk
-from benchmarks import cost_table, fused, pages, roofline, sides
+from benchmarks import cost_table, fused, host_cost, pages, roofline, sides
 from benchmarks.cost import Launch
 from fvae_kernels.nn.adapter import FVAEAdapter
 
@@ -21,6 +21,18 @@ def test_the_formula() -> None:
         Launch("FLOPs of bfloat16", 1, 8 * 10**6, torch.bfloat16),  # 1 us + 1 us
     ]
     assert roofline.predicted(launches, DEVICE) == pytest.approx(13e-6)
+
+
+def test_the_slower_of_host_and_device_decides() -> None:
+    assert roofline.pace(1.7e-3, 94e-6) == "1,700 host"
+    assert roofline.pace(30e-6, 94e-6) == "94 device"
+
+
+def test_the_host_is_the_one_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = {"float32": {"base": 90.0, "lora": 210.0}, "bf16": {"base": 100.0, "lora": 240.0}}
+    monkeypatch.setattr(host_cost, "stored", lambda: {"steps": steps})
+    assert roofline.host("lora", "bf16") == pytest.approx(140e-6)
+    assert roofline.host("lora", "bf16, adapter float32") == pytest.approx(120e-6)
 
 
 @pytest.mark.parametrize("side", ["base", "lora", "plain"])

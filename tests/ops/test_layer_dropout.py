@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from fvae_kernels.ops._layer_support import objective_table
 
 import fvae_kernels as fk
 from fvae_kernels import testing
 from fvae_kernels.ops._raw import RAW
-from tests.helpers.layer_inputs import layer_inputs, plain, run_layer
+from tests.helpers.layer_inputs import layer_inputs, plain, raw_inputs, run_layer
 from tests.helpers.philox import philox
 
 OP = "layer"
@@ -53,19 +52,9 @@ def visible_inputs(tokens, width, device):
 
 def first_hidden(inputs, dropout, seed, backend):
     """The first hidden layer of both encoders [N, 2H], from the raw op's state."""
-    config, hidden = inputs["config"], 2 * inputs["config"].encoder_hidden[0]
-
-    def flat(encoder):
-        (hidden,), _, *heads = encoder
-        return [*hidden, *heads]
-
-    (decoder_hidden,), *out, scale = inputs["decoder"]
-    state = RAW[backend].layer_fwd(
-        None, inputs["x"], flat(inputs["encoder1"]), flat(inputs["encoder2"]), [*decoder_hidden, *out], scale,
-        inputs["B"], *inputs["noise"], None, torch.tensor(seed, device=inputs["x"].device), dropout, False, 1.0, 0.0,
-        objective_table(config), None,
-    )[5]  # fmt: skip
-    return state[:, :hidden].detach()
+    seed = torch.tensor(seed, device=inputs["x"].device)
+    _, _, state = RAW[backend].layer_fwd(None, *raw_inputs(inputs, dropout, seed))
+    return state[:, : 2 * inputs["config"].encoder_hidden[0]]
 
 
 # the generator

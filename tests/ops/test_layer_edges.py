@@ -46,6 +46,14 @@ def test_nan_and_inf_travel(backend, device, name, value):
         assert torch.equal(actual[key].isfinite(), wanted.isfinite()), key
 
 
+def test_a_term_beyond_the_range_of_its_dtype_is_infinite(backend, device):
+    inputs = layer_inputs((3,), D=200, dtype=torch.float32, device=device)
+    inputs["decoder"][3].data.fill_(3e-19)  # squares fit, their sum does not
+    terms, expected = run_layer(**inputs, backend=backend)[1:], plain(**inputs)[1:]
+    assert [term.isinf().item() for term in terms] == [term.isinf().item() for term in expected]
+    assert terms[1] == math.inf
+
+
 def test_tokens_that_the_mask_drops_do_not_count_even_if_nan(backend, device):
     inputs = layer_inputs((3,), device=device) | {"mask": torch.tensor([True, False, True], device=device)}
     inputs["x"].data[1] = math.nan

@@ -83,7 +83,7 @@ def test_kernels_that_do_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AttributeError(f"module {name} has no attribute 'gather'")
 
     monkeypatch.setattr(_raw.importlib, "import_module", fail)
-    assert _raw.load("triton") == "AttributeError: module fvae_kernels._triton has no attribute 'gather'"
+    assert _raw.load("triton") == f"AttributeError: module {_raw.MODULES['triton']} has no attribute 'gather'"
     assert fk.available_backends() == ("reference",)
     with pytest.raises(fk.BackendUnavailable, match="has no attribute 'gather'"):
         fk.use_backend("cpp")

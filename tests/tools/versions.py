@@ -29,6 +29,7 @@ MARK = "versions"
 
 TRANSFORMERS_4 = (
     *("transformers==4.57.6", "tokenizers==0.22.1", "huggingface-hub==0.36.0"),
+    *("datasets==4.4.1", "httpx==0.28.1", "httpcore==1.0.9"),
     *("requests==2.34.2", "urllib3==2.8.0", "certifi==2026.10.18", "charset-normalizer==3.5.2"),
 )
 NEEDED = ("transformers", "peft", "pytest", "hypothesis", "setuptools>=77,<82", "wheel", "numpy>=2")  # torch: below 82
@@ -83,21 +84,30 @@ def overlay(folder: Path, packages: Sequence[str]) -> tuple[str, Path, str]:
 
 
 def environment(folder: Path, packages: Sequence[str], version: str) -> tuple[str, Path, str]:
-    """The same of a row in an environment of its own; its copy of the checkout is made anew on every call."""
+    """The same of a row in an environment of its own.
+
+    Its copy of the checkout is made anew on every call; the C++ kernels in it are built again where their sources are
+    newer.
+    """
     python = folder / "env" / "bin" / "python"
     if not (folder / ".ready").exists():
         subprocess.run([_interpreter(version), "-m", "venv", str(folder / "env")], check=True)
         _pip(str(python), *packages)
         (folder / ".ready").touch()
-    source = folder / "source"
-    shutil.rmtree(source, ignore_errors=True)
+    source, before = folder / "source", folder / "before"
+    shutil.rmtree(before, ignore_errors=True)
+    if source.exists():
+        source.rename(before)
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, **_TEXT).stdout
     for name in listed.splitlines():
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, source / name)
+            shutil.copy2(ROOT / name, source / name)
+    for library in before.glob("fvae_kernels/*.so"):
+        shutil.copy2(library, source / "fvae_kernels")
     built = subprocess.run([str(python), "setup.py", "-q", "build_ext", "--inplace"], cwd=source, check=False, **_TEXT)
     (folder / "build.log").write_text(built.stdout + built.stderr)
+    built.check_returncode()
     return str(python), source, str(source)
 
 

@@ -17,9 +17,9 @@ if not interpreting():
 import triton
 import triton.language as tl
 
-from fvae_kernels._triton import FIXED, LAUNCHERS, _common, divergence, reconstruct, tuned
-from fvae_kernels._triton.layer import backward as layer_bwd
-from fvae_kernels._triton.layer import host as _layer_host
+from fvae_kernels._triton import _common, divergence, reconstruct, tables
+from fvae_kernels._triton.launchers import FIXED, LAUNCHERS, tuned
+from fvae_kernels._triton.layer.prepared import prepared
 from fvae_kernels.ops._checks import token_flags
 from tests.helpers.layer_inputs import raw_layer
 from tests.tools.triton.meter import Meter
@@ -57,7 +57,7 @@ def layer_arguments(N, D, R, H, dtype, mask=True, stride="contiguous"):
         (N,), D, M=H + 1, mask=mask, base=True, stride=stride, dtype=dtype, dropout=0.3, **options
     )
     if dtype != torch.float64:
-        inputs[6:8] = None, None
+        inputs[2:4] = None, None
     wide = _raw.wide_dtype(inputs[0])
     state = torch.randn(N, 2 * H + 4 * R, dtype=wide)
     grads = [torch.randn_like(base), *(torch.tensor(0.5, dtype=wide) for _ in range(4))]
@@ -111,7 +111,7 @@ def test_more_programs_than_partial_sums(name, monkeypatch):
     """Programs that loop over several blocks of tokens give the results of programs with one block."""
     values = arguments(60 if name in LAYER else 300, 40, 3, 5, torch.float64)[name]
     _, expected = metered(name, values)
-    for module in (divergence, reconstruct, layer_bwd):
+    for module in (divergence, reconstruct, tables):
         monkeypatch.setattr(module, "PROGRAMS", 4)
     meter, actual = metered(name, values, order="reverse")
     assert_clean(meter)
@@ -125,12 +125,14 @@ def test_entries_for_wide_networks_give_the_same(needs, monkeypatch):
     values = layer_arguments(17, 17, 3, 5, torch.float32)
     values["layer_bwd"][-1] = needs
     expected = {name: metered(name, values[name])[1] for name in LAYER}
-    monkeypatch.setattr(_layer_host, "NARROW", (0, 0, 0))
+    monkeypatch.setattr(tables, "NARROW", (0, 0, 0))
+    prepared.cache_clear()
     for name in LAYER:
         meter, actual = metered(name, values[name], order="reverse")
         assert_clean(meter)
         for one, other in zip(actual, expected[name], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    prepared.cache_clear()  # those of wide layers
 
 
 def test_offsets_beyond_two_to_the_31():

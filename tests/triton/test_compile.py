@@ -16,7 +16,7 @@ if interpreting():
     pytest.skip("interpreted kernels do not compile", allow_module_level=True)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from fvae_kernels._triton import FIXED, LAUNCHERS, tuned
+from fvae_kernels._triton.launchers import FIXED, LAUNCHERS, tuned
 from tests.tools.triton import compile_all
 from tests.tools.triton.compile_all import calls, compiled, layer_calls
 from tests.tools.triton.gpu_compile import TARGETS, compiling, metrics
@@ -128,3 +128,19 @@ def test_the_table_is_written_and_spills_fail(tmp_path, monkeypatch, capsys):
     assert "\n2 kernels spill registers to memory" in printed
     with pytest.raises(SystemExit):
         compile_all.main(["sm_70"])
+
+
+def test_another_triton_compiles_in_a_process_of_its_own(tmp_path, monkeypatch):
+    ran = []
+
+    def run(command, env, check):
+        ran.append((command[3:], env["PYTHONPATH"].split(os.pathsep)[0]))
+        return compile_all.subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(compile_all.subprocess, "run", run)
+    arguments = ["sm_90", "--triton", str(tmp_path), "--dtypes", "bfloat16"]
+    with pytest.raises(SystemExit, match="there is no Triton in"):
+        compile_all.main(arguments)
+    (tmp_path / "triton").mkdir()
+    assert compile_all.main(arguments) == 1
+    assert ran == [(["sm_90", "--dtypes", "bfloat16"], str(tmp_path))]

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from ttsem.memory import MemoryFault
 
-from fvae_kernels._triton import LAUNCHERS, _common, _random
+from fvae_kernels._triton import _common, _random, tables
+from fvae_kernels._triton.launchers import LAUNCHERS
 from tests.helpers.layer_inputs import assert_layer_no_worse, layer_inputs, plain, run_layer
 from tests.tools.triton.executed import executed
 
@@ -90,7 +91,7 @@ def test_the_compiled_layer_is_no_worse_than_pytorch(target, dtype, size, noise,
     """With given noise, and with noise from a seed; PyTorch gets the same, rounded to its dtype."""
     N, R, given = 13, 8, noise == "given"
     if size == "many":
-        monkeypatch.setattr(_common, "FEW_TOKENS", 0)
+        monkeypatch.setattr(tables, "FEW_TOKENS", 0)
 
     def inputs(seed):
         made = layer_inputs((N,), 24, 20, mask=True, dtype=dtype, rank=R, seed=seed)

@@ -21,12 +21,12 @@ if not interpreting():
 
 import triton
 import triton.language as tl
-from fvae_kernels._triton.layer.host import split
 
-from fvae_kernels._triton import LAUNCHERS, _random
-from fvae_kernels._triton.layer import (
-    mean as layer_mean,
-)
+from fvae_kernels._triton import _random, tables
+from fvae_kernels._triton.launchers import LAUNCHERS
+from fvae_kernels._triton.layer.forward import layer_mean_kernel
+from fvae_kernels._triton.layer.prepared import numbers_of
+from fvae_kernels.ops._layer_inputs import Options
 from tests.tools.triton.meter import Meter
 from tests.tools.triton.strict import strict
 
@@ -60,8 +60,10 @@ def test_gradients_that_are_not_needed_cost_nothing():
             LAUNCHERS["layer_bwd"](*grads, *inputs, state, False, [i == needed for i in range(5)])
         launches[needed] = {launch.name: launch for launch in meter.launches}
     assert "layer_bwd_kernel" not in launches[4], "B needs no decoder"
-    assert launches[3]["layer_bwd_kernel"].stored.keys() == {"g_ptr"}, "scale needs no way back through the decoder"
-    assert not {"x_ptr", "grad_y_ptr"} & launches[3]["layer_bwd_kernel"].loaded.keys()
+    assert launches[3]["layer_bwd_kernel"].stored.keys() == {"inputs_ptr"}, (
+        "scale needs no way back through the decoder"
+    )
+    assert not {"layer.x", "grad_y_ptr"} & launches[3]["layer_bwd_kernel"].loaded.keys()
     assert not {"grad_y_ptr", "grad_state_ptr"} & launches[3]["layer_grads_kernel"].loaded.keys()
     assert "grad_y_ptr" not in launches[2]["layer_bwd_kernel"].loaded
     assert launches[0]["layer_grads_kernel"].stored.keys() == {"grad_x_ptr"}
@@ -69,21 +71,20 @@ def test_gradients_that_are_not_needed_cost_nothing():
 
 def test_terms_of_more_programs_and_features_than_one_read_takes():
     """The kernel alone, for the forward of so many tokens takes too long here."""
-    P, D = (2 * layer_mean.OPTIONS[name] + 3 for name in ("BLOCK_P", "BLOCK_D"))
+    P, D = (2 * tables.MEAN[name] + 3 for name in ("BLOCK_P", "BLOCK_D"))
     N, R, kept = 16 * P, 7, torch.tensor(30_000)
     statistics, scale, table = torch.rand(P, 16), torch.rand(D) + 0.5, torch.rand(3, 12, dtype=torch.float64)
-    terms = torch.empty(4, dtype=torch.float64).unbind()
+    options = Options(1, 0.0, False, 1.0, 1.5, -20.0, 20.0, tuple(table.flatten().tolist()), None)
+    terms, numbers = torch.empty(4, dtype=torch.float64), numbers_of(options)
     with strict(), Meter() as meter:
-        layer_mean.layer_mean_kernel[(1,)](
-            *(statistics, (scale, scale.stride()), split(table.flatten().tolist()), kept, terms, P, N, D, R),
-            **layer_mean.OPTIONS,
-        )
+        weights = numbers.objective, numbers.rest
+        layer_mean_kernel[(1,)](statistics, scale, *weights, kept, terms, P, N, D, R, MASKED=True, **tables.MEAN)
     assert (meter.launches[0].outside, meter.launches[0].races) == ([], [])
     means = statistics.double().sum(0)[:12] / kept
     nll = means[1] / 2 + scale.double().log().sum() + D * math.log(2 * math.pi) / 2
-    means[[0, 1, 4, 8]] = torch.stack([torch.ones_like(nll), nll, means[4] + R, means[8] + R])
+    means[[0, 1, 4, 9]] = torch.stack([torch.ones_like(nll), nll, means[4] + R, means[9] + R])  # var1, var2
     loss, kl, gamma = table @ means
-    torch.testing.assert_close(terms, (loss, nll, kl, gamma), rtol=1e-12, atol=0)
+    torch.testing.assert_close(terms, torch.stack((loss, nll, kl, gamma)), rtol=1e-12, atol=0)
 
 
 # normals

@@ -14,7 +14,6 @@ from fvae_kernels.ops._backend import interpreting
 if not interpreting():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from fvae_kernels._triton import _common
 from tests.tools.triton.meter import Meter
 from tests.tools.triton.strict import strict
 
@@ -62,20 +61,3 @@ def test_flops_of_every_launch():
     launched, _, _ = metered(64, 64, 32, config)
     expected = {one.name: one.flops for one in fused.launches(fused.Layer(64, 64, 32, config)) if one.flops}
     assert {name: one.flops for name, one in launched.items() if one.flops} == expected
-
-
-def test_many_tokens_begin_where_the_tables_say():
-    assert fused.FEW == _common.FEW_TOKENS
-
-
-def test_the_blocks_are_those_of_the_tables():
-    from fvae_kernels._triton.layer import features as layer_grads
-    from fvae_kernels._triton.layer import forward as layer
-    from fvae_kernels._triton.layer import host as _layer_host
-
-    assert fused.NARROW == _layer_host.NARROW
-    assert fused.CUTS.keys() == layer.TABLE.keys()
-    assert fused.PROGRAMS == layer_grads.PROGRAMS
-    for key, cuts in fused.CUTS.items():
-        grads = layer_grads.TABLE[key]
-        assert cuts == (layer.TABLE[key]["BLOCK_N"], grads["BLOCK_N"], grads["BLOCK_D"]), key

@@ -17,7 +17,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from triton.runtime.jit import JITFunction
 
-from fvae_kernels._triton import FIXED, LAUNCHERS, _common
+from fvae_kernels._triton import _common
+from fvae_kernels._triton.launchers import FIXED, LAUNCHERS
 from tests import ROOT
 from tests.tools.triton.compile_all import calls, layer_calls
 from tests.tools.triton.gpu_compile import compiling

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .._common import product, tile
+from .._common import tile
 from .arguments import decoder_inputs, first_units, state_width, width_of
 from .forward import reading
 from .networks import (
@@ -33,6 +33,7 @@ from .networks import (
     grad_activate,
     grad_linear,
     load_columns,
+    product,
     residual,
     sliced,
 )
@@ -40,22 +41,22 @@ from .objective import bounds_of, counting, nll_coefficient, samples, token_shar
 
 
 class Made(NamedTuple):
-    """Which gradients a program over features of x makes."""
+    """Which gradients each kind of program over features of x makes: one kind makes all, or three share them."""
 
-    x: bool
-    encoders: bool
-    decoder: bool
-    scale: bool
+    x: tuple[bool, ...]
+    encoders: tuple[bool, ...]
+    decoder: tuple[bool, ...]
+    scale: tuple[bool, ...]
 
 
 class EncoderTiles(NamedTuple):
-    """Where the programs of one layer of an encoder begin, and what they multiply; it has no inputs where it reads x."""
+    """Of each layer of both encoders: where its programs begin, and what they multiply. No inputs if it reads x."""
 
-    first_program: int
-    column: int  # of its outputs in the state
-    outputs: int
-    input_column: int
-    inputs: int
+    first_program: tuple[int, ...]
+    column: tuple[int, ...]  # of its outputs in the state
+    outputs: tuple[int, ...]
+    input_column: tuple[int, ...]
+    inputs: tuple[int, ...]
 
 
 @triton.constexpr_function
@@ -64,11 +65,14 @@ def tiles_of(size, T):
 
 
 @triton.jit
-def encoder_linears(networks):
-    """All layers of both encoders, in the order of `EncoderTiles`."""
-    encoder1, encoder2 = networks.encoder1, networks.encoder2
-    first = encoder1.hidden + (encoder1.mean, encoder1.logvar)
-    return first + encoder2.hidden + (encoder2.mean, encoder2.logvar)
+def encoder_linear(encoder, i: tl.constexpr, S: tl.constexpr):
+    """The i-th of an encoder's hidden layers, mean and logvar."""
+    if i < len(S.encoder):
+        return encoder.hidden[i]
+    elif i == len(S.encoder):  # noqa: RET505  (only one branch is compiled)
+        return encoder.mean
+    else:
+        return encoder.logvar
 
 
 @triton.jit
@@ -87,14 +91,17 @@ def store_sums(parts_ptr, sums, rows, first, cols, ROWS, COLS, stride):
 @triton.jit
 def x_features(
     layer, grad_state_ptr, inputs_ptr, grad_x_ptr, parts_ptr, places, c_nll, cols, N, D, MADE: tl.constexpr,
-    THROUGH_TARGET: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr, THROUGH_TARGET: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of the features of x: their grad_x, and the gradients of the weights that read or make them, as asked."""
     linears, grad_places, output = reading(layer.networks, S), reading(places, S), layer.networks.decoder.output
     P: tl.constexpr = output.weight.dtype.element_ty
     UNITS: tl.constexpr = first_units(S)
     G: tl.constexpr = decoder_inputs(S, len(S.decoder))
-    NEEDS_X: tl.constexpr = MADE.x
+    NEEDS_X: tl.constexpr = MADE.x[KIND]
+    NEEDS_ENCODERS: tl.constexpr = MADE.encoders[KIND]
+    NEEDS_DECODER: tl.constexpr = MADE.decoder[KIND]
+    NEEDS_SCALE: tl.constexpr = MADE.scale[KIND]
     outs, ins = tl.arange(0, width_of(UNITS)), tl.arange(0, width_of(G))
     grad_out = tl.zeros((cols.shape[0], width_of(G)), S.acc)
     grad_bias, grad_scale = tl.zeros((BLOCK_N, cols.shape[0]), S.acc), tl.zeros((BLOCK_N, cols.shape[0]), S.acc)
@@ -107,27 +114,27 @@ def x_features(
         in_x, counts = inside[:, None] & (cols < D)[None, :], keep[:, None] & (cols < D)[None, :]
         x = tl.load(tile(layer.x, rows, cols, (layer.x_stride, 1)), mask=in_x, other=0)
         grad_x = tl.zeros((BLOCK_N, cols.shape[0]), S.acc)
-        if MADE.decoder or MADE.scale or (NEEDS_X and THROUGH_TARGET):
+        if NEEDS_DECODER or NEEDS_SCALE or (NEEDS_X and THROUGH_TARGET):
             # 1. r of this block, once more
             g = load_columns(inputs_ptr, G, rows, inside, 0, G)
             x_hat = add_products(grad_x, g, output.weight, G, cols, cols < D, G, S, BLOCK_K)
             x_hat = add_bias(x_hat, output.bias, cols, cols < D)
             r, inverse = residual(x_hat, x.to(S.acc), layer.networks.decoder.scale, cols, counts, D)
-            if MADE.decoder:
-                grad_out = product(tl.trans(r.to(P)), g.to(P), grad_out, S.precision)
+            if NEEDS_DECODER:
+                grad_out = product(tl.trans(r.to(P)), g.to(P), grad_out, S)
                 grad_bias += r
-            if MADE.scale:
+            if NEEDS_SCALE:
                 grad_scale += tl.where(counts, 1 - r * r, 0.0)
             if NEEDS_X and THROUGH_TARGET:
                 grad_x -= c_nll * r * inverse[None, :]
         # 2. What reads x
-        if MADE.encoders or NEEDS_X:
+        if NEEDS_ENCODERS or NEEDS_X:
             added = ()
             for i in tl.static_range(len(linears)):
                 grad = load_columns(grad_state_ptr, state_width(S), rows, inside, i * UNITS, UNITS)
                 of_weight = grad_reading[i]
-                if MADE.encoders:
-                    of_weight = product(tl.trans(grad.to(P)), x.to(P), of_weight, S.precision)
+                if NEEDS_ENCODERS:
+                    of_weight = product(tl.trans(grad.to(P)), x.to(P), of_weight, S)
                 added = added + (of_weight,)
                 if NEEDS_X:
                     grad_x = add_grad_products(grad_x, grad, linears[i].weight, D, cols, cols < D, UNITS, S, BLOCK_K)
@@ -135,16 +142,16 @@ def x_features(
         if NEEDS_X:
             tl.store(tile(grad_x_ptr, rows, cols, (D, 1)), grad_x.to(grad_x_ptr.dtype.element_ty), mask=in_x)
     # 3. Store
-    if MADE.encoders:
+    if NEEDS_ENCODERS:
         for i in tl.static_range(len(linears)):
             store_sums(parts_ptr + grad_places[i].weight, grad_reading[i], outs, 0, cols, UNITS, D, D)
-    if MADE.decoder or MADE.scale:
+    if NEEDS_DECODER or NEEDS_SCALE:
         factor = c_nll / tl.load(layer.networks.decoder.scale + cols, mask=cols < D, other=1).to(S.acc)
-    if MADE.decoder:
+    if NEEDS_DECODER:
         to = places.decoder.output
         store_sums(parts_ptr + to.weight, grad_out * factor[:, None], cols, 0, ins, D, G, G)
         tl.store(parts_ptr + to.bias + cols, tl.sum(grad_bias, 0) * factor, mask=cols < D)
-    if MADE.scale:
+    if NEEDS_SCALE:
         tl.store(parts_ptr + places.decoder.scale + cols, tl.sum(grad_scale, 0) * factor, mask=cols < D)
 
 
@@ -162,7 +169,7 @@ def y_features(
         z1, _z2 = samples(state_ptr, layer, bounds, rows, inside, S, state_width(S))
         in_y = inside[:, None] & (cols < M)[None, :]
         grad_y = tl.load(tile(grad_y_ptr, rows, cols, (grad_y_stride, 1)), mask=in_y, other=0)
-        sums = product(tl.trans(grad_y.to(P)), z1.to(P), sums, S.precision)
+        sums = product(tl.trans(grad_y.to(P)), z1.to(P), sums, S)
     store_sums(parts_ptr, tl.full((), scaling, S.acc) * sums, cols, 0, ins, M, S.R, S.R)
 
 
@@ -175,14 +182,18 @@ def encoder_tile(
     P: tl.constexpr = layer.networks.B.dtype.element_ty
     WIDTH: tl.constexpr = state_width(S)
     # 1. Which
-    all_places = encoder_linears(places)
     start, out, outs, at, inputs, to_w, to_b = program, 0, 0, 0, 0, 0, 0
-    for i in tl.static_range(len(TILES)):
-        here = program >= TILES[i].first_program
-        start = tl.where(here, program - TILES[i].first_program, start)
-        out, outs = tl.where(here, TILES[i].column, out), tl.where(here, TILES[i].outputs, outs)
-        at, inputs = tl.where(here, TILES[i].input_column, at), tl.where(here, TILES[i].inputs, inputs)
-        to_w, to_b = tl.where(here, all_places[i].weight, to_w), tl.where(here, all_places[i].bias, to_b)
+    LAYERS: tl.constexpr = len(S.encoder) + 2
+    for i in tl.static_range(2 * LAYERS):
+        encoder = places.encoder1 if i < LAYERS else places.encoder2
+        to = encoder_linear(encoder, i % LAYERS, S)
+        here = program >= tl.constexpr(TILES.first_program[i])
+        start = tl.where(here, program - tl.constexpr(TILES.first_program[i]), start)
+        out = tl.where(here, tl.constexpr(TILES.column[i]), out)
+        outs = tl.where(here, tl.constexpr(TILES.outputs[i]), outs)
+        at = tl.where(here, tl.constexpr(TILES.input_column[i]), at)
+        inputs = tl.where(here, tl.constexpr(TILES.inputs[i]), inputs)
+        to_w, to_b = tl.where(here, to.weight, to_w), tl.where(here, to.bias, to_b)
     across = tl.maximum(tl.cdiv(inputs, T), 1)
     rows_out, cols_in = start // across * T + tl.arange(0, T), start % across * T + tl.arange(0, T)
     # 2. Its sums
@@ -192,7 +203,7 @@ def encoder_tile(
         in_grad, in_h = inside[:, None] & (rows_out < outs)[None, :], inside[:, None] & (cols_in < inputs)[None, :]
         grad = tl.load(tile(grad_state_ptr, rows, out + rows_out, (WIDTH, 1)), mask=in_grad, other=0)
         h = tl.load(tile(state_ptr, rows, at + cols_in, (WIDTH, 1)), mask=in_h, other=0)
-        sums = product(tl.trans(grad.to(P)), h.to(P), sums, S.precision)
+        sums = product(tl.trans(grad.to(P)), h.to(P), sums, S)
         grad_bias += tl.sum(grad, 0)
     store_sums(parts_ptr + to_w, sums, rows_out, 0, cols_in, outs, inputs, inputs)
     tl.store(parts_ptr + to_b + rows_out, grad_bias, mask=rows_out < tl.where(start % across == 0, outs, 0))
@@ -246,7 +257,7 @@ def decoder_rows(
             inputs = ((z1 + z2) / 2,) if S.average else (z1, z2)
         added = ()
         for i in tl.static_range(PARTS):
-            added = added + (product(tl.trans(grad.to(P)), inputs[i].to(P), sums[i], S.precision),)
+            added = added + (product(tl.trans(grad.to(P)), inputs[i].to(P), sums[i], S),)
         sums = added
         grad_bias += tl.sum(tl.where(inside[:, None], grad, 0.0), 0)
     for i in tl.static_range(PARTS):
@@ -277,8 +288,8 @@ def layer_grads_kernel(
     M,
     S: tl.constexpr,  # Sizes
     NEEDS: tl.constexpr,  # Needs
-    MADE: tl.constexpr,  # Made by each kind of program over features of x: one makes all, or three share
-    TILES: tl.constexpr,  # EncoderTiles of each layer of both encoders
+    MADE: tl.constexpr,  # Made
+    TILES: tl.constexpr,  # EncoderTiles
     ENCODER_PROGRAMS: tl.constexpr,
     THROUGH_TARGET: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -289,16 +300,16 @@ def layer_grads_kernel(
     parts_ptr += tl.program_id(1).to(tl.int64) * length
     bounds = bounds_of(logvar1_low, logvar1_high, S)
     c_nll = nll_coefficient(token_share(term_grads, layer.kept, N, S), recon_weight)
-    first_y = tl.cdiv(D, BLOCK_D) * len(MADE)
+    first_y = tl.cdiv(D, BLOCK_D) * len(MADE.x)
     first_encoder = first_y + (tl.cdiv(M, BLOCK_D) if NEEDS.B else 0)
     first_decoder = first_encoder + ENCODER_PROGRAMS
     if program < first_y:
-        for i in tl.static_range(len(MADE)):
-            if program % len(MADE) == i:
-                cols = program // len(MADE) * BLOCK_D + tl.arange(0, BLOCK_D)
+        for i in tl.static_range(len(MADE.x)):
+            if program % len(MADE.x) == i:
+                cols = program // len(MADE.x) * BLOCK_D + tl.arange(0, BLOCK_D)
                 x_features(
-                    layer, grad_state_ptr, inputs_ptr, grad_x_ptr, parts_ptr, places, c_nll, cols, N, D, MADE[i],
-                    THROUGH_TARGET, S, BLOCK_N, BLOCK_K,
+                    layer, grad_state_ptr, inputs_ptr, grad_x_ptr, parts_ptr, places, c_nll, cols, N, D,
+                    MADE, i, THROUGH_TARGET, S, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
     elif program < first_encoder:
         if NEEDS.B:

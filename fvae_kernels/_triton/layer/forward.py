@@ -14,7 +14,7 @@ the decoder computes exists in registers alone; backward makes it once more.
 import triton
 import triton.language as tl
 
-from .._common import product, tile
+from .._common import tile
 from ..reconstruct import HALF_LOG_2_PI
 from .arguments import first_units, hidden_column, mean_column, state_width, width_of
 from .networks import (
@@ -25,6 +25,7 @@ from .networks import (
     decode,
     decoded,
     load_transposed,
+    product,
     residual,
     store_columns,
 )
@@ -69,7 +70,7 @@ def read_x(layer, rows, N, D, S: tl.constexpr, BLOCK_D: tl.constexpr):
         added = ()
         for i in tl.static_range(len(linears)):
             w = load_transposed(linears[i].weight, D, cols, outs, cols < D, outs < UNITS)
-            added = added + (product(x.to(w.dtype), w, sums[i], S.precision),)
+            added = added + (product(x.to(w.dtype), w, sums[i], S),)
         sums = added
     biased = ()
     for i in tl.static_range(len(linears)):

@@ -1,8 +1,8 @@
 """Two roads to a launch.
 
-The general one is Triton's: it looks at every argument, finds the compiled kernel, compiles it where there is none. That
-costs the host some 100 us for a kernel of the layer. The straight one hands the arguments to what was compiled before,
-for arguments that Triton's specialisation could not tell from these, and costs 10 us.
+The general one is Triton's: it looks at every argument, and finds or makes the compiled kernel. That costs the host
+some 100 us for a kernel of the layer. The straight one hands the arguments to what was compiled before, for arguments
+that Triton's specialisation could not tell from these, and costs 10 us.
 """
 
 import os
@@ -27,7 +27,7 @@ class Launch:
         self.compiled: dict[Hashable, tuple[Any, Any, Any]] = {}
 
     def __call__(self, grid: tuple[int, int], arguments: tuple[Any, ...], key: Hashable, stream: int | None) -> None:
-        """Launch; `key` tells arguments apart that Triton compiles for, and without a stream the road is the general one.
+        """Launch. `key` tells apart what Triton compiles for; without a stream the road is the general one.
 
         Pointers must be divisible by 16 where a stream is given, and those that a key does not tell about alike.
         """

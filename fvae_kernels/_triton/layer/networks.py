@@ -10,9 +10,16 @@ neither the slices nor the weights that they meet need many registers.
 import triton
 import triton.language as tl
 
-from .._common import product, tile
+from .._common import product as product_in
+from .._common import tile
 from .._random import not_dropped
 from .arguments import decoder_inputs, width_of
+
+
+@triton.jit
+def product(a, b, sums, S: tl.constexpr):
+    """sums + a b"""
+    return product_in(a, b, sums, tl.constexpr(S.precision))
 
 
 @triton.jit
@@ -54,7 +61,7 @@ def add_products(sums, h, weight, inputs, outs, in_outs, SIZE: tl.constexpr, S: 
     for start in range(0, SIZE, K):
         ins = start + tl.arange(0, K)
         w = load_transposed(weight, inputs, ins, outs, ins < SIZE, in_outs)
-        sums = product(sliced(h, start, K).to(w.dtype), w, sums, S.precision)
+        sums = product(sliced(h, start, K).to(w.dtype), w, sums, S)
     return sums
 
 
@@ -85,7 +92,7 @@ def add_grad_products(
         outs = start + tl.arange(0, K)
         inside = (outs < OUT)[:, None] & in_ins[None, :]
         w = tl.load(tile(weight, outs, ins, (inputs, 1)), mask=inside, other=0)
-        sums = product(sliced(grads, start, K).to(w.dtype), w, sums, S.precision)
+        sums = product(sliced(grads, start, K).to(w.dtype), w, sums, S)
     return sums
 
 

@@ -82,7 +82,7 @@ def noises(layer, rows, inside, S: tl.constexpr):
         eps1 = load_columns(layer.noise1, S.R, rows, inside, 0, S.R).to(S.acc)
         eps2 = load_columns(layer.noise2, S.R, rows, inside, 0, S.R).to(S.acc)
     else:
-        eps1, eps2 = normals(layer.seed, rows, entries, S.R, S.acc)
+        eps1, eps2 = normals(layer.seed, rows, entries, S.R, tl.constexpr(S.acc))
     return eps1, eps2
 
 
@@ -157,7 +157,7 @@ def statistics_of(latent, counts, mu, bounds, side: tl.constexpr):
 @triton.jit
 def token_share(term_grads, kept_ptr, N, S: tl.constexpr):
     """What one token gets of the gradients that arrive at the terms."""
-    share = 1.0 / tl.maximum(tokens(kept_ptr, N, S.masked, S.acc), 1.0)
+    share = 1.0 / tl.maximum(tokens(kept_ptr, N, tl.constexpr(S.masked), tl.constexpr(S.acc)), 1.0)
     return TermGrads(
         tl.load(term_grads.loss).to(S.acc) * share,
         tl.load(term_grads.nll).to(S.acc) * share,

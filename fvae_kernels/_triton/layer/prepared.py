@@ -106,7 +106,7 @@ class Prepared:
 
     def launch(self, name: str, kernel: Any, **constants: Any) -> Launch:
         """A kernel of the layer with its row of the table, no block of features wider than what it covers."""
-        # products of 16 bits, which add up 16 numbers at least, take blocks that are made for them where those are smaller
+        # products of 16 bits add up 16 numbers at least: wide layers take the smaller blocks that are made for them
         narrow = self.size == tables.WIDE and self.case.precision in ("bfloat16", "float16")
         row = tables.layer_row(name, 2 if narrow else self.case.dtype.itemsize, self.size, on_amd())
         chosen = {
@@ -122,7 +122,7 @@ class Prepared:
         return Launch(kernel, constants | chosen, warps, stages)
 
     def backward(self, needs: Needs, detach_target: bool, decode: bool, given: tuple[bool, ...]) -> "Backward":
-        """For these gradients; `decode`: whether any arrives through the decoder; `given`: which parameters there are."""
+        """For these gradients. `decode`: whether any passes the decoder; `given`: which parameters there are."""
         key = needs, detach_target, decode, given
         found = self._backwards.get(key)
         if found is None:
@@ -142,13 +142,10 @@ class Backward:
         self.tokens = prepared.launch("layer_bwd", layer_bwd_kernel, S=prepared.S, DECODE=decode)
         self.inputs = needs.decoder or needs.scale or self.target  # of the decoder's output layer
         self.hidden = needs.decoder and bool(case.decoder)
-        made = Made(*needs[:4])
-        kinds = (
-            Made(needs.x, *(False,) * 3),
-            Made(False, needs.encoders, False, False),
-            Made(False, False, *needs[2:4]),
-        )
-        self.made = tuple(kind for kind in (kinds if prepared.size == tables.WIDE else (made,)) if any(kind))
+        made = needs[:4]
+        apart = (needs.x, False, False, False), (False, needs.encoders, False, False), (False, False, *needs[2:4])
+        kinds = [kind for kind in (apart if prepared.size == tables.WIDE else (made,)) if any(kind)]
+        self.made = Made(*(tuple(kind[i] for kind in kinds) for i in range(4)))
         launch = prepared.launch("layer_grads", layer_grads_kernel)
         T = launch.constants["BLOCK_D"]
         tiles, encoder_programs = encoder_tiles(case.encoder, case.R, T)
@@ -163,7 +160,7 @@ class Backward:
             THROUGH_TARGET=self.target,
         )
         self.programs = (
-            -(-case.D // T) * len(self.made)
+            -(-case.D // T) * len(kinds)
             + (-(-case.M // T) if needs.B else 0)
             + (encoder_programs if needs.encoders else 0)
             + (sum(-(-size // T) for size in case.decoder) if needs.decoder else 0)
@@ -175,7 +172,7 @@ class Backward:
 
     def _place(self, prepared: Prepared, given: tuple[bool, ...]) -> None:
         """Sums of each gradient start at a multiple of 16; gradients themselves lie one after the other."""
-        case, hidden, shapes = prepared.case, len(prepared.case.encoder), shapes_of(prepared.case)
+        hidden, shapes = len(prepared.case.encoder), shapes_of(prepared.case)
         made, self.flags = self.needs.flags([True] * len(given), hidden), tuple(self.needs.flags(given, hidden))
         starts, self.length = [], 0
         for flag, shape in zip(made, shapes, strict=True):
@@ -207,7 +204,7 @@ def shapes_of(case: Case) -> list[tuple[int, ...]]:
     return [*(shape for layer in layers for shape in layer), (case.D,), (case.M, case.R)]
 
 
-def encoder_tiles(sizes: tuple[int, ...], R: int, T: int) -> tuple[tuple[EncoderTiles, ...], int]:
+def encoder_tiles(sizes: tuple[int, ...], R: int, T: int) -> tuple[EncoderTiles, int]:
     """For weights cut into tiles of T: each layer of encoder 1, then of encoder 2; and how many programs they are."""
     hidden, heads = len(sizes), 2 * sum(sizes)
     found, programs = [], 0
@@ -218,9 +215,9 @@ def encoder_tiles(sizes: tuple[int, ...], R: int, T: int) -> tuple[tuple[Encoder
             before = min(i, hidden) - 1  # the hidden layer that it reads
             inputs = sizes[before] if before >= 0 else 0
             at = 2 * sum(sizes[:before]) + side * inputs if inputs else 0
-            found.append(EncoderTiles(programs, column, outputs, at, inputs))
+            found.append((programs, column, outputs, at, inputs))
             programs += -(-outputs // T) * max(-(-inputs // T), 1)
-    return tuple(found), programs
+    return EncoderTiles(*zip(*found, strict=True)), programs
 
 
 def threshold(dropout: float) -> int | None:

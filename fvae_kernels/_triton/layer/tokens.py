@@ -15,7 +15,7 @@ the decoder lacks c.nll until the end, which keeps it in the range of float16. `
 import triton
 import triton.language as tl
 
-from .._common import product, tile
+from .._common import tile
 from .arguments import decoder_inputs, hidden_column, mean_column, state_width, width_of
 from .networks import (
     add_grad_products,
@@ -24,6 +24,7 @@ from .networks import (
     grad_activate,
     grad_linear,
     load_columns,
+    product,
     residual,
     sliced,
     store_columns,
@@ -53,7 +54,7 @@ def add_output_gradient(
         w = tl.load(tile(decoder.output.weight, outs, at + ins, (inputs, 1)), mask=inside, other=0)
         inverse = 1 / tl.load(decoder.scale + outs, mask=outs < D, other=1).to(r.dtype)
         scaled = (w.to(r.dtype) * inverse[:, None]).to(w.dtype)
-        sums = product(sliced(r, start, K).to(w.dtype), scaled, sums, S.precision)
+        sums = product(sliced(r, start, K).to(w.dtype), scaled, sums, S)
     return sums
 
 
@@ -132,14 +133,15 @@ def store_output_inputs(to_ptr, h, z1, z2, rows, inside, S: tl.constexpr):
 @triton.jit
 def through_y(grad_y_ptr, grad_y_stride, B, rows, inside, M, S: tl.constexpr, BLOCK_K: tl.constexpr):
     """grad_y B"""
-    in_latent = tl.arange(0, width_of(S.R))
-    sums = tl.zeros((rows.shape[0], width_of(S.R)), S.acc)
+    R: tl.constexpr = S.R
+    in_latent = tl.arange(0, width_of(R))
+    sums = tl.zeros((rows.shape[0], width_of(R)), S.acc)
     for first in range(0, M, BLOCK_K):
         cols = first + tl.arange(0, BLOCK_K)
-        in_y, in_B = inside[:, None] & (cols < M)[None, :], (cols < M)[:, None] & (in_latent < S.R)[None, :]
+        in_y, in_B = inside[:, None] & (cols < M)[None, :], (cols < M)[:, None] & (in_latent < R)[None, :]
         grad_y = tl.load(tile(grad_y_ptr, rows, cols, (grad_y_stride, 1)), mask=in_y, other=0)
-        b = tl.load(tile(B, cols, in_latent, (S.R, 1)), mask=in_B, other=0)
-        sums = product(grad_y.to(b.dtype), b, sums, S.precision)
+        b = tl.load(tile(B, cols, in_latent, (R, 1)), mask=in_B, other=0)
+        sums = product(grad_y.to(b.dtype), b, sums, S)
     return sums
 
 

@@ -42,7 +42,8 @@ class Launch:
         self.sectors, self.flops = 0, 0
         self.outside: list[str] = []
         self.races: list[str] = []
-        self.buffers = sorted((_buffer(n, t) for n, t in tensors.items() if t.numel()), key=lambda b: b.first)
+        first = {t.data_ptr(): n for n, t in reversed(tensors.items()) if t.numel()}  # of a tensor with two names
+        self.buffers = sorted((_buffer(n, tensors[n]) for n in first.values()), key=lambda b: b.first)
 
     @property
     def bytes(self) -> int:
@@ -99,11 +100,12 @@ def _buffer(name: str, t: torch.Tensor) -> Buffer:
 
 
 def _tensors(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Tensors among the arguments; those in tuples have names such as ``inputs[2]``."""
+    """Tensors among the arguments; those in tuples have names such as ``layer.x`` or ``gradients[2]``."""
     found: dict[str, torch.Tensor] = {}
     for name, value in arguments.items():
         if isinstance(value, tuple):
-            found |= _tensors({f"{name}[{i}]": entry for i, entry in enumerate(value)})
+            fields = [f".{field}" for field in getattr(value, "_fields", ())] or [f"[{i}]" for i in range(len(value))]
+            found |= _tensors({f"{name}{field}": entry for field, entry in zip(fields, value, strict=True)})
         elif isinstance(value, torch.Tensor):
             found[name] = value
     return found
