@@ -19,6 +19,8 @@ from .stats import Estimate, ratio
 COLOURS = {
     "cpp": "#c1272d",
     "triton": "#e07b39",
+    "cpp_default": "#e06c6f",
+    "triton_default": "#f0b48a",
     "plain": "#7f7f7f",
     "compiled": "#b9b9b9",
     "lora": "#1b6ca8",

@@ -11,7 +11,7 @@ import fvae_kernels as fk
 from fvae_kernels import testing
 from fvae_kernels.testing import Results
 
-from .sides import FVAE, Side, adapters, environment, without_dropout
+from .sides import Side, adapters, backend_of, environment, without_dropout
 
 # Errors against float64 may be FACTOR times those of plain PyTorch in the same dtype, and FLOOR roundings of float32 of
 # the largest entry, for what plain PyTorch rounds luckily. Measured for our kernels: 1.5 times at most, and the kl of a
@@ -62,7 +62,7 @@ def run_adapter(adapter: Any, backend: str, tokens: int) -> Results:
     adapter.train().requires_grad_()
     with torch.enable_grad(), fk.use_backend(backend):
         delta, terms = adapter(x, noise)
-        leaves = {"x": x, **dict(adapter.named_parameters())}
+        leaves = {"x": x, **{name: p for name, p in adapter.named_parameters() if p.requires_grad}}
         loss = (delta * weight).sum() + 0.5 * terms.loss
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     named = {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
@@ -90,10 +90,11 @@ def check_sides(sides: Mapping[str, Side], evaluate: Callable[[nn.Module], Tenso
             torch.testing.assert_close(found, base, rtol=2e-2 if half else 1e-3, atol=1e-2 if half else 1e-4)
         except AssertionError as error:
             raise WrongKernel(f"{name} does not start as the base model: {error}") from None
-        if name in FVAE and name not in ("plain", "compiled"):
+        backend = backend_of(name)
+        if backend not in (None, "reference"):
             shapes = {(a.in_features, a.out_features): a for a in adapters(side.module)}
             for adapter in shapes.values():
-                check_adapter(adapter, name)
+                check_adapter(adapter, backend)
 
 
 def half_roundings(dtype: torch.dtype) -> float:

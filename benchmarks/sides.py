@@ -28,19 +28,23 @@ from .cost import count
 
 RANK, ALPHA, SEED, DROPOUT = 16, 16, 0, 0.1
 METHOD: dict[str, Any] = {"alpha": ALPHA, **preset("paper", RANK)}
+BY_DEFAULT: dict[str, Any] = {"alpha": ALPHA, **preset("default", RANK)}
+DEFAULT = "_default"  # at the end of a side's name: with the package's default in place of the paper's recipe
 TITLES = {
     "base": "base layer",
     "plain": "plain PyTorch FVAE",
     "compiled": "torch.compile of it",
     "cpp": "ours, C++",
     "triton": "ours, Triton",
+    "cpp_default": "ours, C++, the default config",
+    "triton_default": "ours, Triton, the default config",
     "lora": "PEFT LoRA",
     "dora": "PEFT DoRA",
     "hira": "PEFT HiRA",
     "lora_dropout": "PEFT LoRA, dropout 0.1",
     "dora_dropout": "PEFT DoRA, dropout 0.1",
 }
-FVAE = ("plain", "compiled", "cpp", "triton")
+FVAE = ("plain", "compiled", "cpp", "triton", "cpp_default", "triton_default")
 PEFT = ("lora", "dora", "hira")
 
 
@@ -77,12 +81,14 @@ def ours(device: str = "cpu") -> str:
 
 def names(compiled: bool = True) -> tuple[str, ...]:
     """Every adapted side that can run here."""
-    return ("plain", *(["compiled"] if compiled else []), *kernels("layer"), *PEFT)
+    fused = kernels("layer")
+    return ("plain", *(["compiled"] if compiled else []), *fused, *(name + DEFAULT for name in fused), *PEFT)
 
 
 def backend_of(name: str) -> str | None:
     """The backend of the package that a side runs on."""
-    return {"plain": "reference", "compiled": "reference", "cpp": "cpp", "triton": "triton"}.get(name)
+    plain = {"plain": "reference", "compiled": "reference"}
+    return plain.get(name, name.removesuffix(DEFAULT)) if name in FVAE else None
 
 
 @contextlib.contextmanager
@@ -109,7 +115,7 @@ def peft_config(name: str, targets: list[str], linear: bool = False) -> Any:
     common: dict[str, Any] = {"r": RANK, "target_modules": targets}
     if name in FVAE:
         hidden: dict[str, Any] = {"encoder_hidden": ()} if linear else {}
-        return fk.FVAELoraConfig(**common, **{**METHOD, **hidden})
+        return fk.FVAELoraConfig(**common, **{**(BY_DEFAULT if name.endswith(DEFAULT) else METHOD), **hidden})
     method, _, dropout = name.partition("_")
     if method in ("lora", "dora"):
         common |= {"lora_dropout": DROPOUT if dropout else 0.0}

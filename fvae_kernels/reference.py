@@ -72,6 +72,8 @@ def mlp(x: Tensor, layers: Linears, dropout: float = 0.0) -> Tensor:
 
 def bounded(logvar: Tensor, low: float, high: float) -> Tensor:
     """logvar clamped to [low, high]; held at `low`, with a gradient of zero, where the two are equal."""
+    if (low, high) == (-LOGVAR_LIMIT, LOGVAR_LIMIT):
+        return logvar  # clamped where a Gaussian is made of it
     if low < high:
         return logvar.clamp(low, high)
     return torch.where(torch.ones_like(logvar, dtype=torch.bool), torch.full_like(logvar, low), logvar)

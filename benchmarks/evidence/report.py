@@ -1,4 +1,7 @@
-"""python -m benchmarks.evidence.report: means, and differences to a baseline paired by seed, as a Markdown table."""
+"""python -m benchmarks.evidence.report: means, and differences to LoRA paired by seed, as Markdown tables.
+
+With --write they go into docs/recipes.md.
+"""
 
 import argparse
 import math
@@ -8,11 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.assets import ROOT
 from examples.report import interval
 
+from ..pages import replace_block
 from . import records
 from .methods import METHODS
 
+PAGE, MARK = ROOT / "docs" / "recipes.md", "evidence"
 SCORES = ("average", "worst", "minority")
 CHANCE = 0.95 * math.log(2)  # a task loss in the last third above this has stayed at chance
 
@@ -36,14 +42,13 @@ def differences(runs: Runs, baseline: Runs, score: str) -> list[float]:
 def lines(methods: Mapping[str, Runs], baseline: str) -> Iterator[str]:
     """The table of one setting."""
     scores = [f"{score} - {METHODS[baseline].title}'s" for score in SCORES]
-    yield f"| | n | {' | '.join(SCORES)} | {' | '.join(scores)} | at chance | CPU s |"
-    yield "|" + "---|" * (2 * len(SCORES) + 4)
+    yield f"| | n | {' | '.join(SCORES)} | {' | '.join(scores)} | at chance |"
+    yield "|" + "---|" * (2 * len(SCORES) + 3)
     for name, runs in methods.items():
         means = [f"{statistics.mean(r['test'][s] for r in runs.values()):.3f}" for s in SCORES]
         paired = ["" if name == baseline else _paired(runs, methods.get(baseline, {}), s) for s in SCORES]
         failed = sum(r["task_loss"][-1] > CHANCE for r in runs.values())
-        cpu = statistics.median(r["cpu_seconds"] for r in runs.values())
-        cells = [METHODS[name].title, len(runs), *means, *paired, failed, f"{cpu:.0f}"]
+        cells = [METHODS[name].title, len(runs), *means, *paired, failed]
         yield f"| {' | '.join(map(str, cells))} |"
 
 
@@ -57,15 +62,27 @@ def _paired(runs: Runs, baseline: Runs, score: str) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] (n = {len(found)})"
 
 
+def tables(rows: Iterable[Mapping[str, Any]], baseline: str = "lora") -> list[str]:
+    """One table a setting, in the order of the runs."""
+    out: list[str] = []
+    for (task, epochs, lr), methods in by_setting(rows).items():
+        out += ["", f"{task}, {epochs} epochs, learning rate {lr:g}; 95 % t intervals, paired by seed", ""]
+        out += lines(methods, baseline)
+    return [*out, ""]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print one table a setting."""
+    """Print the tables, or write them."""
     options = argparse.ArgumentParser(prog="benchmarks.evidence.report", description=__doc__)
     options.add_argument("--runs", type=Path, default=records.FILE, help="JSON lines (benchmarks/evidence/runs.jsonl)")
     options.add_argument("--baseline", default="lora", choices=sorted(METHODS))
+    options.add_argument("--write", action="store_true", help=f"into {PAGE.name} instead of printing")
     args = options.parse_args(argv)
-    for (task, epochs, lr), methods in by_setting(records.read(args.runs)).items():
-        print(f"\n{task}, {epochs} epochs, learning rate {lr:g}; 95 % t intervals, paired by seed\n")
-        print("\n".join(lines(methods, args.baseline)))
+    found = tables(records.read(args.runs), args.baseline)
+    if args.write:
+        replace_block(PAGE, MARK, found)
+    else:
+        print("\n".join(found))
 
 
 if __name__ == "__main__":

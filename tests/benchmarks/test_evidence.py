@@ -15,6 +15,7 @@ from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import records, report, tasks
 from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.tasks import Placement, Recipe, Splits
+from benchmarks.pages import block
 
 
 class Point(NamedTuple):
@@ -130,6 +131,10 @@ def test_differences_pair_by_seed() -> None:
 
     found = report.differences(runs({0: 0.5, 1: 0.75, 9: 1.0}), runs({1: 0.5, 0: 0.25, 2: 0.0}), "average")
     assert found == [0.25, 0.25]
+
+
+def test_the_page_says_what_the_command_prints() -> None:
+    assert block(report.PAGE, report.MARK) == "\n".join(report.tables(records.read())).strip("\n").split("\n")
 
 
 def test_the_committed_runs_make_a_table() -> None:

@@ -16,7 +16,8 @@ PACKAGE = "fvae_kernels"
 # Each part of the package and the parts that it may import from, besides itself.
 ALLOWED: dict[str, set[str]] = {
     "reference": set(),
-    "config": set(),
+    "presets": set(),
+    "config": {"presets", "reference"},
     "ops": {"reference", "config"},
     "_triton": {"reference", "ops"},
     "tuning": {"ops", "_triton"},
@@ -24,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"reference", "config", "ops"},
     "nn": {"reference", "config", "ops", "training"},
     "diagnostics": {"reference", "ops", "training", "nn"},
-    "peft": {"config", "training", "nn"},
+    "peft": {"presets", "config", "training", "nn"},
     "_official": {"config", "nn"},
     "interop": {"_official", "config", "nn", "peft"},
     "env": {"__init__", "ops"},

@@ -12,7 +12,17 @@ from tests import ROOT
 
 BUILT = ROOT / "build" / "sanitize"
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
-TESTS = ("cpp_shapes", "encode", "divergence", "geometry", "reconstruct", "layer", "layer_dropout", "layer_edges")
+TESTS = (
+    "cpp_shapes",
+    "encode",
+    "divergence",
+    "geometry",
+    "reconstruct",
+    "layer",
+    "layer_bounds",
+    "layer_dropout",
+    "layer_edges",
+)
 WANTED = "(cpp or every_dtype) and not distribution and not compiles"  # statistics and torch.compile: slow, no new code
 
 PLANTED = """

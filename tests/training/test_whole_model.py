@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fvae_kernels as fk
 from fvae_kernels.ops._backend import why_missing
 from tests.helpers.precisions import Setting, adapted, inputs_for
+from tests.helpers.recipe import SMALL_NETWORKS
 from tests.helpers.tiny_models import build
 
 # Export of the inference path
@@ -49,7 +50,7 @@ def test_exported_is_eager(style: str, tmp_path: Path) -> None:
 
 
 def test_one_layer_exported_is_eager() -> None:
-    layer = fk.FusedFVAELinear.from_linear(nn.Linear(24, 12), fk.FVAEConfig(rank=3, encoder_hidden=(5,))).eval()
+    layer = fk.FusedFVAELinear.from_linear(nn.Linear(24, 12), fk.FVAEConfig(rank=3, **SMALL_NETWORKS)).eval()
     nn.init.normal_(layer.adapter.encoder1_mean_weight)
     x = torch.randn(2, 5, 24)
     program = torch.export.export(layer, (x,))

@@ -22,6 +22,7 @@ FILES = {
     "ops/test_reconstruct": 1,
     "ops/test_layer": 2,
     "ops/test_layer_base": 1,
+    "ops/test_layer_bounds": 1,
     "ops/test_layer_dropout": 1,
     "ops/test_layer_edges": 2,
     "ops/test_contract": 1,
