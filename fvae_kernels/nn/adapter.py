@@ -167,7 +167,7 @@ class FVAEAdapter(nn.Module):
 
         Of the terms the loss alone carries a graph; in backward it gets `loss_gradient` too.
         """
-        parameters = [self._parameters.get(name) for name in self._order]
+        parameters: list[Tensor | None] = [self._parameters.get(name) for name in self._order]  # type: ignore[arg-type]
         dropout = self.config.dropout if self.training else 0.0
         plan = self.plans.fitting(parameters, x, self.training_config, dropout, mask, base)
         if plan is None:

@@ -135,7 +135,7 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
         """Undo `merge`."""
         if self._unmerged is None:
             raise RuntimeError("the adapter is not merged; there is nothing to take out")
-        (weight,), merged = self._unmerged, self.base_layer.weight
+        (weight,), merged = self._unmerged, self.weight
         if (weight.device, weight.dtype) == (merged.device, merged.dtype):
             self.base_layer.weight = weight  # itself: another module may share it
         else:
@@ -152,7 +152,7 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
 
 def set_weight(layer: nn.Module, weight: Tensor) -> None:
     """Give the layer another weight. Never in place: a module that shares the old one, as embeddings do, keeps it."""
-    layer.weight = nn.Parameter(weight.detach(), requires_grad=layer.weight.requires_grad)  # type: ignore[union-attr]
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=bool(layer.weight.requires_grad))
 
 
 def _save_unmerged(layer: Any, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -63,10 +63,10 @@ class Networks(NamedTuple):
         def linears(count: int) -> tuple[Linear, ...]:
             return tuple(Linear(next(left), next(left)) for _ in range(count))
 
-        encoders = [Encoder(linears(encoder_hidden), *linears(2)) for _ in range(2)]
+        encoder1, encoder2 = (Encoder(linears(encoder_hidden), *linears(2)) for _ in range(2))
         decoder_hidden = (len(entries) - encoder_entries(encoder_hidden) - 4) // 2
-        decoder = Decoder(linears(decoder_hidden), *linears(1), next(left))
-        return cls(*encoders, decoder, next(left))
+        decoder = Decoder(linears(decoder_hidden), linears(1)[0], next(left))
+        return cls(encoder1, encoder2, decoder, next(left))
 
     def flat(self) -> list[Any]:
         """In the order of the raw operators: weight and bias of each layer, the input's first."""

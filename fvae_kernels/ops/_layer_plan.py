@@ -22,6 +22,7 @@ from ._once import differentiable_once
 from ._raw import RAW
 
 Parameters = Sequence[Tensor | None]
+LOOKS = operator.attrgetter("shape", "dtype", "device")  # of a parameter, besides which tensor it is
 # What arrives at a layer's loss besides what comes through the graph, of this dtype; None where nothing does
 LossGradient = Callable[[torch.dtype, torch.device], Tensor | None]
 
@@ -31,11 +32,11 @@ class Steps(Protocol):
 
     options: Options
 
-    def forward(self, base: Tensor | None, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-        """y [N, M], the terms [4], and the state for backward."""
+    def forward(self, base: Tensor | None, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """y [N, M], the terms [4], the state for backward, and what else backward is given, no tensors."""
 
     def backward(
-        self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs
+        self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs, kept: Any
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """grad_x, and the gradients of those parameters that are there and needed."""
 
@@ -47,13 +48,12 @@ class CppSteps:
         self.options, self.detach_target = options, detach_target
         self._forward, self._backward = RAW["cpp"].layer_fwd.default, RAW["cpp"].layer_bwd.default
 
-    def forward(self, base: Tensor | None, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, base: Tensor | None, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
         """See `Steps`."""
-        y, terms, state = self._forward(base, *tensors, *self.options)
-        return y, terms, state
+        return *self._forward(base, *tensors, *self.options), None
 
     def backward(
-        self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs
+        self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs, kept: Any
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """See `Steps`."""
         grad_x, grads = self._backward(*arriving, *tensors, *self.options, state, self.detach_target, needs)
@@ -66,7 +66,8 @@ class Plan:
 
     def __init__(self, backend: str, steps: Steps, parameters: Parameters, config: FVAEConfig) -> None:
         self.backend, self.steps, self.parameters, self.config = backend, steps, parameters, config
-        self.looks = _looks(parameters)
+        self.there = [p for p in parameters if p is not None]
+        self.looks = list(map(LOOKS, self.there))
         B = parameters[-1]
         assert B is not None
         self.M, self.dtype, self.device = B.shape[0], B.dtype, B.device
@@ -89,7 +90,8 @@ class Plans:
             or plan.config is not config
             or not all(map(operator.is_, parameters, plan.parameters))
             or self.key != key_of(x, dropout, plan.dtype, plan.device, base)
-            or plan.looks != _looks(parameters)
+            or plan.looks != list(map(LOOKS, plan.there))
+            or not all(map(Tensor.is_contiguous, plan.there))
             or torch._C._len_torch_dispatch_stack() > 0
             or base.shape != (*x.shape[:-1], plan.M)
             or (mask is not None and (mask.shape != x.shape[:-1] or mask.device != plan.device))
@@ -117,10 +119,6 @@ def key_of(x: Tensor, dropout: float, dtype: torch.dtype, device: torch.device, 
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     kinds = type(x), x.dtype, x.device, x.shape[-1], base.dtype, base.device
     return *kinds, dropout, _backend._selected, autocast
-
-
-def _looks(parameters: Parameters) -> list[Any]:
-    return [None if p is None else (p.dtype, p.shape, p.stride(), p.device) for p in parameters]
 
 
 def plannable(parameters: Parameters, x: Tensor, base: Tensor | None) -> bool:
@@ -158,9 +156,10 @@ class PlannedLayer(torch.autograd.Function):
         ctx: Any, plan: Plan, loss_gradient: LossGradient | None, base: Tensor, x: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         mask, noise1, noise2, seed, *parameters = rest
-        noises = (None, None) if noise1 is None else (rows(noise1), rows(noise2))
-        y, terms, state = plan.steps.forward(rows(base), Tensors(rows(x), parameters, *noises, mask, seed))
-        ctx.save_for_backward(x, mask, *noises, seed, state, *parameters)
+        noise1, noise2 = (None, None) if noise1 is None else (rows(noise1), rows(noise2))
+        tensors = Tensors(rows(x), parameters, noise1, noise2, mask, seed)
+        y, terms, state, ctx.kept = plan.steps.forward(rows(base), tensors)
+        ctx.save_for_backward(x, mask, noise1, noise2, seed, state, *parameters)
         ctx.plan, ctx.loss_gradient, ctx.like = plan, loss_gradient, (terms.dtype, terms.device)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(terms)
@@ -181,7 +180,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, _: Any)
     flags, hidden = asked[-len(parameters) :], steps.options.encoder_hidden
     needs = Needs.of(asked[3], flags, hidden, arriving)
     tensors = Tensors(rows(x), parameters, noise1, noise2, mask, seed)
-    grad_x, grads = steps.backward(arriving, tensors, state, needs)
+    grad_x, grads = steps.backward(arriving, tensors, state, needs, ctx.kept)
     left = iter(grads)
     made = needs.flags([p is not None for p in parameters], hidden)
     computed = [next(left) if flag else None for flag in made]

@@ -46,7 +46,7 @@ def _refuse_pickles(config_class: type) -> None:
             )
         return own(self, *args, **kwargs)
 
-    PeftModel.save_pretrained = save_pretrained
+    PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
 def register(name: str, config_class: type, model_class: type) -> Any:

@@ -5,6 +5,8 @@ their sizes. Nothing in `Layer` is None, which Triton 3.6 loses inside of tuples
 zeros, as a missing bias, or is never read, as `Sizes` says.
 """
 
+# mypy: allow-untyped-defs
+
 from typing import Any, NamedTuple
 
 import triton

@@ -1,5 +1,6 @@
 """The layer's steps for parameters that stay: what `steps` needs is made once, and launches go straight."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,51 +26,53 @@ class TritonSteps:
         assert B is not None
         units = max(weight.shape[0] for weight in parameters[:-2:2] if weight is not None)
         self.nothing = zeros(B.dtype, B.device, units)
+        self.parameters = parameters
+        self.networks = self._named(parameters)
         self._of_case: dict[Any, Prepared] = {}
 
-    def forward(self, base: Tensor | None, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-        """y [N, M], the terms [4], the state."""
-        networks, base = self._networks(tensors), None if base is None else by_rows(base)
-        given = _given(tensors)
-        ready = self._ready(networks, tensors)
-        return forward(base, given, networks, ready, self.numbers, self._stream(given.x, base))
+    def forward(self, base: Tensor | None, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """y [N, M], the terms [4], the state, and what was prepared."""
+        given, base = _given(tensors), None if base is None else by_rows(base)
+        ready = self._ready(tensors)
+        return *forward(base, given, self.networks, ready, self.numbers, self._stream(given.x, base)), ready
 
     def backward(
-        self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs
+        self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs, kept: Prepared
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """grad_x [N, D], and the gradients of parameters, one after the other in one piece of memory.
 
         The parameters are those of forward, or what hooks of autograd's have made of them meanwhile.
         """
         grad_y = None if arriving.grad_y is None else by_rows(arriving.grad_y)
-        networks, given = self._networks(tensors), _given(tensors)
-        ready = self._ready(networks, tensors)
+        same = all(map(operator.is_, tensors.parameters, self.parameters))
+        networks = self.networks if same else self._named(tensors.parameters)
 
         def together(plan: Any) -> Sequence[Tensor]:
             flat = state.new_empty(sum(plan.entries), dtype=networks.B.dtype)
-            needed = [p for p, flag in zip(tensors.parameters, plan.flags, strict=True) if flag]
-            return torch._C._nn.unflatten_dense_tensors(flat, needed)  # type: ignore[attr-defined,no-any-return]
+            pairs = zip(tensors.parameters, plan.flags, strict=True)
+            needed = [p for p, flag in pairs if flag and p is not None]
+            return torch._C._nn.unflatten_dense_tensors(flat, needed)
 
         return backward(
             Arriving(grad_y, *arriving[1:]),
-            given,
+            given := _given(tensors),
             networks,
             state,
             needs,
             self.detach_target,
             self.there,
-            ready,
+            kept,
             self.numbers,
             together,
-            self._stream(given.x, grad_y),
+            self._stream(given.x, grad_y) if same else None,
         )
 
-    def _networks(self, tensors: Tensors) -> Networks:
-        entries = [self.nothing if p is None else p for p in tensors.parameters]
+    def _named(self, parameters: Sequence[Tensor | None]) -> Networks:
+        entries = [self.nothing if p is None else p for p in parameters]
         return Networks.of(entries, self.options.encoder_hidden)
 
-    def _ready(self, networks: Networks, tensors: Tensors) -> Prepared:
-        x, masked = tensors.x, tensors.mask is not None
+    def _ready(self, tensors: Tensors) -> Prepared:
+        x, masked, networks = tensors.x, tensors.mask is not None, self.networks
         key = (
             masked,
             x.shape[0] >= tables.FEW_TOKENS,

@@ -85,11 +85,9 @@ def backward(
     bounds = numbers.logvar1_low, numbers.logvar1_high
     if plan.latents or plan.inputs:
         programs = -(-N // plan.tokens.constants["BLOCK_N"])
-        weights, scalars = (
-            (numbers.objective, numbers.rest),
-            (numbers.recon_weight, numbers.scaling, numbers.prior2_mean),
-        )
+        weights = numbers.objective, numbers.rest
         to = state, grad_state, inputs, grad_hidden
+        scalars: tuple[float, ...] = numbers.recon_weight, numbers.scaling, numbers.prior2_mean
         plan.tokens((programs, 1), (*arrives, *weights, *to, *scalars, *bounds, N, case.D, case.M), key, stream)
 
     chunks = plan.chunks(N)
