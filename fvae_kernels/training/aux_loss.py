@@ -153,7 +153,7 @@ class AuxLossLayer:
             # the layer's own backward asks for the gradient, unless the output has to own the forward
             call.asked = torch.is_grad_enabled() and forward is not None
             gradient = call.gradient if call.asked else None
-            general = torch.compiler.is_compiling() or transformed()
+            general = torch.compiler.is_compiling() or transformed() or _in_traced_checkpoint()
             planned = None if general else adapter.planned(x, base, call.mask, gradient)
             call.asked = call.asked and planned is not None
             y, terms = planned or adapter(x, mask=call.mask, base=base)
@@ -176,9 +176,9 @@ class AuxLossLayer:
         if local.masks:
             return stated_flags(local.masks[-1], x, self.aux_key)
         forward = current()
-        if forward is None and local.traced is not None and in_backward():  # a checkpoint in a compiled forward
+        if forward is None and _in_traced_checkpoint():
             forward = Forward(grad=True)
-            forward.scopes.append(local.traced)
+            forward.scopes.extend(local.traced)
         return None if forward is None else forward.token_mask(self.aux_key, x)
 
     def inject(self, out: Tensor, terms: Terms, loss_weight: float) -> Tensor:
@@ -212,6 +212,11 @@ class AuxLossLayer:
         if number and self.last_forward == number and self.last_terms is not None:
             values = Terms(*(old + new for old, new in zip(self.last_terms, values, strict=True)))
         self.last_terms, self.last_forward = values, number
+
+
+def _in_traced_checkpoint() -> bool:
+    """Whether a checkpoint of a compiled forward is recomputed, eagerly: it must do what was compiled."""
+    return bool(local.traced) and in_backward()
 
 
 def _will_be_recomputed(forward: Forward | None) -> bool:

@@ -167,7 +167,7 @@ class Local(threading.local):
         self.stack: list[Any] = []  # for each module with hooks that runs: its Forward and the calls before, or none
         self.masks: list[Tensor | None] = []  # of `token_mask`
         self.compiled: list[Tensor] = []  # weighted losses of compiled forwards, inside `external_loss`
-        self.traced: tuple[Any, Padding] | None = None  # the masks of the last forward, if any of it was compiled
+        self.traced: list[tuple[Any, Padding]] = []  # the masks of the last forward, if any of it was compiled
         self.call: Call | None = None  # of the layer that runs
         self.repeats: Call | None = None  # the call that it recomputes
 

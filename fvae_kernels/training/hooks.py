@@ -130,7 +130,9 @@ class Scope:
             return None
         compiling, outermost = torch.compiler.is_compiling(), not forward.scopes
         if outermost:
-            local.traced = scope if compiling or forward.compiled else None
+            local.traced.clear()
+            if compiling or forward.compiled:
+                local.traced.append(scope)
         if forward.recomputed and not compiling:
             forward.recall(tensors(output), start)
         if not (outermost or self.root):
