@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fvae_kernels.ops._layer_inputs import Arriving, Tensors, encoder_entries
+
 
 def _entries(parameters: Sequence[Tensor | None]) -> int:
     """Of the weights in weight, bias, weight, ..."""
@@ -27,20 +29,26 @@ def _reconstruct_bwd(grad: Any, x: Tensor, g: Tensor, w_out: Tensor, *rest: Any)
     return 2 * x.shape[0] * w_out.numel() * (1 + need_g + need_w)  # x_hat once more
 
 
-def _layer_fwd(base: Any, x: Tensor, encoder1: Any, encoder2: Any, decoder: Any, scale: Any, B: Tensor, *_: Any) -> int:
-    return 2 * x.shape[0] * _entries([*encoder1, *encoder2, *decoder, B])
+def _layer_fwd(base: Any, x: Tensor, parameters: Sequence[Tensor | None], *_: Any) -> int:
+    return 2 * x.shape[0] * _entries(parameters)
 
 
 def _layer_bwd(*arguments: Any) -> int:
-    grad_y, grad_loss, grad_nll, _, _, x, encoder1, encoder2, decoder, _, B, *_, needs = arguments
+    first = len(Arriving._fields)
+    arriving, x, parameters, needs = Arriving(*arguments[:first]), arguments[first], arguments[first + 1], arguments[-1]
     need_x, need_encoders, need_decoder, _, need_B = needs
-    encoders, first = _entries([*encoder1, *encoder2]), 0 if need_x else x.shape[1]
-    unused = sum(p.numel() for p in (*encoder1, *encoder2) if p is not None and p.dim() > 1 and p.shape[1] == first)
+    encoder_hidden = arguments[first + len(Tensors._fields)]
+    of_encoders, of_decoder = (
+        parameters[: encoder_entries(encoder_hidden)],
+        parameters[encoder_entries(encoder_hidden) : -1],
+    )
+    encoders, skipped = _entries(of_encoders), 0 if need_x else x.shape[1]
+    unused = sum(p.numel() for p in of_encoders if p is not None and p.dim() > 1 and p.shape[1] == skipped)
     entries = encoders * need_encoders + encoders - unused
-    if grad_loss is not None or grad_nll is not None:
-        entries += _entries(decoder) * (2 + need_decoder)  # its outputs once more, and gradients of its inputs
-    if grad_y is not None:
-        entries += B.numel() * (1 + need_B)
+    if arriving.at_decoder:
+        entries += _entries(of_decoder) * (2 + need_decoder)  # its outputs once more, and gradients of its inputs
+    if arriving.grad_y is not None:
+        entries += parameters[-1].numel() * (1 + need_B)
     return 2 * x.shape[0] * entries
 
 

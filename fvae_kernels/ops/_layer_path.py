@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._triton import tables
 from ..config import FVAEConfig
 from . import _backend
 from ._backend import BackendUnavailable, resolve
+from ._raw import triton_part
 
 
 class Path(NamedTuple):
@@ -69,6 +69,7 @@ def uncovered(
 
 
 def _too_wide(config: FVAEConfig, tensors: Mapping[str, Tensor | None]) -> str | None:
+    tables = triton_part("tables")
     if config.rank > tables.WIDEST:
         return f"a rank above {tables.WIDEST} (it is {config.rank})"
     for name, t in tensors.items():

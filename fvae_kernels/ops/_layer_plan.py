@@ -19,7 +19,7 @@ from ._checks import rows, token_flags
 from ._layer_inputs import Arriving, Needs, Options, Tensors
 from ._layer_path import autocast_products
 from ._once import differentiable_once
-from ._raw import RAW
+from ._raw import RAW, triton_part
 
 Parameters = Sequence[Tensor | None]
 LOOKS = operator.attrgetter("shape", "dtype", "device")  # of a parameter, besides which tensor it is
@@ -137,9 +137,7 @@ def make_plan(parameters: Parameters, config: FVAEConfig, dropout: float, backen
     options = Options.of(config, dropout, autocast_products(B, backend))
     steps: Steps
     if backend == "triton":
-        from .._triton.layer.plan import TritonSteps
-
-        steps = TritonSteps(parameters, options, config.detach_target)
+        steps = triton_part("layer.plan").TritonSteps(parameters, options, config.detach_target)
     else:
         steps = CppSteps(options, config.detach_target)
     return Plan(backend, steps, parameters, config)

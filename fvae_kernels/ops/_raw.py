@@ -145,6 +145,11 @@ def load(backend: str) -> str | None:
     return None
 
 
+def triton_part(name: str) -> Any:
+    """A module of `_triton`, which nothing else imports: `tables` needs no Triton, the others do."""
+    return importlib.import_module(f"fvae_kernels._triton.{name}")
+
+
 def implemented(backend: str, device_type: str) -> tuple[str, ...]:
     """Raw operators of a loaded backend that have a kernel for tensors on `device_type` ("cpu", "cuda")."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key

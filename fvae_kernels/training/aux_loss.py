@@ -388,6 +388,10 @@ def _has(values: Values, keys: list[Any]) -> bool:
     return any(key in keys for key, _, _ in values)
 
 
+def _forget(task: int) -> None:
+    _inside.pop(task, None)
+
+
 class _InBackward:
     """Notes the weight for forwards of these layers inside a backward."""
 
@@ -396,7 +400,7 @@ class _InBackward:
 
     def __call__(self, task: int, weight: Tensor) -> bool:
         _inside[task] = self.keys, weight
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _inside.pop(task, None))
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _forget(task))
         return True
 
 

@@ -136,7 +136,7 @@ class Forward:
         for tensor in outputs:
             if tensor.grad_fn is not None:
                 earlier = [t for t, number in zip(self.pending, numbers, strict=True) if number < _number(tensor)]
-                tensor.grad_fn.metadata[MARK] = self, earlier
+                tensor.grad_fn.metadata[MARK] = self, earlier  # type: ignore[index]
         self.left = [weakref.ref(term) for term in self.pending]
         self.pending = []
         PENDING.add(self)
@@ -154,7 +154,7 @@ class Forward:
 
 
 def _number(tensor: Tensor) -> int:
-    return tensor.grad_fn._sequence_nr() if tensor.grad_fn is not None else -1  # type: ignore[attr-defined]
+    return tensor.grad_fn._sequence_nr() if tensor.grad_fn is not None else -1
 
 
 PENDING: "weakref.WeakSet[Forward]" = weakref.WeakSet()  # forwards whose loss nobody has attached yet

@@ -94,4 +94,5 @@ def _shifts_labels(model: nn.Module) -> bool:
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if encoder_decoder or not hasattr(model, "loss_type"):
         return False
-    return LOSS_MAPPING.get(model.loss_type, ForCausalLMLoss) is ForCausalLMLoss  # the default for other names
+    loss_type: Any = model.loss_type
+    return LOSS_MAPPING.get(loss_type, ForCausalLMLoss) is ForCausalLMLoss  # the default for other names

@@ -15,7 +15,7 @@ import fvae_kernels as fk
 from benchmarks import cost, experiments, gate, goals, host_cost, memory, models, report, sides, stats
 from fvae_kernels import ops, reference, testing
 from fvae_kernels.nn import adapter
-from tests.benchmarks import test_host_cost
+from tests.helpers.host_costs import FOUND
 
 pytestmark = pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss", "ignore::FutureWarning")
 
@@ -177,7 +177,7 @@ def test_the_gate_refuses_a_side_that_does_not_start_as_the_base() -> None:
 
 def test_the_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(host_cost, "possible", lambda: True)
-    monkeypatch.setattr(host_cost, "run", lambda quick: test_host_cost.FOUND)
+    monkeypatch.setattr(host_cost, "run", lambda quick: FOUND)
     monkeypatch.setattr(memory, "peak", lambda case, side, threads, tiny: {"lora": 200.0}.get(side, 210.0))
     threads = torch.get_num_threads()
     try:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+pytest.importorskip("rich")
+
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import records, report, tasks
 from benchmarks.evidence.methods import METHODS

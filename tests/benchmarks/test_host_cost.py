@@ -10,12 +10,9 @@ import pytest
 
 from benchmarks import host_cost
 from benchmarks.host_cost import internals, pages
+from tests.helpers.host_costs import FOUND
 
 KERNELS = ["layer_fwd_kernel", "layer_mean_kernel", "layer_bwd_kernel", "layer_grads_kernel", "layer_reduce_kernel"]
-FOUND = {
-    "machine": {"cpu": "a CPU", "commit": "abc", "versions": dict.fromkeys(("torch", "peft", "triton", "python"), "1")},
-    "steps": {"float32": {"base": 80.0, "lora": 200.0, "dora": 440.0, "plain": 1000.0, "triton": 500.0}},
-}
 
 
 def test_the_last_line_by_hand() -> None:

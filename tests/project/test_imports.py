@@ -36,8 +36,12 @@ ALLOWED: dict[str, set[str]] = {
 EXCEPTIONS: set[tuple[str, str]] = {
     ("training.callback", "nn"),
     ("training.callback", "diagnostics"),
+    ("training.schedules", "nn"),
 }
-CYCLES: set[frozenset[str]] = {frozenset({"peft.config", "peft.files"})}
+CYCLES: set[frozenset[str]] = {
+    frozenset({"peft.config", "peft.files"}),
+    frozenset({"training.aux_loss", "training.forward", "training.recompute"}),
+}
 
 # Third parties, and the parts that may import them at all, or at import (not only inside of functions).
 ANYWHERE = {"triton": {"_triton"}}
