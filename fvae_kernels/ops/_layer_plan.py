@@ -154,10 +154,10 @@ class PlannedLayer(torch.autograd.Function):
         ctx: Any, plan: Plan, loss_gradient: LossGradient | None, base: Tensor, x: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         mask, noise1, noise2, seed, *parameters = rest
-        noise1, noise2 = (None, None) if noise1 is None else (rows(noise1), rows(noise2))
-        tensors = Tensors(rows(x), parameters, noise1, noise2, mask, seed)
+        tensors = _tensors(x, parameters, noise1, noise2, mask, seed)
         y, terms, state, ctx.kept = plan.steps.forward(rows(base), tensors)
-        ctx.save_for_backward(x, mask, noise1, noise2, seed, state, *parameters)
+        # as LayerFunction does: a checkpoint may run the forward on one road and its recomputation on the other
+        ctx.save_for_backward(x, noise1, noise2, mask, seed, state, *parameters)
         ctx.plan, ctx.loss_gradient, ctx.like = plan, loss_gradient, (terms.dtype, terms.device)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(terms)
@@ -172,12 +172,12 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, _: Any)
     injected = None if ctx.loss_gradient is None else ctx.loss_gradient(*ctx.like)
     if injected is not None:
         grad_loss = injected if grad_loss is None else grad_loss + injected
-    x, mask, noise1, noise2, seed, state, *parameters = ctx.saved_tensors
+    x, noise1, noise2, mask, seed, state, *parameters = ctx.saved_tensors
     steps, asked = ctx.plan.steps, ctx.needs_input_grad
     arriving = Arriving(None if grad_y is None else rows(grad_y), grad_loss, None, None, None)
     flags, hidden = asked[-len(parameters) :], steps.options.encoder_hidden
     needs = Needs.of(asked[3], flags, hidden, arriving)
-    tensors = Tensors(rows(x), parameters, noise1, noise2, mask, seed)
+    tensors = _tensors(x, parameters, noise1, noise2, mask, seed)
     grad_x, grads = steps.backward(arriving, tensors, state, needs, ctx.kept)
     left = iter(grads)
     made = needs.flags([p is not None for p in parameters], hidden)
@@ -188,6 +188,11 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, _: Any)
 
 
 _backward_once = differentiable_once(_backward)
+
+
+def _tensors(x: Tensor, parameters: Any, noise1: Any, noise2: Any, mask: Tensor | None, seed: Tensor | None) -> Tensors:
+    noises = (None, None) if noise1 is None else (rows(noise1), rows(noise2))
+    return Tensors(rows(x), parameters, noises[0], noises[1], mask, seed)
 
 
 def run_plan(
