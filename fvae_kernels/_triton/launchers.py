@@ -1,7 +1,7 @@
 """Triton kernels and their launchers; importing this registers them.
 
-They run on CUDA tensors, ROCm's included. Where Triton interprets its kernels (TRITON_INTERPRET=1, read when this is
-imported), they run on CPU tensors as well.
+They run on CUDA tensors, which ROCm's are too. If Triton interprets its kernels (TRITON_INTERPRET=1, read when this is
+imported), they also run on CPU tensors.
 """
 
 import functools
@@ -41,7 +41,7 @@ FIXED = (
 
 
 def tuned() -> dict[str, list[str]]:
-    """The kernels that take their blocks from a table, and the names of these blocks."""
+    """Kernels that take their blocks from a table, with the names of the blocks."""
     package = __name__.rpartition(".")[0]
     modules = [module for name, module in sorted(sys.modules.items()) if name.startswith(f"{package}.")]
     found = {name: kernel for module in modules for name, kernel in vars(module).items() if name.endswith("_kernel")}
@@ -50,7 +50,7 @@ def tuned() -> dict[str, list[str]]:
 
 
 def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device; this makes that the one of the tensors."""
+    """Make the device of the tensors the current one, on which Triton launches."""
 
     @functools.wraps(launcher)
     def run(*args: Any) -> Any:

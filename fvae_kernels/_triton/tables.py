@@ -1,32 +1,32 @@
-"""Block shapes, warps and stages of the layer's Triton kernels, and what their registers hold: numbers alone.
+"""Block shapes, warps and stages of the layer's Triton kernels, and the sizes that fit registers: numbers only.
 
-Neither torch nor Triton is imported here. A row is chosen by the bytes of a parameter and by a size: few tokens, whose
-blocks are small so that every multiprocessor has one, many, or a wide layer with any number of tokens.
+Neither torch nor Triton is imported here. A row is chosen by the bytes of a parameter's entry and by one of three
+sizes: few tokens (small blocks, so that every multiprocessor gets one), many tokens, or a wide layer.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-FEW_TOKENS = 8192  # fewer are few
+FEW_TOKENS = 8192  # below this, tokens are few
 FEW, MANY, WIDE = "few", "many", "wide"
 
-# The most units of an encoder's layer or latent, of a decoder's hidden layer, and of all of those together, that fill
-# the registers where blocks are large; layers with more are wide.
+# The most units that fit the registers with large blocks: of an encoder's layer or latent, of a decoder's hidden layer,
+# and of all decoder hidden layers together. Layers with more are wide.
 NARROW = (16, 128, 384)
 # The most units of any layer, and of all hidden layers of the decoder together, each rounded up to a power of two. More
-# would spill to memory, on every GPU.
+# would spill registers to memory on every GPU.
 WIDEST, WIDEST_DECODER = 256, 768
 
-PROGRAMS = 264  # of layer_grads, about: the chunks of tokens are as many as that leaves
-BLOCK_L = 128  # gradients that a program of layer_reduce adds up
+PROGRAMS = 264  # programs of layer_grads, about; this sets the number of chunks of tokens
+BLOCK_L = 128  # gradient entries that a program of layer_reduce sums
 MEAN = {"BLOCK_P": 1024, "BLOCK_D": 1024, "num_warps": 16}  # of layer_mean, one program
 
-OVERRIDES: dict[str, dict[str, int]] = {}  # by the name of a kernel on the device: what replaces entries of its table
+OVERRIDES: dict[str, dict[str, int]] = {}  # by kernel name: entries that replace those of its table
 _changes = 0
 
 
 def override(kernel: str, options: Mapping[str, int] | None) -> None:
-    """Set or take away what replaces entries of a kernel's table."""
+    """Replace entries of a kernel's table; None undoes it."""
     global _changes
     _changes += 1
     if options:
@@ -36,7 +36,7 @@ def override(kernel: str, options: Mapping[str, int] | None) -> None:
 
 
 def changes() -> int:
-    """Grows with every override: what was made from the tables before is out of date."""
+    """Number of overrides so far; what was made from the tables before the last one is out of date."""
     return _changes
 
 
@@ -85,7 +85,7 @@ LAYER_GRADS: Table = {
     (8, MANY): Row(N=16, D=16, K=16, warps=4, stages=1),
     (8, WIDE): Row(N=8, D=16, K=16, warps=8, stages=1),
 }
-# On AMD: rows in which the registers of the ones above spill. 8 warps leave each 256 registers there, 4 leave 512.
+# On AMD: in place of rows above that spill registers. A thread has 256 registers with 8 warps there, 512 with 4.
 AMD: Mapping[str, Table] = {
     "layer_fwd": {
         (2, MANY): LAYER_FWD[2, FEW],
@@ -111,7 +111,7 @@ LAYER: Mapping[str, Table] = {"layer_fwd": LAYER_FWD, "layer_bwd": LAYER_BWD, "l
 
 
 def padded(size: int) -> int:
-    """What registers hold for so many entries: a power of two, at least the 16 of a matrix instruction."""
+    """Width in registers for `size` entries: a power of two, at least the 16 of a matrix instruction."""
     return max(1 << (size - 1).bit_length(), 16)
 
 
@@ -123,11 +123,11 @@ def is_wide(encoder: Sequence[int], decoder: Sequence[int], rank: int) -> bool:
 
 
 def size_of(wide: bool, many_tokens: bool) -> str:
-    """Which of the three sizes a layer has."""
+    """Which of the three sizes of a table fits the layer."""
     return WIDE if wide else MANY if many_tokens else FEW
 
 
 def layer_row(kernel: str, entry_size: int, size: str, amd: bool) -> Row:
-    """The row of a kernel of the layer, for parameters of so many bytes."""
+    """The row of a layer kernel, for parameters of `entry_size` bytes an entry."""
     key = entry_size, size
     return AMD[kernel].get(key, LAYER[kernel][key]) if amd else LAYER[kernel][key]

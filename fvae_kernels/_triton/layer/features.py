@@ -3,15 +3,15 @@
     grad_O = c.nll / t (r^T g)      grad_t = c.nll / t sum of (1 - r^2)      grad_x = G W - c.nll r / t
     grad_W = G^T x                  grad_B = s grad_y^T z_1                  r = (x_hat - x) / t
 
-where g are the inputs of the output layer and G the gradients of the layers that read x. One launch of four kinds of
-programs, each of which walks over a chunk of the tokens and owns its sums:
+where g is the input of the decoder's output layer, and G the gradients of the outputs of the layers that read x.
+One launch runs four kinds of programs. Each program walks over one chunk of tokens and owns its sums:
 
-    x_features       a tile of the features of x: grad_x, the layers that read x, the output layer, t
-    y_features       a tile of the features of y: B
-    encoder_tile     a tile of an encoder's later layer, or of the bias of a first one
-    decoder_rows     rows of a hidden layer of the decoder, whose inputs and gradients they make once more
+    x_features       a tile of features of x: grad_x, the layers that read x, the output layer, t
+    y_features       a tile of features of y: B
+    encoder_tile     a weight tile of a later encoder layer, or the bias of a first one
+    decoder_rows     rows of a decoder hidden layer, whose inputs and gradients are recomputed
 
-`layer_reduce_kernel` adds the chunks, in a fixed order.
+`layer_reduce_kernel` adds the chunks up in a fixed order.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, misc, var-annotated"
@@ -41,7 +41,7 @@ from .objective import bounds_of, counting, nll_coefficient, samples, token_shar
 
 
 class Made(NamedTuple):
-    """Which gradients each kind of program over features of x makes: one kind makes all, or three share them."""
+    """Gradients that a program over features of x computes: one kind computes all, or three kinds share them."""
 
     x: tuple[bool, ...]
     encoders: tuple[bool, ...]
@@ -50,7 +50,7 @@ class Made(NamedTuple):
 
 
 class EncoderTiles(NamedTuple):
-    """Of each layer of both encoders: where its programs begin, and what they multiply. No inputs if it reads x."""
+    """For each layer of both encoders: its first program, and its operands. 0 inputs if the layer reads x."""
 
     first_program: tuple[int, ...]
     column: tuple[int, ...]  # of its outputs in the state
@@ -66,7 +66,7 @@ def tiles_of(size, T):
 
 @triton.jit
 def encoder_linear(encoder, i: tl.constexpr, S: tl.constexpr):
-    """The i-th of an encoder's hidden layers, mean and logvar."""
+    """The i-th layer of an encoder; mean and logvar follow the hidden layers."""
     if i < len(S.encoder):
         return encoder.hidden[i]
     elif i == len(S.encoder):  # noqa: RET505  (only one branch is compiled)
@@ -83,7 +83,7 @@ def rows_of(block, N, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def store_sums(parts_ptr, sums, rows, first, cols, ROWS, COLS, stride):
-    """The tile [rows, cols] of the sums of a parameter with rows of `stride` entries; its columns start at `first`."""
+    """Store a tile [rows, cols] of a parameter's sums, with `stride` entries a row and columns from `first` on."""
     inside = (rows < ROWS)[:, None] & (cols < COLS)[None, :]
     tl.store(tile(parts_ptr, rows, first + cols, (stride, 1)), sums, mask=inside)
 
@@ -93,7 +93,7 @@ def x_features(
     layer, grad_state_ptr, inputs_ptr, grad_x_ptr, parts_ptr, places, c_nll, cols, N, D, MADE: tl.constexpr,
     KIND: tl.constexpr, THROUGH_TARGET: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the features of x: their grad_x, and the gradients of the weights that read or make them, as asked."""
+    """A tile of features of x: grad_x, and the gradients of the weights that read x or give x_hat, as MADE says."""
     linears, grad_places, output = reading(layer.networks, S), reading(places, S), layer.networks.decoder.output
     P: tl.constexpr = output.weight.dtype.element_ty
     UNITS: tl.constexpr = first_units(S)
@@ -115,7 +115,7 @@ def x_features(
         x = tl.load(tile(layer.x, rows, cols, (layer.x_stride, 1)), mask=in_x, other=0)
         grad_x = tl.zeros((BLOCK_N, cols.shape[0]), S.acc)
         if NEEDS_DECODER or NEEDS_SCALE or (NEEDS_X and THROUGH_TARGET):
-            # 1. r of this block, once more
+            # 1. Recompute r of this block
             g = load_columns(inputs_ptr, G, rows, inside, 0, G)
             x_hat = add_products(grad_x, g, output.weight, G, cols, cols < D, G, S, BLOCK_K)
             x_hat = add_bias(x_hat, output.bias, cols, cols < D)
@@ -127,7 +127,7 @@ def x_features(
                 grad_scale += tl.where(counts, 1 - r * r, 0.0)
             if NEEDS_X and THROUGH_TARGET:
                 grad_x -= c_nll * r * inverse[None, :]
-        # 2. What reads x
+        # 2. The layers that read x
         if NEEDS_ENCODERS or NEEDS_X:
             added = ()
             for i in tl.static_range(len(linears)):
@@ -160,7 +160,7 @@ def y_features(
     layer, grad_y_ptr, grad_y_stride, state_ptr, parts_ptr, scaling, bounds, cols, N, M, S: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the features of y: the gradient of B."""
+    """A tile of features of y: the gradient of B."""
     P: tl.constexpr = layer.networks.B.dtype.element_ty
     ins = tl.arange(0, width_of(S.R))
     sums = tl.zeros((cols.shape[0], width_of(S.R)), S.acc)
@@ -178,10 +178,10 @@ def encoder_tile(
     program, layer, grad_state_ptr, state_ptr, parts_ptr, places, N, TILES: tl.constexpr, S: tl.constexpr,
     BLOCK_N: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the weight gradient of an encoder's later layer, G^T h, or of the bias gradient of a first one."""
+    """Weight-gradient tile G^T h of a later encoder layer, or the bias gradient of a first one."""
     P: tl.constexpr = layer.networks.B.dtype.element_ty
     WIDTH: tl.constexpr = state_width(S)
-    # 1. Which
+    # 1. The layer and the tile
     start, out, outs, at, inputs, to_w, to_b = program, 0, 0, 0, 0, 0, 0
     LAYERS: tl.constexpr = len(S.encoder) + 2
     for i in tl.static_range(2 * LAYERS):
@@ -196,7 +196,7 @@ def encoder_tile(
         to_w, to_b = tl.where(here, to.weight, to_w), tl.where(here, to.bias, to_b)
     across = tl.maximum(tl.cdiv(inputs, T), 1)
     rows_out, cols_in = start // across * T + tl.arange(0, T), start % across * T + tl.arange(0, T)
-    # 2. Its sums
+    # 2. The sums over the chunk
     sums, grad_bias = tl.zeros((T, T), S.acc), tl.zeros((T,), S.acc)
     for block in range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
         rows, inside = rows_of(block, N, BLOCK_N)
@@ -214,7 +214,7 @@ def decoder_rows(
     layer, number: tl.constexpr, first, state_ptr, grad_hidden_ptr, parts_ptr, to, c_nll, bounds, N, S: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """T rows, from `first` on, of the weight gradient of the decoder's hidden layer `number`, G^T h."""
+    """T rows, from `first` on, of the weight gradient G^T h of the decoder's hidden layer `number`."""
     P: tl.constexpr = layer.networks.B.dtype.element_ty
     LAST: tl.constexpr = len(S.decoder) - 1
     UNITS: tl.constexpr = S.decoder[number]
@@ -225,9 +225,9 @@ def decoder_rows(
     sums, grad_bias = (), tl.zeros((T,), S.acc)
     for _i in tl.static_range(PARTS):
         sums = sums + (tl.zeros((T, width_of(SIZE)), S.acc),)
-    # what does not change with the block is not made before the loop, where it would fill registers
+    # values that do not change with the block are not computed before the loop: they would fill registers
     for block in tl.range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1), disable_licm=True):
-        # 1. The decoder up to its last hidden layer, whose gradient is there
+        # 1. The decoder up to its last hidden layer, whose gradient is loaded
         rows, inside = rows_of(block, N, BLOCK_N)
         z1, z2 = samples(state_ptr, layer, bounds, rows, inside, S, state_width(S))
         h = decode(z1, z2, layer, rows, LAST, S, BLOCK_K)
@@ -236,7 +236,7 @@ def decoder_rows(
             in_grad = inside[:, None] & (outs < UNITS)[None, :]
             grad = tl.load(tile(grad_hidden_ptr, rows, outs, (UNITS, 1)), mask=in_grad, other=0)
         else:
-            activated = sliced(h[number], first, T)  # now, for the whole of h would fill registers till it is used
+            activated = sliced(h[number], first, T)  # taken now: all of h would fill registers until its use
             of_layer = load_columns(grad_hidden_ptr, S.decoder[LAST], rows, inside, 0, S.decoder[LAST])
             for i in tl.static_range(LAST, number + 1, -1):
                 weight = layer.networks.decoder.hidden[i].weight
@@ -252,7 +252,7 @@ def decoder_rows(
         if number > 0:
             inputs = (h[number - 1],)
         else:
-            tl.debug_barrier()  # the latents once more: kept, they would fill registers till here
+            tl.debug_barrier()  # make the latents again: kept, they would fill registers
             z1, z2 = samples(state_ptr, layer, bounds, rows, inside, S, state_width(S))
             inputs = ((z1 + z2) / 2,) if S.average else (z1, z2)
         added = ()
@@ -271,13 +271,13 @@ def layer_grads_kernel(
     grad_y_ptr,  # [N, M] or None
     grad_y_stride,
     term_grads,  # TermGrads of pointers
-    state_ptr,  # [N, state_width], as the one that follows
+    state_ptr,  # [N, state_width], as the next
     grad_state_ptr,
-    inputs_ptr,  # [N, inputs of the output layer] or None, as the one that follows
+    inputs_ptr,  # [N, inputs of the output layer] or None, as the next
     grad_hidden_ptr,  # [N, last hidden layer of the decoder]
     grad_x_ptr,  # [N, D] or None
-    parts_ptr,  # [chunks, length]: sums of the gradients of all parameters that need one
-    places,  # Networks: where in them each of these starts; a bias that is not there has a place too
+    parts_ptr,  # [chunks, length]: partial gradients of all parameters that need one
+    places,  # Networks: offset of each parameter in a row of parts; a missing bias has an offset too
     length,
     recon_weight: tl.float64,
     scaling: tl.float64,
@@ -339,15 +339,15 @@ def layer_grads_kernel(
 @triton.jit(do_not_specialize=["P"])
 def layer_reduce_kernel(
     parts_ptr,  # [P, length]
-    gradients,  # pointers to the gradients that are needed, contiguous
-    starts,  # of each: where it starts in the parts
-    sizes,  # of each: its entries
+    gradients,  # pointers to the requested gradients, contiguous
+    starts,  # offset of each in a row of parts
+    sizes,  # number of entries of each
     P,
     length,
     ACC: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """Sums over the first dimension, always in the same order."""
+    """Sum parts over the first dimension, always in the same order."""
     program = tl.program_id(0)
     for i in tl.static_range(len(gradients)):
         if (program >= 0) & (program < tl.cdiv(sizes[i], BLOCK_L)):

@@ -4,8 +4,8 @@
     x_hat = decoder(z_1, z_2),   nll = sum over features of  q_d / 2 + log |t_d| + log(2 pi) / 2
     term  = objective[term] . statistics              every objective is linear in a few means over tokens
 
-`layer_fwd_kernel` takes a tile of tokens from x to y and leaves sums; `layer_mean_kernel` makes the terms of them. What
-the decoder computes exists in registers alone; backward makes it once more.
+`layer_fwd_kernel` takes a tile of tokens from x to y and stores its sums; `layer_mean_kernel` turns these into the
+terms. The decoder's values stay in registers; backward recomputes them.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, misc, var-annotated"
@@ -56,7 +56,7 @@ def reading(networks, S: tl.constexpr):
 
 @triton.jit
 def read_x(layer, rows, N, D, S: tl.constexpr, BLOCK_D: tl.constexpr):
-    """x W^T + b of every layer that reads x, in one walk over x."""
+    """x W^T + b of every layer that reads x, in one pass over x."""
     linears = reading(layer.networks, S)
     UNITS: tl.constexpr = first_units(S)
     outs = tl.arange(0, width_of(UNITS))
@@ -82,7 +82,7 @@ def read_x(layer, rows, N, D, S: tl.constexpr, BLOCK_D: tl.constexpr):
 def encode(
     read, encoder, seed_ptr, state_ptr, rows, inside, side: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """mean and logvar of one encoder, from what its first layers made of x; all that backward needs is stored."""
+    """mean and logvar of one encoder, from the outputs of the layers that read x. Stores the state for backward."""
     WIDTH: tl.constexpr = state_width(S)
     if len(S.encoder) == 0:
         mean, logvar = read[2 * side], read[2 * side + 1]
@@ -107,7 +107,7 @@ def layer_fwd_kernel(
     base_stride,
     y_ptr,  # [N, M]
     state_ptr,  # [N, state_width]
-    statistics_ptr,  # [programs, 16]: sums over tokens, in the order of Statistics; r^2 where nll is, var - 1 for var
+    statistics_ptr,  # [programs, 16]: sums over tokens in the order of Statistics; r^2 for nll, var - 1 for var
     scaling: tl.float64,
     prior2_mean: tl.float64,
     logvar1_low: tl.float64,
@@ -137,7 +137,7 @@ def layer_fwd_kernel(
     counts = keep[:, None] & (tl.arange(0, width_of(S.R)) < S.R)[None, :]
     statistics = statistics_of(Latent(mean1, logvar1, eps1, std1, z1), counts, mu, bounds, 0)
     statistics += statistics_of(Latent(mean2, logvar2, eps2, std2, z2), counts, mu, bounds, 1)
-    places = tl.arange(0, 16)  # stored now, for registers are short later; r^2 comes last
+    places = tl.arange(0, 16)  # stored now to free registers; r^2 comes last
     tl.store(statistics_ptr + 16 * program + places, statistics, mask=places != NLL)
     # 3. y = base + s B z_1
     for first in range(0, M, BLOCK_D):
@@ -168,7 +168,7 @@ def exact(weight, rest):
 
 @triton.jit
 def weighed(weights, rest, means, places):
-    """A term: `weights` and what they lose in float32 are Statistics. NaN counts only where it has a weight."""
+    """One term. `weights` (float32) and `rest` (their rounding error) are Statistics. Weight 0 ignores NaN."""
     row = tl.zeros((16,), tl.float64)
     row = tl.where(places == 0, exact(weights.one, rest.one), row)
     row = tl.where(places == NLL, exact(weights.nll, rest.nll), row)
@@ -184,8 +184,8 @@ def layer_mean_kernel(
     statistics_ptr,  # [P, 16], as layer_fwd_kernel leaves it
     scale_ptr,  # [D]
     objective,  # Objective of weights as float32
-    rest,  # and of what they lose as such
-    kept_ptr,  # int64 [], or anything where MASKED is False
+    rest,  # Objective of their rounding errors
+    kept_ptr,  # int64 []; not read if MASKED is False
     terms_ptr,  # [4]: loss, nll, kl, gamma
     P,
     N,
@@ -195,8 +195,8 @@ def layer_mean_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The terms of the objective. One program, which waits for each of its reads: hence few, of many rows each."""
-    # 1. The part of nll that no token changes
+    """The terms of the objective. One program: it waits for each read, so it reads few large blocks."""
+    # 1. The part of nll that does not depend on tokens
     of_scale = tl.zeros((BLOCK_D,), tl.float64)
     for first in range(0, D, BLOCK_D):
         cols = first + tl.arange(0, BLOCK_D)
@@ -214,7 +214,7 @@ def layer_mean_kernel(
     nll = tl.sum(tl.where(places == NLL, means, 0)) / 2 + tl.sum(of_scale)
     means = tl.where(places == NLL, nll, means)
     means = tl.where((places == POSTERIOR1 + VAR) | (places == POSTERIOR2 + VAR), means + R, means)  # of var - 1
-    # 3. The terms, all 0 where no token counts
+    # 3. The terms; all 0 if no token counts
     loss = weighed(objective.loss, rest.loss, means, places)
     kl = weighed(objective.kl, rest.kl, means, places)
     gamma = weighed(objective.gamma, rest.gamma, means, places)

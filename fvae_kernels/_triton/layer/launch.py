@@ -1,8 +1,8 @@
-"""Two roads to a launch.
+"""Two ways to launch a kernel.
 
-The general one is Triton's: it looks at every argument, and finds or makes the compiled kernel. That costs the host
-some 100 us for a kernel of the layer. The straight one hands the arguments to what was compiled before, for arguments
-that Triton's specialisation could not tell from these, and costs 10 us.
+The general way is Triton's: it looks at every argument, and finds or compiles the kernel. That costs the host some
+100 us for a kernel of the layer. The direct way hands the arguments to a kernel that was compiled before, for arguments
+that Triton specialises alike, and costs 10 us.
 """
 
 import os
@@ -18,18 +18,18 @@ Constants = dict[str, Any]
 
 
 class Launch:
-    """A kernel with everything that it is compiled for, and what it was compiled to, by what tells arguments apart."""
+    """A kernel with its compile-time constants, and its compiled forms by the key of their arguments."""
 
     def __init__(self, kernel: Any, constants: Constants, num_warps: int, num_stages: int) -> None:
         self.kernel, self.constants = kernel, constants
-        self.values = tuple(constants.values())  # in the order of the kernel's arguments, of which they are the last
+        self.values = tuple(constants.values())  # in the order of the kernel's arguments; they come last
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
         self.compiled: dict[Hashable, tuple[Any, Any, Any]] = {}
 
     def __call__(self, grid: tuple[int, int], arguments: tuple[Any, ...], key: Hashable, stream: int | None) -> None:
-        """Launch. `key` tells apart what Triton compiles for; without a stream the road is the general one.
+        """Launch. Arguments that Triton specialises differently have another `key`. No stream: the general way.
 
-        Pointers must be divisible by 16 where a stream is given, and those that a key does not tell about alike.
+        With a stream, pointers must be divisible by 16, and arguments with one key must be specialised alike.
         """
         known = None if stream is None else self.compiled.get(key)
         if known is not None:
@@ -42,7 +42,7 @@ class Launch:
 
 
 def why_general() -> str | None:
-    """None where launches may go straight to compiled kernels, else what only Triton's own road serves."""
+    """None if launches may go directly to compiled kernels, else the feature that needs Triton's own launcher."""
     if INTERPRET.value:
         return "Triton interprets its kernels"
     runtime = knobs.runtime
@@ -68,7 +68,7 @@ def _target() -> str:
 
 
 def stream_of(device: int) -> int | None:
-    """The current stream of a device; None where another device is the current one, on which Triton would launch."""
+    """The current stream of a device; None if another device is current, since Triton launches on that one."""
     active = driver.active
     return active.get_current_stream(device) if active.get_current_device() == device else None
 

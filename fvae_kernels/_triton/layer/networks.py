@@ -1,7 +1,7 @@
-"""Networks in registers.
+"""Encoders and decoder in registers.
 
 The activations of a tile of tokens are one tensor [BLOCK_N, W], W a power of two. Products take slices of it, so that
-neither the slices nor the weights that they meet need many registers.
+slices and weight blocks need few registers.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, misc, var-annotated"
@@ -24,7 +24,7 @@ def product(a, b, sums, S: tl.constexpr):
 
 @triton.jit
 def sliced(h, first, K: tl.constexpr):
-    """The columns first, ..., first + K - 1."""
+    """Columns first, ..., first + K - 1 of h."""
     if h.shape[1] <= K:
         return h
     columns = first + tl.arange(0, K)
@@ -33,7 +33,7 @@ def sliced(h, first, K: tl.constexpr):
 
 @triton.jit
 def load_columns(ptr, stride, rows, keep, first, SIZE: tl.constexpr):
-    """The SIZE columns from `first` on of a matrix with rows of `stride` entries."""
+    """Load SIZE columns from `first` on, from a matrix with `stride` entries a row."""
     cols = tl.arange(0, width_of(SIZE))
     return tl.load(tile(ptr, rows, first + cols, (stride, 1)), mask=keep[:, None] & (cols < SIZE)[None, :], other=0)
 
@@ -50,13 +50,13 @@ def store_columns(ptr, stride, rows, keep, first, h, SIZE: tl.constexpr):
 
 @triton.jit
 def load_transposed(weight, inputs, ins, outs, in_ins, in_outs):
-    """The block [ins, outs] of W^T, where W [.., inputs]."""
+    """Load the block [ins, outs] of W^T, where W is [.., inputs]."""
     return tl.load(tile(weight, ins, outs, (1, inputs)), mask=in_ins[:, None] & in_outs[None, :], other=0)
 
 
 @triton.jit
 def add_products(sums, h, weight, inputs, outs, in_outs, SIZE: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr):
-    """sums + h W^T for the outputs `outs`, where h are the first SIZE inputs of W [.., inputs]."""
+    """sums + h W^T for the outputs `outs`; h holds the first SIZE inputs of W [.., inputs]."""
     K: tl.constexpr = min(BLOCK_K, width_of(SIZE))
     for start in range(0, SIZE, K):
         ins = start + tl.arange(0, K)
@@ -109,7 +109,7 @@ def grad_linear(grads, weight, inputs, SIZE: tl.constexpr, OUT: tl.constexpr, S:
 
 @triton.jit
 def activate(v, layer, first, seed_ptr, rows, UNITS: tl.constexpr, S: tl.constexpr):
-    """dropout(relu(v)) of units from `first` on, of the UNITS that the layer with this number has; NaN stays NaN."""
+    """dropout(relu(v)) of the units from `first` on, in layer number `layer` with UNITS units; NaN stays NaN."""
     v = tl.where(v < 0, 0.0, v)
     if S.threshold is not None:
         units = first + tl.arange(0, v.shape[1])
@@ -120,7 +120,7 @@ def activate(v, layer, first, seed_ptr, rows, UNITS: tl.constexpr, S: tl.constex
 
 @triton.jit
 def grad_activate(grad, activated, S: tl.constexpr):
-    """The gradient before relu and dropout: what came out as 0 was cut by one or the other."""
+    """The gradient before relu and dropout; an output of 0 passes none."""
     grad = tl.where(activated <= 0, 0.0, grad)
     if S.threshold is not None:
         grad *= tl.full((), 65536 / S.threshold, grad.dtype)
@@ -132,7 +132,7 @@ def grad_activate(grad, activated, S: tl.constexpr):
 
 @triton.jit
 def decode(z1, z2, layer, rows, COUNT: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The outputs of the first COUNT hidden layers of the decoder."""
+    """Outputs of the first COUNT hidden layers of the decoder."""
     hidden = layer.networks.decoder.hidden
     outputs = ()
     for i in tl.static_range(COUNT):
@@ -180,6 +180,6 @@ def decoded(h, z1, z2, output, cols, in_cols, S: tl.constexpr, BLOCK_K: tl.const
 
 @triton.jit
 def residual(x_hat, x, scale_ptr, cols, counts, D):
-    """r = (x_hat - x) / t, 0 where it does not count; and 1 / t."""
+    """r = (x_hat - x) / t, 0 for tokens that do not count; and 1 / t."""
     inverse = 1 / tl.load(scale_ptr + cols, mask=cols < D, other=1).to(x_hat.dtype)
     return tl.where(counts, (x_hat - x) * inverse[None, :], 0.0), inverse

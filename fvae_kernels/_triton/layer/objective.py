@@ -1,4 +1,4 @@
-"""The latents of a tile of tokens, and the objective: statistics on the way out, coefficients on the way back."""
+"""The latents of a tile of tokens, and the objective: statistics in forward, coefficients in backward."""
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, misc, var-annotated"
 
@@ -13,19 +13,19 @@ from .._random import normals
 from .arguments import mean_column, width_of
 from .networks import load_columns
 
-# Places in a row of sums [16] of a program of forward: those of ops._layer_inputs.Statistics, one after the other
+# Columns in a forward program's row of sums [16], in the order of ops._layer_inputs.Statistics
 NLL, POSTERIOR1, POSTERIOR2, VAR, STATISTICS = (tl.constexpr(place) for place in (1, 2, 7, 2, 12))
 
 
 class Bounds(NamedTuple):
-    """What z_1's logvar is clamped to, in the dtype of sums."""
+    """Bounds of z_1's logvar, in the dtype of sums."""
 
     low: Any
     high: Any
 
 
 class Latent(NamedTuple):
-    """q(z | x) of a tile of tokens, and a sample of it; logvar as the encoder gave it."""
+    """q(z | x) of a tile of tokens, and a sample of it; logvar before the clamp."""
 
     mean: Any
     logvar: Any
@@ -35,7 +35,7 @@ class Latent(NamedTuple):
 
 
 class TermGrads(NamedTuple):
-    """What arrives at each term: pointers to zero where nothing does; or a token's share of it."""
+    """The gradient of each term as a pointer (to zero if there is none), or one token's share of it."""
 
     loss: Any
     nll: Any
@@ -53,7 +53,7 @@ def bounds_of(low, high, S: tl.constexpr):
 
 @triton.jit
 def clamped_logvar(logvar, bounds, side: tl.constexpr):
-    """NaN stays NaN."""
+    """logvar, clamped for z_1; NaN stays NaN."""
     low = bounds.low if side == 0 else -LOGVAR_LIMIT
     high = bounds.high if side == 0 else LOGVAR_LIMIT
     logvar = tl.where(logvar < low, low, logvar)
@@ -62,7 +62,7 @@ def clamped_logvar(logvar, bounds, side: tl.constexpr):
 
 @triton.jit
 def clamp_passes(logvar, bounds, side: tl.constexpr):
-    """Whether a gradient goes through: inside of the bounds, and nowhere if they are one."""
+    """Whether the clamp passes a gradient: inside the bounds, and nowhere if both bounds are equal."""
     if side == 0:
         high = tl.where(bounds.low < bounds.high, bounds.high, float("-inf"))
         return (logvar >= bounds.low) & (logvar <= high)
@@ -76,7 +76,7 @@ def standard_deviation(logvar, bounds, side: tl.constexpr):
 
 @triton.jit
 def noises(layer, rows, inside, S: tl.constexpr):
-    """Standard normals of both sides: those that were given, else made from the seed."""
+    """Standard normals of both latents: as given, or made from the seed."""
     entries = tl.arange(0, width_of(S.R))
     if S.given_noise:
         eps1 = load_columns(layer.noise1, S.R, rows, inside, 0, S.R).to(S.acc)
@@ -88,7 +88,7 @@ def noises(layer, rows, inside, S: tl.constexpr):
 
 @triton.jit
 def latent(state_ptr, layer, bounds, rows, inside, side: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr):
-    """One latent, from the state [N, WIDTH] that forward left."""
+    """One latent, from the state [N, WIDTH] that forward saved."""
     eps1, eps2 = noises(layer, rows, inside, S)
     eps = eps1 if side == 0 else eps2
     mean = load_columns(state_ptr, WIDTH, rows, inside, mean_column(S, side), S.R)
@@ -99,7 +99,7 @@ def latent(state_ptr, layer, bounds, rows, inside, side: tl.constexpr, S: tl.con
 
 @triton.jit
 def samples(state_ptr, layer, bounds, rows, inside, S: tl.constexpr, WIDTH: tl.constexpr):
-    """z_1 and z_2, from the state that forward left."""
+    """z_1 and z_2, from the state that forward saved."""
     latent1 = latent(state_ptr, layer, bounds, rows, inside, 0, S, WIDTH)
     latent2 = latent(state_ptr, layer, bounds, rows, inside, 1, S, WIDTH)
     return latent1.z, latent2.z
@@ -110,7 +110,7 @@ def samples(state_ptr, layer, bounds, rows, inside, S: tl.constexpr, WIDTH: tl.c
 
 @triton.jit
 def counting(layer, rows, N, S: tl.constexpr):
-    """Which of the rows are tokens that the mask keeps."""
+    """Which rows are tokens that the mask keeps."""
     keep = rows < N
     if S.masked:
         keep = keep & (tl.load(layer.mask + rows.to(tl.int64), mask=keep, other=0) != 0)
@@ -119,7 +119,7 @@ def counting(layer, rows, N, S: tl.constexpr):
 
 @triton.jit
 def tokens(kept_ptr, N, MASKED: tl.constexpr, ACC: tl.constexpr):
-    """How many tokens a mean is taken over."""
+    """Number of tokens in a mean."""
     if MASKED:  # noqa: SIM108  (only one branch is compiled)
         count = tl.load(kept_ptr).to(ACC)
     else:
@@ -127,14 +127,14 @@ def tokens(kept_ptr, N, MASKED: tl.constexpr, ACC: tl.constexpr):
     return count
 
 
-# the objective, out
+# the objective, forward
 
 
 @triton.jit
 def statistics_of(latent, counts, mu, bounds, side: tl.constexpr):
-    """Moments of one posterior over the latent entries that count, each at its place in a row of sums.
+    """Moments of one posterior, summed over the tokens that count, each in its column of a row of sums.
 
-    Of var - 1 in place of var, so that KL is not lost in a sum near R: `layer_mean_kernel` adds R again, in float64.
+    Sums var - 1, not var, so that a small KL is not lost in a sum near R. `layer_mean_kernel` adds R in float64.
     """
     from_center = latent.z - (mu if side == 1 else 0.0)
     moments = Moments(
@@ -151,12 +151,12 @@ def statistics_of(latent, counts, mu, bounds, side: tl.constexpr):
     return sums
 
 
-# the objective, back
+# the objective, backward
 
 
 @triton.jit
 def token_share(term_grads, kept_ptr, N, S: tl.constexpr):
-    """What one token gets of the gradients that arrive at the terms."""
+    """One token's share of the gradients of the terms."""
     share = 1.0 / tl.maximum(tokens(kept_ptr, N, tl.constexpr(S.masked), tl.constexpr(S.acc)), 1.0)
     return TermGrads(
         tl.load(term_grads.loss).to(S.acc) * share,
@@ -168,13 +168,13 @@ def token_share(term_grads, kept_ptr, N, S: tl.constexpr):
 
 @triton.jit
 def nll_coefficient(grads, recon_weight):
-    """The gradient of a token's nll: it stands in the loss and in itself."""
+    """The gradient of a token's nll, through the terms loss and nll."""
     return grads.loss * tl.full((), recon_weight, grads.loss.dtype) + grads.nll
 
 
 @triton.jit
 def combined(grads, loss, kl, gamma):
-    """The gradients of a token's moments of one posterior, from their weights in the terms."""
+    """The gradients of one token's moments of a posterior, from the moments' weights in the terms."""
     return Moments(
         grads.loss * loss.squares + grads.kl * kl.squares + grads.gamma * gamma.squares,
         grads.loss * loss.from_mu + grads.kl * kl.from_mu + grads.gamma * gamma.from_mu,
@@ -186,7 +186,7 @@ def combined(grads, loss, kl, gamma):
 
 @triton.jit
 def coefficients(grads, objective, rest, side: tl.constexpr, S: tl.constexpr):
-    """`combined` for one side; `rest` is what the objective's weights lose in float32, as which they come."""
+    """`combined` for one posterior; `rest` holds the rounding errors of the objective's float32 weights."""
     if side == 0:
         c = combined(grads, objective.loss.posterior1, objective.kl.posterior1, objective.gamma.posterior1)
     else:

@@ -1,4 +1,4 @@
-"""The layer's steps for parameters that stay: what `steps` needs is made once, and launches go straight."""
+"""The layer's steps as a plan runs them: what `steps` needs is prepared once, and launches go direct."""
 
 import operator
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from .steps import Given, backward, by_rows, forward
 
 
 class TritonSteps:
-    """Forward and backward for parameters whose shapes, strides and dtypes the plan watches. See ops._layer_plan."""
+    """Forward and backward for parameters whose shapes, strides and dtypes the plan checks. See ops._layer_plan."""
 
     def __init__(self, parameters: Sequence[Tensor | None], options: Options, detach_target: bool) -> None:
         self.options, self.detach_target, self.numbers = options, detach_target, numbers_of(options)
@@ -31,7 +31,7 @@ class TritonSteps:
         self._of_case: dict[Any, Prepared] = {}
 
     def forward(self, base: Tensor | None, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """y [N, M], the terms [4], the state, and what was prepared."""
+        """y [N, M], the terms [4], the state, and what backward reuses."""
         given, base = _given(tensors), None if base is None else by_rows(base)
         ready = self._ready(tensors)
         return *forward(base, given, self.networks, ready, self.numbers, self._stream(given.x, base)), ready
@@ -39,9 +39,9 @@ class TritonSteps:
     def backward(
         self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs, kept: Prepared
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """grad_x [N, D], and the gradients of parameters, one after the other in one piece of memory.
+        """grad_x [N, D], and the gradients of the parameters, one after the other in one buffer.
 
-        The parameters are those of forward, or what hooks of autograd's have made of them meanwhile.
+        The parameters are those of forward, or as autograd's saved-tensor hooks returned them.
         """
         grad_y = None if arriving.grad_y is None else by_rows(arriving.grad_y)
         same = all(map(operator.is_, tensors.parameters, self.parameters))
@@ -86,7 +86,7 @@ class TritonSteps:
         return found
 
     def _stream(self, x: Tensor, other: Tensor | None) -> int | None:
-        """Where launches go straight; None where they take Triton's road, which looks at how data are aligned."""
+        """The stream for direct launches; None where Triton must launch, because of how data are aligned."""
         if not self.aligned or x.data_ptr() % 16 or (other is not None and other.data_ptr() % 16):
             return None
         return stream_of(x.device.index or 0) if why_general() is None else None

@@ -1,4 +1,4 @@
-"""What does not change from step to step for layers of the same sizes: launches with their blocks, numbers, places."""
+"""What layers of the same sizes share from step to step: launches with their blocks, constants and offsets."""
 
 import ctypes
 import functools
@@ -20,7 +20,7 @@ from .tokens import layer_bwd_kernel
 
 
 class Case(NamedTuple):
-    """What decides a layer's launches; hashable."""
+    """Everything that decides a layer's launches; hashable."""
 
     encoder: tuple[int, ...]  # units of hidden layers
     decoder: tuple[int, ...]
@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
     @classmethod
     def of(cls, networks: Networks, options: Options, given_noise: bool, masked: bool, seeded: bool, N: int) -> "Case":
-        """For parameters as tensors, and N tokens."""
+        """The case of these parameters (tensors) and N tokens."""
         B, D = networks.B, networks.decoder.scale.shape[0]
         encoder, decoder = (
             tuple(layer.weight.shape[0] for layer in network.hidden)
@@ -51,14 +51,14 @@ class Case(NamedTuple):
 
     @property
     def latent(self) -> int:
-        """Inputs of the decoder."""
+        """Number of inputs of the decoder."""
         return self.R if self.average else 2 * self.R
 
 
 class Numbers(NamedTuple):
-    """What may change from step to step, as kernels take it.
+    """Numbers that may change from step to step, as kernels take them.
 
-    A float in a tuple is float32 there; what the objective's weights lose as such is in `rest`.
+    A float in a tuple is float32 in a kernel; `rest` holds the rounding errors of the objective's weights.
     """
 
     objective: Objective
@@ -72,7 +72,7 @@ class Numbers(NamedTuple):
 
 @functools.lru_cache(maxsize=512)
 def numbers_of(options: Options) -> Numbers:
-    """From what the raw operators take."""
+    """From the options of the raw operators."""
     table = options.objective
     high = tuple(ctypes.c_float(entry).value for entry in table)
     rest = tuple(entry - first for entry, first in zip(table, high, strict=True))
@@ -105,8 +105,8 @@ class Prepared:
         self._backwards: dict[Any, Backward] = {}
 
     def launch(self, name: str, kernel: Any, **constants: Any) -> Launch:
-        """A kernel of the layer with its row of the table, no block of features wider than what it covers."""
-        # products of 16 bits add up 16 numbers at least: wide layers take the smaller blocks that are made for them
+        """A kernel of the layer with its row of the table; blocks of features are cut to the features there are."""
+        # products of 16-bit factors need at least 16 inner entries, so wide layers take smaller blocks
         narrow = self.size == tables.WIDE and self.case.precision in ("bfloat16", "float16")
         row = tables.layer_row(name, 2 if narrow else self.case.dtype.itemsize, self.size, on_amd())
         chosen = {
@@ -122,7 +122,7 @@ class Prepared:
         return Launch(kernel, constants | chosen, warps, stages)
 
     def backward(self, needs: Needs, detach_target: bool, decode: bool, given: tuple[bool, ...]) -> "Backward":
-        """For these gradients. `decode`: whether any passes the decoder; `given`: which parameters there are."""
+        """Backward for these gradients. `decode`: if any passes the decoder; `given`: which parameters exist."""
         key = needs, detach_target, decode, given
         found = self._backwards.get(key)
         if found is None:
@@ -131,7 +131,7 @@ class Prepared:
 
 
 class Backward:
-    """Which programs backward runs for the gradients that are asked, and where sums and gradients lie."""
+    """The programs that backward runs for the requested gradients, and the offsets of sums and gradients."""
 
     def __init__(
         self, prepared: Prepared, needs: Needs, detach_target: bool, decode: bool, given: tuple[bool, ...]
@@ -140,7 +140,7 @@ class Backward:
         self.needs, self.latents = needs, needs.x or needs.encoders
         self.target = needs.x and decode and not detach_target
         self.tokens = prepared.launch("layer_bwd", layer_bwd_kernel, S=prepared.S, DECODE=decode)
-        self.inputs = needs.decoder or needs.scale or self.target  # of the decoder's output layer
+        self.inputs = needs.decoder or needs.scale or self.target  # store the inputs of the decoder's output layer
         self.hidden = needs.decoder and bool(case.decoder)
         made = needs[:4]
         apart = (needs.x, False, False, False), (False, needs.encoders, False, False), (False, False, *needs[2:4])
@@ -171,7 +171,7 @@ class Backward:
         self.reduce_programs = sum(-(-size // tables.BLOCK_L) for size in self.entries)
 
     def _place(self, prepared: Prepared, given: tuple[bool, ...]) -> None:
-        """Sums of each gradient start at a multiple of 16; gradients themselves lie one after the other."""
+        """Set the offsets: sums start at multiples of 16, gradients lie one after the other."""
         hidden, shapes = len(prepared.case.encoder), shapes_of(prepared.case)
         made, self.flags = self.needs.flags([True] * len(given), hidden), tuple(self.needs.flags(given, hidden))
         starts, self.length = [], 0
@@ -184,12 +184,12 @@ class Backward:
         self.entries = tuple(math.prod(shape) for flag, shape in zip(self.flags, shapes, strict=True) if flag)
 
     def chunks(self, N: int) -> int:
-        """Chunks of tokens, for each of which the programs leave sums."""
+        """Number of chunks of tokens; the programs store sums for each chunk."""
         return max(min(-(-N // self.grads.constants["BLOCK_N"]), tables.PROGRAMS // max(self.programs, 1)), 1)
 
 
 def shapes_of(case: Case) -> list[tuple[int, ...]]:
-    """Of all parameters, in the order of `Networks.flat`, biases that are not there included."""
+    """Shapes of all parameters in the order of `Networks.flat`, missing biases included."""
 
     def linear(inputs: int, outputs: int) -> Linear:
         return Linear((outputs, inputs), (outputs,))
@@ -205,14 +205,14 @@ def shapes_of(case: Case) -> list[tuple[int, ...]]:
 
 
 def encoder_tiles(sizes: tuple[int, ...], R: int, T: int) -> tuple[EncoderTiles, int]:
-    """For weights cut into tiles of T: each layer of encoder 1, then of encoder 2; and how many programs they are."""
+    """Tiles of T x T of each layer of encoder 1, then of encoder 2; and the number of programs for all."""
     hidden, heads = len(sizes), 2 * sum(sizes)
     found, programs = [], 0
     for side in range(2):
         for i in range(hidden + 2):
             outputs = sizes[i] if i < hidden else R
             column = 2 * sum(sizes[:i]) + side * outputs if i < hidden else heads + (2 * side + i - hidden) * R
-            before = min(i, hidden) - 1  # the hidden layer that it reads
+            before = min(i, hidden) - 1  # the hidden layer that this one reads
             inputs = sizes[before] if before >= 0 else 0
             at = 2 * sum(sizes[:before]) + side * inputs if inputs else 0
             found.append((programs, column, outputs, at, inputs))
@@ -221,17 +221,17 @@ def encoder_tiles(sizes: tuple[int, ...], R: int, T: int) -> tuple[EncoderTiles,
 
 
 def threshold(dropout: float) -> int | None:
-    """An activation is kept where 16 random bits are below this; None where nothing is dropped."""
+    """Keep an activation if its 16 random bits are below this; None: no dropout."""
     return min(max(round((1 - dropout) * 2**16), 1), 2**16) if dropout > 0 else None
 
 
 @functools.lru_cache(maxsize=512)
 def prepared(case: Case, changes: int) -> Prepared:
-    """One for all layers of a case; `changes` is `tables.changes()`, so that an override is noticed."""
+    """The `Prepared` of a case, shared by its layers. `changes` is `tables.changes()`: an override makes a new one."""
     return Prepared(case)
 
 
 @functools.lru_cache(maxsize=64)
 def zeros(dtype: torch.dtype, device: torch.device, size: int) -> Tensor:
-    """What stands in for something that is not there, such as a bias."""
+    """Zeros in place of a missing tensor, for example a bias."""
     return torch.zeros(size, dtype=dtype, device=device)

@@ -1,7 +1,7 @@
-"""The layer's forward and backward: what they allocate and launch.   Kernels: forward, tokens, features
+"""The layer's forward and backward: allocations and launches.   Kernels: forward, tokens, features
 
-Five launches: layer_fwd and layer_mean; layer_bwd, layer_grads and layer_reduce. Without a stream they take Triton's
-road; with one, they go straight to what it compiled before (see `launch`).
+Five launches: layer_fwd and layer_mean; layer_bwd, layer_grads and layer_reduce. Without a stream Triton
+launches them; with a stream they go directly to the compiled kernels (see `launch`).
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from .prepared import Case, Numbers, Prepared, numbers_of, prepared, zeros
 
 
 class Given(NamedTuple):
-    """What changes from step to step, apart from the parameters: contiguous, but for rows of x that lie apart."""
+    """Inputs of one step apart from the parameters. Contiguous, except that rows of x may lie apart."""
 
     x: Tensor
     noise1: Tensor | None
@@ -30,7 +30,7 @@ class Given(NamedTuple):
 def forward(
     base: Tensor | None, given: Given, networks: Networks, ready: Prepared, numbers: Numbers, stream: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y [N, M], the terms [4] and the state that backward reads [N, state_width]."""
+    """y [N, M], the terms [4], and the state [N, state_width] for backward."""
     case, x, N = ready.case, given.x, given.x.shape[0]
     y = x.new_empty((N, case.M), dtype=case.dtype if base is None else base.dtype)
     state = x.new_empty((N, ready.state_width), dtype=ready.wide)
@@ -117,7 +117,7 @@ def _layer(given: Given, networks: Networks, ready: Prepared) -> Layer:
 
 
 def _row(t: Tensor | None) -> int:
-    """From row to row."""
+    """Stride from row to row; 0 without a tensor."""
     return 0 if t is None else t.stride(0)
 
 
@@ -126,20 +126,20 @@ def _kind(t: Tensor | None) -> tuple[Any, int]:
 
 
 def by_rows(t: Tensor) -> Tensor:
-    """[N, D] with entries of a row side by side; a copy where they are not."""
+    """t [N, D] with contiguous rows; copied if they are not."""
     return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
 
 
 def given_of(
     x: Tensor, noise1: Tensor | None, noise2: Tensor | None, mask: Tensor | None, seed: Tensor | None
 ) -> Given:
-    """With the layout that kernels read."""
+    """The inputs in the layout that kernels read."""
     noise1, noise2, mask = (None if t is None else t.contiguous() for t in (noise1, noise2, mask))
     return Given(by_rows(x), noise1, noise2, mask, seed)
 
 
 def contiguous(parameters: Sequence[Tensor | None], encoder_hidden: int) -> Networks:
-    """Of tensors, with zeros for a bias that is not there."""
+    """Contiguous parameters, with zeros for a missing bias."""
     B = parameters[-1]
     assert B is not None
     units = max((weight.shape[0] for weight in parameters[:-2:2] if weight is not None), default=1)
@@ -162,7 +162,7 @@ def layer_fwd(base: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    """The raw operator; memory of one gradient is not that of another."""
+    """The raw operator; no two gradients share memory."""
     *arguments, state, detach_target, needs = arguments  # type: ignore[assignment]
     first, count = len(Arriving._fields), len(Arriving._fields) + len(Tensors._fields)
     grad_y, *grad_terms = arguments[:first]
@@ -182,6 +182,6 @@ def layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 def _options(values: Sequence[Any]) -> Options:
-    """Hashable."""
+    """The options of the raw operators, hashable."""
     options = Options(*values)
     return options._replace(objective=tuple(options.objective))

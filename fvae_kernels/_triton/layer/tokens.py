@@ -4,9 +4,9 @@
     grad_z1     = s grad_y B + c.nll (decoder) + 2 c.sampled z1           grad_mean = grad_z + 2 c.squares mean ...
     grad_logvar = grad_z noise std / 2 + c.var var + c.logvar             inside of the clamp, 0 outside
 
-The kernel makes the decoder and r = (x_hat - x) / t once more, and leaves of each token what is small: the gradients of
-the encoders' layers, the inputs of the decoder's output layer, and the gradient of its last hidden layer. What passes
-the decoder lacks c.nll until the end, which keeps it in the range of float16. `features` makes the rest of these.
+The kernel recomputes the decoder and r = (x_hat - x) / t. For each token it stores three small things: the gradients of
+the encoders' layers, the inputs of the decoder's output layer, and the gradient of its last hidden layer. Gradients
+through the decoder get their factor c.nll at the end, which keeps them in float16's range. `features` does the rest.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, misc, var-annotated"
@@ -45,7 +45,7 @@ from .objective import (
 def add_output_gradient(
     sums, r, decoder, first, at, inputs, D, SIZE: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """sums + r (O / t) for SIZE inputs of O [D, inputs] from `at` on; r is of features from `first` on."""
+    """sums + r (O / t) for SIZE inputs of O [D, inputs] from `at` on; r holds the features from `first` on."""
     K: tl.constexpr = min(BLOCK_K, r.shape[1])
     ins = tl.arange(0, sums.shape[1])
     for start in range(0, r.shape[1], K):
@@ -73,10 +73,10 @@ def through_decoder(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The gradients of z_1 and z_2 through r, less c.nll; h are the outputs of the decoder's hidden layers."""
+    """The gradients of z_1 and z_2 through r, without the factor c.nll; h: outputs of the decoder's hidden layers."""
     decoder = layer.networks.decoder
     HIDDEN: tl.constexpr = len(S.decoder)
-    # 1. r, and the gradient of what the output layer reads: the last hidden layer, or the latents
+    # 1. r, and the gradient of the output layer's inputs: the last hidden layer, or the latents
     INPUTS: tl.constexpr = decoder_inputs(S, HIDDEN)
     PARTS: tl.constexpr = 1 if HIDDEN > 0 or S.average else 2
     SIZE: tl.constexpr = INPUTS // PARTS
@@ -119,7 +119,7 @@ def through_decoder(
 
 @triton.jit
 def store_output_inputs(to_ptr, h, z1, z2, rows, inside, S: tl.constexpr):
-    """Store what the decoder's output layer reads: the last hidden layer, or both latents, or their average."""
+    """Store the inputs of the decoder's output layer: the last hidden layer, both latents, or their average."""
     SIZE: tl.constexpr = decoder_inputs(S, len(S.decoder))
     if len(S.decoder) > 0:
         store_columns(to_ptr, SIZE, rows, inside, 0, h[len(S.decoder) - 1], SIZE)
@@ -147,7 +147,7 @@ def through_y(grad_y_ptr, grad_y_stride, B, rows, inside, M, S: tl.constexpr, BL
 
 @triton.jit
 def through_posterior(latent, grad_z, c, keep, mu, bounds, side: tl.constexpr):
-    """The gradients of mean and logvar of one latent, from that of its sample; c are its coefficients."""
+    """The gradients of mean and logvar of one latent, from the gradient of its sample and the coefficients c."""
     center = mu if side == 1 else 0.0
     grad_z += tl.where(keep[:, None], 2 * c.sampled * (latent.z - center), 0.0)
     of_mean = 2 * c.squares * latent.mean + 2 * c.from_mu * (latent.mean - mu)
@@ -162,7 +162,7 @@ def through_encoder(
     grad_mean, grad_logvar, encoder, state_ptr, grad_state_ptr, rows, inside, side: tl.constexpr, S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients of what each layer of one encoder gives, before it is activated."""
+    """Store the gradients of the outputs of each layer of one encoder, before the activation."""
     WIDTH: tl.constexpr = state_width(S)
     store_columns(grad_state_ptr, WIDTH, rows, inside, mean_column(S, side), grad_mean, S.R)
     store_columns(grad_state_ptr, WIDTH, rows, inside, mean_column(S, side) + S.R, grad_logvar, S.R)
@@ -187,11 +187,11 @@ def layer_bwd_kernel(
     grad_y_stride,
     term_grads,  # TermGrads of pointers
     objective,  # Objective of weights as float32
-    rest,  # and of what they lose as such
+    rest,  # Objective of their rounding errors
     state_ptr,  # [N, state_width]
-    grad_state_ptr,  # [N, state_width], or None where neither x nor the encoders need a gradient
-    inputs_ptr,  # [N, inputs of the output layer], or None where not needed, as the one that follows
-    grad_hidden_ptr,  # [N, last hidden layer of the decoder]: less c.nll
+    grad_state_ptr,  # [N, state_width], or None if neither x nor the encoders need a gradient
+    inputs_ptr,  # [N, inputs of the output layer], or None if not needed, as the next
+    grad_hidden_ptr,  # [N, last hidden layer of the decoder], without the factor c.nll
     recon_weight: tl.float64,
     scaling: tl.float64,
     prior2_mean: tl.float64,
@@ -201,7 +201,7 @@ def layer_bwd_kernel(
     D,
     M,
     S: tl.constexpr,  # Sizes
-    DECODE: tl.constexpr,  # whether anything arrives through r
+    DECODE: tl.constexpr,  # whether a gradient comes through r
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -230,7 +230,7 @@ def layer_bwd_kernel(
         if grad_y_ptr is not None:
             of_y = through_y(grad_y_ptr, grad_y_stride, layer.networks.B, rows, inside, M, S, BLOCK_K)
             grad_z1 += tl.full((), scaling, S.acc) * of_y
-        # 4. Through each posterior and its encoder. The latent is made again: kept, it would fill registers till here
+        # 4. Through each posterior and its encoder. The latent is made again: kept, it would fill registers
         mu = tl.full((), prior2_mean, S.acc)
         for side in tl.static_range(2):
             tl.debug_barrier()
