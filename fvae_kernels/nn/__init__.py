@@ -1,1 +1,1 @@
-"""What a model holds: parameters of an adapter, the adapted linear layer, quantised bases, the path a layer takes."""
+"""Modules: the parameters of an adapter, the adapted linear layer, quantised base layers, and `explain`."""

@@ -1,7 +1,7 @@
-"""FVAEAdapter: the parameters of one adapted layer, and what it computes in training and at inference.
+"""FVAEAdapter: the parameters of one adapted layer, with its forward in training and at inference.
 
-Every parameter is registered on this module itself, never on a child. PEFT strips the adapter's name from a key only
-where it stands last or second to last (``...fvae_adapter.<adapter>.<parameter>``), so a nested layout loses weights.
+Every parameter is registered on this module itself, never on a child. PEFT strips the adapter's name from a key only if
+it is the last or second to last part (``...fvae_adapter.<adapter>.<parameter>``). A nested layout would lose weights.
 """
 
 import math
@@ -29,7 +29,7 @@ class FVAEAdapter(nn.Module):
         in_features: D, size of the layer's input.
         out_features: M, size of its output.
         config: an FVAEConfig.
-        inference_only: hold encoder 1's mean path and B alone; such an adapter serves and does not train.
+        inference_only: hold only encoder 1's mean path and B; such an adapter cannot train.
     """
 
     B: Tensor
@@ -65,9 +65,9 @@ class FVAEAdapter(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The start that the config names; in eval mode either begins as the base layer.
+        """Set the start that the config names. In eval mode both starts equal the base layer.
 
-        "authors": heads zero, B normal(0, 0.02). "lora": the mean head of encoder 1 as PEFT starts LoRA's A, B zero.
+        "authors": heads zero, B normal(0, 0.02). "lora": encoder 1's mean head as PEFT starts LoRA's A, B zero.
         The log-variance of z_1 starts at `logvar1_start` for every token, and the decoder's scale at one.
         """
         lora = self.config.start == "lora"
@@ -89,25 +89,25 @@ class FVAEAdapter(nn.Module):
                 nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
     def requires_grad_(self, requires_grad: bool = True) -> "FVAEAdapter":
-        """As in torch, but for the parameters of a log-variance that is held: they are not trained."""
+        """As in torch, except that the parameters of a held log-variance stay frozen."""
         super().requires_grad_(requires_grad)
         self.freeze_held()
         return self
 
     def freeze_held(self) -> None:
-        """Freeze the parameters of z_1's log-variance where the config holds it: nothing depends on them."""
+        """Freeze the parameters of z_1's log-variance if the config holds it: nothing depends on them."""
         if self.config.logvar1_held:
             for name, parameter in self.named_parameters(recurse=False):
                 if name.startswith("encoder1_logvar_"):
                     parameter.requires_grad_(False)
 
     def bound_noise(self, logvar: float | None) -> None:
-        """Bound z_1's log-variance above by `logvar` in training from here on: warm-up of the noise.
+        """Bound z_1's log-variance above by `logvar` in training from now on, for a warm-up of the noise.
 
-        The smaller of this bound and the config's counts. The bound is part of no file: a schedule sets it anew.
+        The smaller of this bound and the config's counts. No file holds the bound: a schedule sets it again.
 
         Args:
-            logvar: the bound, in [-20, 20]; None leaves the config's own.
+            logvar: the bound, in [-20, 20]; None leaves only the config's.
 
         Raises:
             ValueError: out of range, or the config holds the log-variance.
@@ -137,10 +137,10 @@ class FVAEAdapter(nn.Module):
 
         Args:
             x: ``[..., D]``.
-            noise: two standard normal tensors ``[..., R]``; drawn from torch's generator where it is None.
+            noise: two standard normal tensors ``[..., R]``; None draws them from torch's generator.
             mask: tokens ``[...]`` that enter the objective.
-            base: the adapted layer's own output ``[..., M]``; zero where it is None.
-            infer: give `infer`'s output, by way of the module's call, which accelerate's offloading needs.
+            base: the base layer's output ``[..., M]``; None is zero.
+            infer: return `infer`'s output. accelerate's offloading needs the module itself to be called.
 
         Raises:
             RuntimeError: if this adapter was exported for inference.
@@ -152,7 +152,7 @@ class FVAEAdapter(nn.Module):
                 "this FVAE adapter was exported for inference: encoder 2 and the decoder, which training needs, are "
                 "not in it. Call model.eval() to serve it, or load the full adapter to train it."
             )
-        if noise is None and resolve("layer", x.device) != "triton":  # its kernels make noise by position
+        if noise is None and resolve("layer", x.device) != "triton":  # Triton kernels make noise by position
             noise = self.draw_noise(x), self.draw_noise(x)
         dropout = self.config.dropout if self.training else 0.0
         parameters = self._encoder(1), self._encoder(2), self._decoder(), self.B
@@ -163,9 +163,9 @@ class FVAEAdapter(nn.Module):
     def planned(
         self, x: Tensor, base: Tensor, mask: Tensor | None, loss_gradient: LossGradient | None
     ) -> tuple[Tensor, Terms] | None:
-        """`forward` by the plan of an earlier step, or by a new one; None where only the general road serves.
+        """`forward` by the plan of an earlier step or by a new one; None if no plan serves these inputs.
 
-        Of the terms the loss alone carries a graph; in backward it gets `loss_gradient` too.
+        Only the loss carries a graph, no other term. In backward `loss_gradient` is added to its gradient.
         """
         parameters: list[Tensor | None] = [self._parameters.get(name) for name in self._order]  # type: ignore[arg-type]
         dropout = self.config.dropout if self.training else 0.0
@@ -184,7 +184,7 @@ class FVAEAdapter(nn.Module):
     ) -> Plan | None:
         self.plans.forget()
         if parameters[-1] is None or self.inference_only or not plannable(parameters, x, base):
-            return None  # a replica has no parameters of its own, and what cannot train says so elsewhere
+            return None  # a replica has no parameters of its own; `forward` refuses an adapter that cannot train
         config, networks = self.training_config, (self._encoder(1), self._encoder(2))
         tensors = check_layer(x, networks, self._decoder(), self.B, config, None, dropout, mask, base)
         path = path_of(config, tensors, x.device)
@@ -195,7 +195,7 @@ class FVAEAdapter(nn.Module):
         return plan
 
     def set_scale(self, scale: float) -> None:
-        """Multiply the update by `scale`, from what the adapter was made with."""
+        """Scale the update by `scale`, relative to the scale that the adapter was made with."""
         alpha = self.alpha * scale
         self.config, self.training_config = (
             replace(self.config, alpha=alpha),
@@ -203,19 +203,19 @@ class FVAEAdapter(nn.Module):
         )
 
     def trained(self) -> bool:
-        """Whether any of its parameters is. A replica's, of DataParallel, are plain tensors, and count as trained."""
+        """True if any parameter is trained. DataParallel's replicas hold plain tensors, which count as trained."""
         return not self._parameters or any(p.requires_grad for p in self._parameters.values() if p is not None)
 
     def draw_noise(self, x: Tensor) -> Tensor:
-        """Standard normal ``[..., R]`` from torch's global generator: manual_seed and recomputation repeat it."""
+        """Standard normal ``[..., R]`` from torch's global generator, so manual_seed and recomputation repeat it."""
         return draw_noise(x, self.B)
 
     def infer(self, x: Tensor, base: Tensor | None = None) -> Tensor:
-        """The inference path: ``base + s B mean_1``, or a sample of z_1 where the config asks for one. No dropout.
+        """The inference path: ``base + s B mean_1``, or with a sample of z_1 if the config says so. No dropout.
 
         Args:
             x: ``[..., D]`` in the adapter's dtype.
-            base: the adapted layer's own output ``[..., M]``, whose dtype the sum has; zero where it is None.
+            base: the base layer's output ``[..., M]``; the sum has its dtype. None is zero.
         """
         z, scaling = self._mean(1, x), self.config.scaling
         if self.config.sample_at_inference:
@@ -237,7 +237,7 @@ class FVAEAdapter(nn.Module):
         return self._mean(1, x), self._mean(2, x)
 
     def delta_weight(self) -> Tensor:
-        """``s B M_1 [M, D]``, the matrix that equals the mean path of a linear encoder (exactly: it has no bias)."""
+        """``s B M_1 [M, D]``: the mean path of a linear encoder as a matrix, exact because it has no bias."""
         if not self.config.mergeable:
             why = (
                 "sample_at_inference=True makes its output random"
@@ -252,7 +252,7 @@ class FVAEAdapter(nn.Module):
         return self.config.scaling * (wide @ self.encoder1_mean_weight.to(wide.dtype))
 
     def _get(self, name: str) -> Tensor:
-        """A parameter; in a replica (DataParallel, FSDP) a plain tensor, which takes longer to find."""
+        """A parameter by name; in a replica (DataParallel, FSDP) it is a plain tensor, slower to find."""
         found = self._parameters.get(name)
         return getattr(self, name) if found is None else found
 
@@ -288,13 +288,13 @@ class FVAEAdapter(nn.Module):
 
 
 def bound_noise(model: nn.Module, logvar: float | None) -> None:
-    """`FVAEAdapter.bound_noise` for every adapter of `model`: call it before a step to warm up the noise of z_1.
+    """`FVAEAdapter.bound_noise` for every adapter of `model`. Call it before a step to warm up the noise of z_1.
 
         for step in range(steps):
             fk.bound_noise(model, -8 + 8 * min(1, step / warm_up))  # standard deviation from 0.02 to 1
 
     Raises:
-        ValueError: out of range, no adapter in the model, or one that holds its log-variance; no bound has changed.
+        ValueError: out of range, no adapter in the model, or one with a held log-variance. No bound has changed then.
     """
     adapters = [module for module in model.modules() if isinstance(module, FVAEAdapter)]
     if not adapters:
@@ -310,7 +310,7 @@ def bound_noise(model: nn.Module, logvar: float | None) -> None:
 
 
 def parameter_order(config: FVAEConfig) -> tuple[str | None, ...]:
-    """Names in the order of `Networks.flat`; None stands for a bias that is not there."""
+    """Parameter names in the order of `Networks.flat`; None for a missing bias."""
     hidden, decoder = range(len(config.encoder_hidden)), range(len(config.decoder_hidden))
     layers = [f"{stem}_{part}" for stem in ("encoder1", "encoder2") for part in (*_hidden(hidden), "mean", "logvar")]
     layers += [f"decoder_{part}" for part in (*_hidden(decoder), "out")]
@@ -324,7 +324,7 @@ def _hidden(numbers: range) -> list[str]:
 
 
 def is_served(name: str, config: FVAEConfig) -> bool:
-    """Whether inference needs this parameter: encoder 1 (its mean path alone, unless z_1 is sampled) and B."""
+    """True if inference needs this parameter: encoder 1 (only its mean path, unless z_1 is sampled) and B."""
     return (
         name.startswith("encoder1_" if config.sample_at_inference else ("encoder1_hidden", "encoder1_mean"))
         or name == "B"
@@ -332,7 +332,7 @@ def is_served(name: str, config: FVAEConfig) -> bool:
 
 
 def parameter_shapes(D: int, M: int, config: FVAEConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every parameter of an adapter; the names are the state dict's."""
+    """Name and shape of every parameter of an adapter, as in its state dict."""
 
     def linear(name: str, fan_in: int, fan_out: int, bias: bool = True) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{name}_weight", (fan_out, fan_in)
@@ -349,7 +349,7 @@ def parameter_shapes(D: int, M: int, config: FVAEConfig) -> Iterator[tuple[str, 
         yield from hidden(stem, D, sizes)
         if config.separate_hidden:
             yield from hidden(f"{stem}_logvar", D, sizes)
-        # a linear encoder's mean path has no bias: it is LoRA's A, and s B M_1 is the whole of it
+        # a linear encoder's mean path has no bias: it is LoRA's A, and s B M_1 is the whole update
         yield from linear(f"{stem}_mean", top, R, bias=bool(sizes) or stem == "encoder2")
         yield from linear(f"{stem}_logvar", top, R)
     fused = 2 * R if config.fusion == "concat" else R

@@ -1,4 +1,4 @@
-"""explain: which implementation an adapted layer runs on, and why."""
+"""explain: which implementation runs an adapted layer, and why."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from .adapter import FVAEAdapter
 
 
 def explain(layer: nn.Module) -> str:
-    """Say which path the adapters inside `layer` take in training, and why; one line for each.
+    """Say which path each adapter inside `layer` takes in training, and why; one line for each.
 
     Args:
         layer: a FusedFVAELinear, a layer of PEFT's, or a whole model.

@@ -18,16 +18,16 @@ from .quantised import is_hqq, refuse_merge, stored_weight
 class FusedFVAELinear(nn.Module, AuxLossLayer):
     """A frozen linear layer with an FVAE-LoRA adapter beside it: ``y = W x + b + s B z_1``.
 
-    Calling it gives y alone. In training the gradient of ``loss_weight * terms.loss`` arrives in the backward of y,
+    Calling it returns only y. In training the gradient of ``loss_weight * terms.loss`` enters in the backward of y,
     with the weight that the training loop gives to the task loss (see `aux_loss`).
 
     Args:
-        base_layer: an ``nn.Linear``, quantised or not, transformers' ``Conv1D`` or an ``HQQLinear``; it is kept, and
-            frozen.
+        base_layer: an ``nn.Linear`` (may be quantised), transformers' ``Conv1D`` or an ``HQQLinear``; it is kept
+            and frozen.
         config: an FVAEConfig.
-        name: the layer's name in its model, for a `loss_weight` by pattern.
-        layers: how many layers of the model are adapted, for a `loss_weight` of None.
-        dtype: of the adapter; the base's where that is float32 or float64, else float32.
+        name: the layer's name in its model, if `loss_weight` is given by pattern.
+        layers: number of adapted layers in the model, if `loss_weight` is None.
+        dtype: of the adapter; by default the base's if that is float32 or float64, else float32.
 
     Raises:
         TypeError: for another kind of layer.
@@ -50,7 +50,7 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
             dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
         self.base_layer = base_layer.requires_grad_(False)
         self.adapter = FVAEAdapter(self.in_features, self.out_features, config, device=weight.device, dtype=dtype)
-        self._unmerged: tuple[nn.Parameter] | None = None  # the base weight, while the adapter is merged into another
+        self._unmerged: tuple[nn.Parameter] | None = None  # the base weight before `merge`
         self._merge_again = False
         self.register_state_dict_post_hook(_save_unmerged)
         self.register_load_state_dict_pre_hook(_load_unmerged)
@@ -58,12 +58,12 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
 
     @classmethod
     def from_linear(cls, linear: nn.Module, config: FVAEConfig, **kwargs: Any) -> "FusedFVAELinear":
-        """An adapted layer around `linear`, in its mode (train or eval); in eval it starts as `linear` itself."""
+        """An adapted layer around `linear`, in its mode (train or eval). In eval mode it first equals `linear`."""
         return cls(linear, config, **kwargs).train(linear.training)
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, as code that looks at a linear layer expects."""
+        """The base layer's weight, for code that expects a linear layer."""
         return self.base_layer.weight  # type: ignore[return-value]
 
     @property
@@ -72,7 +72,7 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
         return self.base_layer.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D] -> [..., M]``, in the dtype that the base layer returns."""
+        """``[..., D] -> [..., M]``, in the dtype of the base layer's output."""
         if self._unmerged is not None:
             return self._modules["base_layer"](x)  # type: ignore[misc]  # not self.base_layer, which takes longer to find
         check_input(x, self.in_features)
@@ -84,13 +84,13 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
     def forward_with_terms(
         self, x: Tensor, noise: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Terms]:
-        """y and the terms of the objective, differentiable; nothing is injected, the caller adds ``terms.loss``.
+        """y and the terms of the objective, differentiable. Nothing is injected: the caller adds ``terms.loss``.
 
-        y takes z_1 in training, or where `noise` is given, and mean_1 otherwise.
+        y uses z_1 in training or if `noise` is given, and mean_1 otherwise.
 
         Args:
             x: ``[..., D]``.
-            noise: two standard normal tensors ``[..., R]``, in place of torch's generator.
+            noise: two standard normal tensors ``[..., R]``; None draws them from torch's generator.
             mask: tokens ``[...]`` that enter the terms.
 
         Returns:
@@ -110,7 +110,7 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
 
     @property
     def merged(self) -> bool:
-        """Whether the base weight holds the adapter."""
+        """True if the adapter is merged into the base weight."""
         return self._unmerged is not None
 
     @torch.no_grad()
@@ -118,8 +118,8 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
         """Add ``s B M_1`` to the base weight: exact for a linear encoder. `unmerge` restores it bit for bit.
 
         Raises:
-            ValueError: if the update depends on the input (hidden layers in the encoder) or is random, or the base
-                layer is quantised.
+            ValueError: if the update depends on the input (hidden layers in the encoder) or is random, or if the
+                base layer is quantised.
             RuntimeError: if it is merged already.
         """
         if self.merged:
@@ -128,7 +128,7 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
         delta = self.adapter.delta_weight()
         weight: Any = self.base_layer.weight
         set_weight(self.base_layer, (weight.to(delta.dtype) + (delta.T if self.transposed else delta)).to(weight.dtype))
-        self._unmerged = (weight,)  # in a tuple, or it would be a parameter of this module
+        self._unmerged = (weight,)  # in a tuple: else it would become a parameter of this module
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -137,7 +137,7 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
             raise RuntimeError("the adapter is not merged; there is nothing to take out")
         (weight,), merged = self._unmerged, self.weight
         if (weight.device, weight.dtype) == (merged.device, merged.dtype):
-            self.base_layer.weight = weight  # itself: another module may share it
+            self.base_layer.weight = weight  # the same object: another module may share it
         else:
             set_weight(self.base_layer, weight.to(merged))
         self._unmerged = None
@@ -151,12 +151,12 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
 
 
 def set_weight(layer: nn.Module, weight: Tensor) -> None:
-    """Give the layer another weight. Never in place: a module that shares the old one, as embeddings do, keeps it."""
+    """Replace the layer's weight, never in place: tied modules, for example embeddings, keep the old one."""
     layer.weight = nn.Parameter(weight.detach(), requires_grad=bool(layer.weight.requires_grad))
 
 
 def _save_unmerged(layer: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """The base weight as it was, beside the adapter: merged, it would hold the adapter a second time."""
+    """Save the base weight as before `merge`: beside the adapter, a merged one would count it twice."""
     if layer.merged and f"{prefix}base_layer.weight" in state:
         state[f"{prefix}base_layer.weight"] = layer._unmerged[0].detach()
 
@@ -174,7 +174,7 @@ def _merge_again(layer: Any, _: Any) -> None:
 
 
 def check_input(x: Tensor, in_features: int) -> None:
-    """Raise unless x can go through a layer of this size.
+    """Raise unless x fits a layer with `in_features` inputs.
 
     Raises:
         TypeError: not floating point.
@@ -187,22 +187,22 @@ def check_input(x: Tensor, in_features: int) -> None:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D (GPT-2), a linear layer that keeps its weight as ``[D, M]``."""
+    """True for transformers' Conv1D (GPT-2), a linear layer that stores its weight as ``[D, M]``."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `linear_shape` knows it."""
+    """True if `linear_shape` accepts the module."""
     return isinstance(module, nn.Linear) or is_conv1d(module) or is_hqq(module)
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether this is the out_proj of nn.MultiheadAttention, whose weight is read and which is never called."""
+    """True for the out_proj of nn.MultiheadAttention, which reads its weight and never calls it."""
     return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int, bool]:
-    """in_features, out_features, and whether the weight is kept transposed.
+    """in_features, out_features, and True if the weight is stored transposed.
 
     Raises:
         TypeError: for a module that is not linear.
@@ -221,21 +221,21 @@ def linear_shape(module: nn.Module) -> tuple[int, int, bool]:
 def replace_linears(
     model: nn.Module, config: FVAEConfig, target_modules: str | Iterable[str] = "all-linear", freeze: bool = True
 ) -> list[str]:
-    """Put a FusedFVAELinear in place of every linear layer of `model` that `target_modules` names. In place.
+    """Replace every linear layer of `model` that `target_modules` names by a FusedFVAELinear, in place.
 
     Args:
-        model: any module. Its loss, if it returns one, will be the total loss (6) in training.
+        model: any module. If it returns a loss, that becomes the total loss (6) in training.
         config: an FVAEConfig.
         target_modules: ends of module names ("query", "layer.0.attention.query"), a regular expression for whole names,
             or "all-linear" (all but the output embeddings).
-        freeze: freeze every other parameter too. Switch a new head back on with ``head.requires_grad_(True)``.
+        freeze: freeze all other parameters too. Train a new head again with ``head.requires_grad_(True)``.
 
     Returns:
         The names of the layers that were replaced.
 
     Raises:
-        ValueError: if a target matches no linear layer, or the layers and the patterns of loss_weight do not fit; the
-            model is as it was.
+        ValueError: if a target matches no linear layer, or a pattern of loss_weight does not fit the layers. The model
+            is unchanged then.
     """
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     named = dict(model.named_modules(remove_duplicate=False))
@@ -244,7 +244,7 @@ def replace_linears(
     if freeze:
         model.requires_grad_(False)
     layers = len({id(named[name]) for name in names})
-    wrappers: dict[int, FusedFVAELinear] = {}  # a layer that stands in two places stays one layer
+    wrappers: dict[int, FusedFVAELinear] = {}  # a layer used in two places stays one layer
     for name in names:
         old = named[name]
         if id(old) not in wrappers:
@@ -256,7 +256,7 @@ def replace_linears(
 
 
 def find_linears(model: nn.Module, named: dict[str, nn.Module], targets: str | list[str]) -> list[str]:
-    """Names of the linear layers that `targets` means, or a ValueError that lists what there is."""
+    """Names of the linear layers that `targets` selects; a ValueError lists the layers that exist."""
     linears = [n for n, m in named.items() if n and is_linear(m) and not is_attention(m)]
     linears = [n for n in linears if not any(isinstance(named[p], FusedFVAELinear) for p in _parents(n))]
     if targets == "all-linear":

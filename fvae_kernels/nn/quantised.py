@@ -1,29 +1,29 @@
-"""Base layers that keep their weight in a few bits. Told by name, since none of their packages need be installed."""
+"""Quantised base layers. They are told by the name of their package, which need not be installed."""
 
 from torch import Tensor, nn
 
-PACKAGES = {"bitsandbytes", "torchao"}  # whose weights stand in an nn.Linear
+PACKAGES = {"bitsandbytes", "torchao"}  # they put their weights into an nn.Linear
 
 
 def is_hqq(module: nn.Module) -> bool:
-    """Whether this is HQQ's linear layer, which is no nn.Linear and has no `weight`."""
+    """True for HQQ's linear layer, which is no nn.Linear and has no `weight`."""
     return type(module).__name__ == "HQQLinear" and hasattr(module, "W_q")
 
 
 def stored_weight(module: nn.Module) -> Tensor:
-    """What the layer keeps in place of, or as, its weight."""
+    """The tensor that holds the layer's weight, quantised or not."""
     return module.W_q if is_hqq(module) else module.weight  # type: ignore[return-value]
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether the layer's weight is a quantised one, of bitsandbytes, torchao, HQQ, or stored as integers."""
+    """True if the weight is quantised: by bitsandbytes, torchao or HQQ, or stored as integers."""
     weight = stored_weight(module)
     package = type(weight).__module__.partition(".")[0]
     return is_hqq(module) or package in PACKAGES or not weight.is_floating_point()
 
 
 def refuse_merge(module: nn.Module) -> None:
-    """Raise if the layer cannot take an update into its weight.
+    """Raise if an update cannot be merged into the layer's weight.
 
     Raises:
         ValueError: its weight is quantised.

@@ -20,7 +20,7 @@ def check_layer(
     mask: Tensor | None,
     base: Tensor | None,
 ) -> dict[str, Tensor | None]:
-    """Raise where something does not fit; give every tensor by its name."""
+    """Raise if an argument does not fit; return every tensor by its name."""
     check_tensors("layer", x=x)
     check_features("layer", "x", x)
     for name, eps in zip(("noise1", "noise2"), noise or (), strict=False):
@@ -42,7 +42,7 @@ def check_layer(
 
 
 def _check_linears(stem: str, layers: Linears, features: int, last: int | None = None) -> dict[str, Tensor | None]:
-    """A chain of linear layers, the last one with `last` outputs."""
+    """Check a chain of linear layers; the last one has `last` outputs."""
     tensors: dict[str, Tensor | None] = {}
     for name, (weight, bias), is_last in _named(stem, layers, last is not None):
         check_weight("layer", f"{name} weight", weight, features, "its input")

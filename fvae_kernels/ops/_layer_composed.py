@@ -1,4 +1,4 @@
-"""The adapted layer out of the smaller ops, for options that the fused kernel does not cover."""
+"""The adapted layer composed of the smaller ops, for options that the fused kernel does not cover."""
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ def composed(
     mask: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, reference.Terms]:
-    """`reference.layer` with the decoder's output layer, and KL and Gamma, on `backend`: x_hat is never stored."""
+    """`reference.layer` with the decoder's output layer, KL and Gamma on `backend`. x_hat is never stored."""
     q1 = _posterior(x, encoder1, noise[0], dropout, config.logvar1_bounds)
     q2 = _posterior(x, encoder2, noise[1], dropout)
     target = x.detach() if config.detach_target else x

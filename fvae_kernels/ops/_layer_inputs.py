@@ -1,7 +1,7 @@
-"""What goes into the adapted layer, declared once.
+"""The inputs of the adapted layer, declared once.
 
-The schema of the raw operators, their fakes, launchers, kernels, gradients and tests all take these structures. The
-entries of `Networks` are parameters here, addresses or places of gradients in the launchers, pointers in the kernels.
+The raw operators' schemas, fakes, launchers, kernels, gradients and tests all use these structures. The entries of
+`Networks` are parameters here, tensors or offsets of gradients in the launchers, and pointers in the kernels.
 """
 
 import math
@@ -15,7 +15,7 @@ from ..config import FVAEConfig
 
 
 def encoder_entries(encoder_hidden: int) -> int:
-    """How many of a layer's parameters are those of both encoders: weight and bias of hidden layers and two heads."""
+    """Number of entries of both encoders in `Networks.flat`: weight and bias of hidden layers and of two heads."""
     return 2 * 2 * (encoder_hidden + 2)
 
 
@@ -27,7 +27,7 @@ class Linear(NamedTuple):
 
 
 class Encoder(NamedTuple):
-    """q(z | x): hidden layers, whose outputs both heads read."""
+    """q(z | x): hidden layers, and the two heads that read their output."""
 
     hidden: tuple[Linear, ...]
     mean: Linear
@@ -35,7 +35,7 @@ class Encoder(NamedTuple):
 
     @property
     def state_width(self) -> int:
-        """Entries per token that both encoders leave for backward: hidden outputs, means, log-variances."""
+        """Entries per token that both encoders save for backward: hidden outputs, means, log-variances."""
         return 2 * sum(layer.weight.shape[0] for layer in (*self.hidden, self.mean, self.logvar))
 
 
@@ -48,7 +48,7 @@ class Decoder(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """Everything that a layer learns; B is ``[M, R]``."""
+    """All parameters of a layer; B is ``[M, R]``."""
 
     encoder1: Encoder
     encoder2: Encoder
@@ -57,7 +57,7 @@ class Networks(NamedTuple):
 
     @classmethod
     def of(cls, entries: Sequence[Any], encoder_hidden: int) -> "Networks":
-        """The inverse of `flat`, for encoders of so many hidden layers."""
+        """The inverse of `flat`, for encoders with `encoder_hidden` hidden layers."""
         left = iter(entries)
 
         def linears(count: int) -> tuple[Linear, ...]:
@@ -69,14 +69,14 @@ class Networks(NamedTuple):
         return cls(encoder1, encoder2, decoder, next(left))
 
     def flat(self) -> list[Any]:
-        """In the order of the raw operators: weight and bias of each layer, the input's first."""
+        """The parameters in the order of the raw operators: weight and bias of each layer, the first layer first."""
         encoders = [(*encoder.hidden, encoder.mean, encoder.logvar) for encoder in self[:2]]
         layers = (*encoders[0], *encoders[1], *self.decoder.hidden, self.decoder.output)
         return [*(entry for layer in layers for entry in layer), self.decoder.scale, self.B]
 
 
 class Moments(NamedTuple):
-    """Of one posterior, sums over latent entries: mean^2, (mean - mu)^2, var, logvar, and (z - mean of its prior)^2."""
+    """Sums over latent entries of one posterior: mean^2, (mean - mu)^2, var, logvar, (z - mean of its prior)^2."""
 
     squares: Any
     from_mu: Any
@@ -86,7 +86,7 @@ class Moments(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Means over tokens that every objective is linear in; `one` is 1, mu the mean of prior 2."""
+    """Means over tokens; every objective is a linear function of them. `one` is 1; mu is the mean of prior 2."""
 
     one: Any
     nll: Any
@@ -112,12 +112,12 @@ class Objective(NamedTuple):
         return cls(*rows)
 
     def flat(self) -> tuple[float, ...]:
-        """Row after row, as the raw operators take it."""
+        """The weights row by row, as the raw operators take them."""
         return tuple(entry for row in self for entry in (row.one, row.nll, *row.posterior1, *row.posterior2))
 
     @classmethod
     def from_config(cls, config: FVAEConfig) -> "Objective":
-        """The terms as sums of their parts."""
+        """The table of a config's objective, each term added up from its parts."""
         kl = _kl(1, 1, config)
         if config.gamma_estimator == "closed_form":
             log_p1, log_p2 = _expected_log_prior(1, 1, config), _expected_log_prior(2, 2, config)
@@ -134,7 +134,7 @@ class Objective(NamedTuple):
         return cls(*map(_statistics, (_sum(*parts), kl, _sum((1.0, log_p2), (-1.0, log_p1)))))
 
 
-Form = dict[str, float]  # the weight of each statistic in a term, such as "nll", or "var1" of posterior 1
+Form = dict[str, float]  # weight of each statistic in a term: "nll", or for example "var1" of posterior 1
 
 
 def _statistics(form: Form) -> Statistics:
@@ -151,7 +151,7 @@ def _sum(*parts: tuple[float, Form]) -> Form:
 
 
 def _expected_log_prior(i: int, prior: int, config: FVAEConfig) -> Form:
-    """E log p(z) over q_i, less -R/2 log(2 pi)."""
+    """E log p(z) over q_i, without the constant -R/2 log(2 pi)."""
     std = 1.0 if prior == 1 else config.prior2_std
     squares = f"squares{i}" if prior == 1 else f"from_mu{i}"
     return {squares: -0.5 / std**2, f"var{i}": -0.5 / std**2, "one": -config.rank * math.log(std)}
@@ -164,7 +164,7 @@ def _sampled_log_prior(i: int, config: FVAEConfig) -> Form:
 
 
 def _kl(i: int, prior: int, config: FVAEConfig) -> Form:
-    """KL(q_i || p): minus the entropy, less the expected log prior."""
+    """KL(q_i || p) = -entropy - expected log prior."""
     minus_entropy = {"one": -0.5 * config.rank, f"logvar{i}": -0.5}
     return _sum((1.0, minus_entropy), (-1.0, _expected_log_prior(i, prior, config)))
 
@@ -174,10 +174,10 @@ class Tensors(NamedTuple):
 
     x: Tensor  # [N, D]
     parameters: list[Tensor | None]  # of `Networks.flat`
-    noise1: Tensor | None  # [N, R]; made from the seed where it is None
+    noise1: Tensor | None  # [N, R]; made from the seed if None
     noise2: Tensor | None
     mask: Tensor | None  # bool [N]
-    seed: Tensor | None  # int64 []; without one nothing is dropped
+    seed: Tensor | None  # int64 []; None: no dropout
 
 
 class Options(NamedTuple):
@@ -188,14 +188,14 @@ class Options(NamedTuple):
     average: bool  # the decoder reads (z_1 + z_2) / 2, not [z_1, z_2]
     scaling: float
     prior2_mean: float
-    logvar1_low: float  # z_1's logvar is clamped to these wherever a Gaussian is made of it
+    logvar1_low: float  # bounds of z_1's logvar, clamped wherever it becomes a Gaussian
     logvar1_high: float
     objective: Sequence[float]  # of `Objective.flat`
-    products: torch.dtype | None  # what factors of products are rounded to, where not their own dtype
+    products: torch.dtype | None  # dtype to which factors of products are rounded; None: their own
 
     @classmethod
     def of(cls, config: FVAEConfig, dropout: float, products: torch.dtype | None) -> "Options":
-        """As a layer's config has them."""
+        """The options that a layer's config gives."""
         return cls(
             len(config.encoder_hidden),
             float(dropout),
@@ -209,7 +209,7 @@ class Options(NamedTuple):
 
 
 class Arriving(NamedTuple):
-    """Gradients that a backward is given; one that is None counts as zero."""
+    """Gradients that a backward receives; None counts as zero."""
 
     grad_y: Tensor | None  # [N, M]
     grad_loss: Tensor | None  # []
@@ -219,12 +219,12 @@ class Arriving(NamedTuple):
 
     @property
     def at_decoder(self) -> bool:
-        """Whether any passes the decoder."""
+        """True if a gradient passes the decoder."""
         return self.grad_loss is not None or self.grad_nll is not None
 
 
 class Needs(NamedTuple):
-    """Which gradients a backward makes."""
+    """Which gradients a backward computes."""
 
     x: bool
     encoders: bool
@@ -234,9 +234,9 @@ class Needs(NamedTuple):
 
     @classmethod
     def of(cls, x: bool, flags: Sequence[bool], encoder_hidden: int, arriving: Arriving) -> "Needs":
-        """Of what autograd asks for, all that these gradients can reach: B is on the way to y alone.
+        """The gradients that autograd asks for and that the arriving ones can reach: B is reached through y only.
 
-        `flags` are those of the parameters, in the order of `Networks.flat`.
+        `flags` says which parameters need a gradient, in the order of `Networks.flat`.
         """
         anything, at_decoder = any(grad is not None for grad in arriving), arriving.at_decoder
         encoders, decoder = flags[: encoder_entries(encoder_hidden)], flags[encoder_entries(encoder_hidden) : -2]
@@ -249,7 +249,7 @@ class Needs(NamedTuple):
         )
 
     def flags(self, entries: Sequence[bool], encoder_hidden: int) -> list[bool]:
-        """Of each parameter: whether it is asked for, and made."""
+        """For each parameter: True if its gradient is asked for and computed."""
         first = encoder_entries(encoder_hidden)
         made = [*(self.encoders,) * first, *(self.decoder,) * (len(entries) - first - 2), self.scale, self.B]
         return [asked and there for asked, there in zip(entries, made, strict=True)]
@@ -268,6 +268,6 @@ SCHEMA_TYPES = {
 
 
 def schema_of(*structures: type) -> str:
-    """Their fields as arguments in a schema of torch.library."""
+    """The fields of these structures as arguments in a schema of torch.library."""
     fields: Iterator[tuple[str, Any]] = (field for s in structures for field in s.__annotations__.items())
     return ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in fields)

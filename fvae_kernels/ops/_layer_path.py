@@ -13,7 +13,7 @@ from ._raw import triton_part
 
 
 class Path(NamedTuple):
-    """`kind` is "fused", "composed" (of the smaller ops) or "reference"; `missing` says why it is not fused."""
+    """`kind` is "fused", "composed" (of the smaller ops) or "reference"; `missing` says why not fused."""
 
     backend: str
     kind: str
@@ -27,7 +27,7 @@ def path_of(
     backend: str | None = None,
     noise: Iterable[Tensor] = (),
 ) -> Path:
-    """For these tensors, named as by `check_layer` or as the parameters of an adapter.
+    """The path for these tensors, named as in `check_layer` or as the parameters of an adapter.
 
     Raises:
         BackendUnavailable: a backend was named, here or with `use_backend`, and cannot run or does not cover this.
@@ -50,9 +50,9 @@ def path_of(
 def uncovered(
     config: FVAEConfig, tensors: Mapping[str, Tensor | None], noise: Iterable[Tensor] = (), backend: str | None = None
 ) -> str | None:
-    """What the fused kernel of `backend` does not cover; None where all is covered. Without a backend: what none does.
+    """What the fused kernel of `backend` does not cover; None if it covers all. No backend: what no kernel covers.
 
-    Tensors are named as by `check_layer`, or as the parameters of an adapter.
+    Tensors are named as in `check_layer`, or as the parameters of an adapter.
     """
     if config.separate_hidden:
         return "separate_hidden=True"
@@ -89,10 +89,10 @@ def _too_wide(config: FVAEConfig, tensors: Mapping[str, Tensor | None]) -> str |
 
 
 def autocast_products(B: Tensor, backend: str) -> torch.dtype | None:
-    """What the factors of products are rounded to, as autocast rounds those of PyTorch's; None where nothing is.
+    """The dtype to which autocast rounds the factors of products, as in PyTorch's own; None if it rounds none.
 
-    Products alone: sums, latents and the objective keep the parameters' float32. The C++ kernels have no products of 16
-    bits, and stay exact.
+    Only products: sums, latents and the objective stay in float32, as the parameters. The C++ kernels have no 16-bit
+    products and stay in float32.
     """
     device = B.device.type
     if backend != "triton" or B.dtype != torch.float32 or not torch.is_autocast_enabled(device):
@@ -102,6 +102,6 @@ def autocast_products(B: Tensor, backend: str) -> torch.dtype | None:
 
 
 def composable(tensors: Mapping[str, Tensor | None]) -> bool:
-    """Whether the smaller ops run what the fused kernel does not cover: they take one dtype, autocast or not."""
+    """True if the smaller ops can run this: they need one dtype, with autocast or without."""
     dtypes = {t.dtype for name, t in tensors.items() if t is not None and name != "x"}
     return len(dtypes) == 1

@@ -1,9 +1,9 @@
-"""Plans: what does not change from step to step of one adapted layer, made once and checked cheaply.
+"""Plans: all that stays the same from step to step of one adapted layer, made once and checked cheaply.
 
-A step looks at the parameters (which tensors they are, their shapes, strides and dtypes), at what kind of x, base and
-mask came, and at what else decides the path: config, backend, autocast. Where all is as before, the layer runs without
-checks, tables and dispatch, and on a GPU with launches straight to what was compiled. Otherwise a new plan is made; and
-what no plan serves takes the general road of `layer`, with the same numbers.
+Each step compares with the last one: the parameters (identity, shapes, strides, dtypes), the kind of x, base and mask,
+and what else decides the path (config, backend, autocast). If nothing changed, the layer runs without checks, tables
+and dispatch; on a GPU it launches the compiled kernels directly. Otherwise a new plan is made. Inputs that no plan
+serves go through `layer` itself, with the same results.
 """
 
 import operator
@@ -22,8 +22,8 @@ from ._once import differentiable_once
 from ._raw import RAW, triton_part
 
 Parameters = Sequence[Tensor | None]
-LOOKS = operator.attrgetter("shape", "dtype", "device")  # of a parameter, besides which tensor it is
-# What arrives at a layer's loss besides what comes through the graph, of this dtype; None where nothing does
+LOOKS = operator.attrgetter("shape", "dtype", "device")  # of a parameter; its identity is compared too
+# The gradient of a layer's loss beside the one from the graph, in a dtype and on a device; None if there is none
 LossGradient = Callable[[torch.dtype, torch.device], Tensor | None]
 
 
@@ -33,16 +33,16 @@ class Steps(Protocol):
     options: Options
 
     def forward(self, base: Tensor | None, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """y [N, M], the terms [4], the state for backward, and what else backward is given, no tensors."""
+        """y [N, M], the terms [4], the state for backward, and `kept` for backward, which holds no tensors."""
 
     def backward(
         self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs, kept: Any
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """grad_x, and the gradients of those parameters that are there and needed."""
+        """grad_x, and the gradients of the parameters that exist and need one."""
 
 
 class CppSteps:
-    """The raw operators, without the search for an overload."""
+    """The raw C++ operators, called without overload resolution."""
 
     def __init__(self, options: Options, detach_target: bool) -> None:
         self.options, self.detach_target = options, detach_target
@@ -62,7 +62,7 @@ class CppSteps:
 
 
 class Plan:
-    """What a layer's forward and backward need, for parameters, a config and a backend that stay."""
+    """What a layer's forward and backward need, for fixed parameters, config and backend."""
 
     def __init__(self, backend: str, steps: Steps, parameters: Parameters, config: FVAEConfig) -> None:
         self.backend, self.steps, self.parameters, self.config = backend, steps, parameters, config
@@ -74,7 +74,7 @@ class Plan:
 
 
 class Plans:
-    """The plans of one adapter, which neither copies nor files carry."""
+    """The plan of one adapter. Copies and files do not carry it."""
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
@@ -83,7 +83,7 @@ class Plans:
     def fitting(
         self, parameters: Parameters, x: Tensor, config: FVAEConfig, dropout: float, mask: Tensor | None, base: Tensor
     ) -> Plan | None:
-        """The plan of the last step, if all that it stands on is as it was."""
+        """The plan of the last step, if nothing that it depends on has changed."""
         plan = self.plan
         if (
             plan is None
@@ -100,11 +100,11 @@ class Plans:
         return plan
 
     def keep(self, plan: Plan, x: Tensor, dropout: float, base: Tensor) -> None:
-        """Serve steps alike with this plan."""
+        """Serve later steps of the same kind with this plan."""
         self.plan, self.key = plan, key_of(x, dropout, plan.dtype, plan.device, base)
 
     def forget(self) -> None:
-        """No step is served until the next plan."""
+        """Drop the plan."""
         self.plan = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Plans":
@@ -115,14 +115,14 @@ class Plans:
 
 
 def key_of(x: Tensor, dropout: float, dtype: torch.dtype, device: torch.device, base: Tensor) -> tuple[Any, ...]:
-    """What else decides the path, cheap to compare; a tensor of another class is no plain one."""
+    """What else decides the path, cheap to compare. The class of x is part of it: subclasses get no plan."""
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     kinds = type(x), x.dtype, x.device, x.shape[-1], base.dtype, base.device
     return *kinds, dropout, _backend._selected, autocast
 
 
 def plannable(parameters: Parameters, x: Tensor, base: Tensor | None) -> bool:
-    """Whether a plan can serve: plain tensors, in plain PyTorch, parameters without gaps."""
+    """True if a plan can serve: plain tensors, contiguous parameters, no compilation, transform or dispatch mode."""
     if base is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, nn.Parameter):
@@ -131,7 +131,7 @@ def plannable(parameters: Parameters, x: Tensor, base: Tensor | None) -> bool:
 
 
 def make_plan(parameters: Parameters, config: FVAEConfig, dropout: float, backend: str) -> Plan:
-    """A plan for a layer that `backend` covers, whose inputs have been checked."""
+    """A plan for a layer that `backend` covers. Its inputs must have been checked."""
     B = parameters[-1]
     assert B is not None
     options = Options.of(config, dropout, autocast_products(B, backend))
@@ -146,7 +146,7 @@ def make_plan(parameters: Parameters, config: FVAEConfig, dropout: float, backen
 class PlannedLayer(torch.autograd.Function):
     """(plan, loss gradient, base, x, mask bool [N], noise1, noise2, seed, parameters) -> y, loss, terms [4]
 
-    The terms are for the log: they carry no graph. In backward the loss gets `loss_gradient` too.
+    The terms are for the log and carry no graph. In backward `loss_gradient` is added to the gradient of the loss.
     """
 
     @staticmethod
@@ -156,7 +156,7 @@ class PlannedLayer(torch.autograd.Function):
         mask, noise1, noise2, seed, *parameters = rest
         tensors = _tensors(x, parameters, noise1, noise2, mask, seed)
         y, terms, state, ctx.kept = plan.steps.forward(rows(base), tensors)
-        # as LayerFunction does: a checkpoint may run the forward on one road and its recomputation on the other
+        # the tensors that LayerFunction saves too: a checkpoint may run forward by one and recompute by the other
         ctx.save_for_backward(x, noise1, noise2, mask, seed, state, *parameters)
         ctx.plan, ctx.loss_gradient, ctx.like = plan, loss_gradient, (terms.dtype, terms.device)
         ctx.set_materialize_grads(False)
@@ -205,7 +205,7 @@ def run_plan(
     seed: Tensor | None,
     loss_gradient: LossGradient | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the loss with its graph, and the terms [4] without."""
+    """y, the loss with its graph, and the terms [4] without one."""
     noises = noise or (None, None)
     y, loss, terms = PlannedLayer.apply(plan, loss_gradient, base, x, token_flags(mask), *noises, seed, *parameters)
     return y, loss, terms

@@ -1,10 +1,10 @@
-"""The adapted layer as one op: what FusedFVAELinear and the PEFT layer call in training.
+"""The adapted layer as one op. FusedFVAELinear and the PEFT layer call it in training.
 
     y, terms = layer(x, ..., base=W x + b)          y = base + s B z_1, written once
 
 Every objective is linear in a dozen means over tokens: one, nll, and for both posteriors the sums of mean^2, (mean -
-mu)^2, var, logvar and of the squared sample. A table of weights, `Objective`, defines it, and gives backward one small
-vector of coefficients for whatever arrives at y and at the terms.
+mu)^2, var, logvar and of the squared sample. A table of weights, `Objective`, defines it. In backward
+the table turns the gradients of the terms into one small vector of coefficients.
 """
 
 from typing import Any
@@ -27,8 +27,8 @@ class LayerFunction(torch.autograd.Function):
     """(base [..., M], x [..., D], noise1, noise2 [..., R], mask bool [N], seed, options, parameters) -> y, terms
 
     y is [..., M], and the terms are loss, nll, kl and gamma. The parameters are in the order of `Networks.flat`.
-    Tensors become [N, D] in here, and results no views: autograd adds another gradient of x to ours in place only where
-    it holds all of its memory.
+    Tensors are reshaped to [N, D] in here, and results are no views: autograd adds gradients of x in place only if the
+    tensor owns its memory.
     """
 
     @staticmethod
@@ -74,7 +74,7 @@ def _rows(t: Tensor | None) -> Tensor | None:
 
 
 def _shaped(t: Tensor, x: Tensor) -> Tensor:
-    """[N, M] as [..., M] with the tokens of x, and no view."""
+    """t [N, M] as [..., M] with the tokens of x, not as a view."""
     return torch.ops.aten._unsafe_view(t, (*x.shape[:-1], t.shape[-1]))
 
 
@@ -95,35 +95,35 @@ def layer(
     """Low-rank update and objective of one adapted layer, equations (4) and (6) of the paper.
 
     Equivalent to ``base + delta`` with ``delta, terms = reference.layer(...)``, which is the definition. With dropout
-    a kernel draws one seed from torch's generator and drops by position, so it drops other activations than the
-    reference, with the same probability up to 2^-17. Under autocast the Triton kernels round the factors of products of
+    a kernel draws one seed from torch's generator and drops by position: other activations than the reference drops,
+    with the same probability up to 2^-17. Under autocast the Triton kernels round the factors of products of
     float32 parameters to its dtype; the C++ kernels do not.
 
     Args:
-        x: input ``[..., D]``, of the parameters' dtype or, where that is float32, of half precision.
+        x: input ``[..., D]`` in the parameters' dtype, or in half precision if that is float32.
         encoder1: parameters of q(z_1 | x).
         encoder2: parameters of q(z_2 | x).
         decoder: parameters of p(x | z_1, z_2).
         B: ``[M, R]``.
         config: objective, weights, priors and scale.
-        noise: two standard normal tensors ``[..., R]`` of the parameters' dtype; drawn by torch's generator where it is
-            None, and in the Triton kernels by position from a seed of it.
+        noise: two standard normal tensors ``[..., R]`` of the parameters' dtype. None draws them from torch's
+            generator; the Triton kernels draw a seed from it, and noise by position from the seed.
         dropout: probability of dropping a hidden activation; 0 outside training.
-        mask: tokens ``[...]`` that enter the objective; all of them where it is None.
-        base: the adapted layer's own output ``[..., M]``, of any floating dtype; zero where it is None.
-        backend: run on this one or raise; None picks.
+        mask: tokens ``[...]`` that enter the objective; None is all of them.
+        base: the base layer's output ``[..., M]``, of any floating dtype; None is zero.
+        backend: run on this backend or raise; None picks one.
 
     Returns:
         ``base + s B z_1 [..., M]`` in the dtype of `base`, and ``Terms`` (nats, means over tokens).
 
     Raises:
         TypeError: noise of another dtype than the parameters.
-        ValueError: shapes do not fit, more than one device, or dropout outside of [0, 1).
+        ValueError: shapes do not fit, tensors are on several devices, or dropout is outside [0, 1).
         BackendUnavailable: `backend` was named and cannot run, or does not cover these options.
     """
     tensors = check_layer(x, (encoder1, encoder2), decoder, B, config, noise, dropout, mask, base)
     path = path_of(config, tensors, x.device, backend, noise or ())
-    if noise is None and (path.kind != "fused" or path.backend != "triton"):  # its kernels make noise by position
+    if noise is None and (path.kind != "fused" or path.backend != "triton"):  # Triton kernels make noise by position
         noise = draw_noise(x, B), draw_noise(x, B)
     if path.kind != "fused":
         assert noise is not None
@@ -147,7 +147,7 @@ def layer(
 def flat_parameters(
     encoder1: reference.Encoder, encoder2: reference.Encoder, decoder: reference.Decoder, B: Tensor
 ) -> list[Tensor | None]:
-    """In the order of `Networks.flat`."""
+    """The parameters in the order of `Networks.flat`."""
     encoders = [*_flat(encoder1.hidden), *encoder1[2:], *_flat(encoder2.hidden), *encoder2[2:]]
     return [*encoders, *_flat(decoder.hidden), *decoder[1:], B]
 
@@ -162,5 +162,5 @@ def draw_noise(x: Tensor, B: Tensor) -> Tensor:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """One int64 from torch's generator; it stays on the device, where the kernels read it."""
+    """One int64 from torch's generator. It stays on the device, and the kernels read it there."""
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
