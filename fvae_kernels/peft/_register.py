@@ -1,4 +1,4 @@
-"""Registration with stock PEFT, which knows no plug-ins: its enum gets one more member, the rest is its public API."""
+"""Registration with stock PEFT. It has no plug-in API for names, so its enum gets a member; the rest is public API."""
 
 import enum
 import functools
@@ -11,7 +11,7 @@ from peft.utils import register_peft_method
 
 
 def extend_str_enum(enum_class: type[enum.Enum], name: str) -> Any:
-    """Append ``name = "name"`` to a ``(str, Enum)``, once; raises at import if this Python's enum does not take it."""
+    """Append ``name = "name"`` to a ``(str, Enum)``, once; raises at import if this Python's enum refuses it."""
     if name in enum_class.__members__:
         return enum_class.__members__[name]
     member: Any = str.__new__(enum_class, name)  # type: ignore[type-var]
@@ -31,7 +31,7 @@ def extend_str_enum(enum_class: type[enum.Enum], name: str) -> Any:
 
 
 def _refuse_pickles(config_class: type) -> None:
-    """Have PeftModel.save_pretrained refuse to write a pickle of this method, which `files` would refuse to read."""
+    """Let PeftModel.save_pretrained refuse to write this method's adapters as a pickle: `files` refuses to read one."""
     own = PeftModel.save_pretrained
 
     @functools.wraps(own)
@@ -50,7 +50,7 @@ def _refuse_pickles(config_class: type) -> None:
 
 
 def register(name: str, config_class: type, model_class: type) -> Any:
-    """Make `name` a method of PEFT, and return its PeftType. Twice is fine; another method of that name is not.
+    """Make `name` a method of PEFT and return its PeftType. May be repeated; another method of that name raises.
 
     transformers derives the prefix of the state dict's keys from the type's value, so it must be ``name + "_"``.
     """

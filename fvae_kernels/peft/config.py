@@ -1,4 +1,4 @@
-"""FVAELoraConfig: the options of FVAEConfig, and those that say where PEFT puts the adapters."""
+"""FVAELoraConfig: the options of FVAEConfig, and options for where PEFT puts the adapters."""
 
 import enum
 import inspect
@@ -26,21 +26,21 @@ def _option(name: str) -> Any:
 class FVAELoraConfig(PeftConfig):
     """FVAE-LoRA for `peft.get_peft_model`.
 
-    The options of the method are those of `FVAEConfig`, by the same names, with `r` for its `rank`.
+    The options of the method are those of `FVAEConfig`, with the same names, but `r` for `rank`.
 
     Args:
         r: size of each latent space, and rank of the update.
         target_modules: names or name ends of the linear layers to adapt, a regular expression, or "all-linear".
-            Names of several generations of a model may stand together: those that match nothing are ignored if one
-            does.
+            A list may hold the names of several versions of a model: names that match nothing are ignored if one
+            matches.
         exclude_modules: names, or a regular expression, of layers to leave out.
         layers_to_transform: indices of the blocks to adapt; needs a list in target_modules.
-        layers_pattern: name of the list of blocks, where it is not found by itself.
-        modules_to_save: other modules to train and save, as a classification head.
-        rank_pattern: rank by module name pattern, where it differs from `r`.
-        alpha_pattern: alpha by module name pattern, where it differs from `alpha`.
+        layers_pattern: name of the list of blocks, if PEFT does not find it.
+        modules_to_save: other modules to train and save, for example a classification head.
+        rank_pattern: rank by module name pattern, if it differs from `r`.
+        alpha_pattern: alpha by module name pattern, if it differs from `alpha`.
         init_weights: False starts from random heads, for tests: the adapter then changes the output from the start.
-        inference_only: the adapter holds encoder 1's mean path and B alone (`export_for_inference` writes it).
+        inference_only: the adapter holds only encoder 1's mean path and B (`export_for_inference` writes it).
 
     Raises:
         ValueError: for a value out of range.
@@ -81,11 +81,11 @@ class FVAELoraConfig(PeftConfig):
     inference_only: bool = field(default=False, metadata={"help": "hold the inference path alone"})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "FVAELoraConfig":
-        """Refuse unknown options. PEFT would drop them from a file with a warning, and load another model."""
+        """Refuse unknown options. PEFT would drop them from a file with a warning and load a different model."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(kwargs) - known)
         if unknown:
-            raise TypeError(  # worded unlike Python's own, on which PEFT drops the option and goes on
+            raise TypeError(  # worded unlike Python's own error: PEFT catches that one and drops the option
                 f"FVAELoraConfig has no option {unknown}: check the spelling, or update fvae_kernels and peft if the "
                 f"file comes from newer ones. It has: {sorted(known)}"
             )
@@ -93,7 +93,7 @@ class FVAELoraConfig(PeftConfig):
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> "FVAELoraConfig":
-        """A config by name: "paper", "authors" or "default" (docs/recipes.md), with other `options` where given.
+        """A config by name: "paper", "authors" or "default" (docs/recipes.md). `options` replace its values.
 
             fk.FVAELoraConfig.preset("paper", r=8, task_type="SEQ_CLS", target_modules=["query", "value"])
 
@@ -149,7 +149,7 @@ class FVAELoraConfig(PeftConfig):
         return FVAEConfig(rank=self.r if rank is None else rank, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """What a file holds: its types, and tables of patterns as pairs, since PEFT sorts keys and the first counts."""
+        """The config as a file holds it. Pattern tables are pairs: PEFT sorts keys, and the first match counts."""
         tables = {name: getattr(self, name) for name in TABLES}
         pairs = {
             name: [list(pair) for pair in table.items()] for name, table in tables.items() if isinstance(table, Mapping)
@@ -158,10 +158,10 @@ class FVAELoraConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """The saved config. Weights that lie beside it are checked here, before any model is touched.
+        """The saved config. Weights beside it are checked here, before any model is touched.
 
         Raises:
-            ValueError: if it is another method's, or the weights are a pickle, truncated, or not FVAE-LoRA's.
+            ValueError: if it is another method's config, or the weights are a pickle, truncated, or not FVAE-LoRA's.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
@@ -176,7 +176,7 @@ class FVAELoraConfig(PeftConfig):
 
 
 def _as_in_file(value: Any) -> Any:
-    """Sets and tuples as lists, members of an enum by their value; sets in order."""
+    """Tuples and (sorted) sets as lists, members of an enum as their value."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, (set, frozenset)):
@@ -186,7 +186,7 @@ def _as_in_file(value: Any) -> Any:
     return {key: _as_in_file(entry) for key, entry in value.items()} if isinstance(value, dict) else value
 
 
-# `__new__` takes anything, so that it can refuse by name; what may be given is in the constructor's signature.
+# `__new__` takes any option, so that it can refuse unknown ones by name. The constructor's signature lists the options.
 _signature = inspect.signature(FVAELoraConfig.__init__)
 FVAELoraConfig.__signature__ = _signature.replace(  # type: ignore[attr-defined]
     parameters=list(_signature.parameters.values())[1:], return_annotation=inspect.Signature.empty

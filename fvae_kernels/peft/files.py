@@ -1,4 +1,4 @@
-"""Adapter files: what is in them is checked before a model is touched, and the inference path is exported alone."""
+"""Adapter files: checked before a model is touched; and the export of the inference path."""
 
 import copy
 import os
@@ -18,16 +18,16 @@ PEFT_PREFIXES = ("base_model.model.", "base_model.")
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """What an adapter folder holds, by the header of its weights file; nothing is loaded."""
+    """Contents of an adapter folder, from the header of its weights file; no tensor is loaded."""
 
     folder: str
-    found: bool  # there is a weights file
+    found: bool  # a weights file exists
     layers: Shapes
     others: dict[str, tuple[int, ...]]  # tensors of modules_to_save and resized embeddings
 
 
 def find_weights(folder: str) -> str | None:
-    """The safetensors file of a local adapter folder, if there is one. A pickle can run code and is refused."""
+    """The safetensors file of a local adapter folder, or None. A pickle can run code and is refused."""
     path = os.path.join(folder, WEIGHTS)
     if os.path.isfile(path):
         return path
@@ -69,7 +69,7 @@ def read_adapter(folder: str) -> SavedAdapter:
 
 
 def check_fits(saved: SavedAdapter, expected: Shapes, modules_to_save: Iterable[str], model: nn.Module) -> None:
-    """Raise unless a saved adapter has just the layers and shapes that `model` would give it.
+    """Raise unless a saved adapter has exactly the layers and shapes that it would have in `model`.
 
     Raises:
         ValueError: with the first layer or tensor that does not fit.
@@ -93,7 +93,7 @@ def check_fits(saved: SavedAdapter, expected: Shapes, modules_to_save: Iterable[
 
 
 def _check_others(saved: SavedAdapter, targets: tuple[str, ...], model: nn.Module, advice: str) -> None:
-    """The modules_to_save must be there in full; other tensors, as embeddings, must be the model's."""
+    """Check that the modules_to_save are complete and that other tensors (embeddings) exist in the model."""
     tensors = {name: t for name, t in model.state_dict().items() if ".modules_to_save." not in name}
     state = {_unwrapped(name): tuple(tensor.shape) for name, tensor in tensors.items()}
     modules = [name for name, _ in model.named_modules() if targets and name.endswith(targets)]
@@ -116,7 +116,7 @@ def _compare(found: dict[str, Any], expected: dict[str, Any], where: str, advice
 
 
 def check_complete(loaded: dict[str, Any], state: dict[str, Any], adapter_name: str) -> None:
-    """Raise unless `loaded` has every tensor of the adapter in the model's `state`, in its shape, and none beyond.
+    """Raise unless `loaded` has exactly the adapter's tensors of the model's `state`, in their shapes.
 
     Raises:
         ValueError: before anything is copied.
@@ -128,18 +128,18 @@ def check_complete(loaded: dict[str, Any], state: dict[str, Any], adapter_name: 
 
 
 def _plain(key: str) -> str:
-    """A key without what PeftModel.save_pretrained puts before the model's own names."""
+    """A key without the prefix that PeftModel.save_pretrained puts before the model's own names."""
     return next((key[len(prefix) :] for prefix in PEFT_PREFIXES if key.startswith(prefix)), key)
 
 
 def _unwrapped(key: str) -> str:
-    """A key as it was before PEFT wrapped the module for another adapter."""
+    """A key as before PEFT wrapped the module for another adapter."""
     return key.replace(".original_module.", ".").replace(".base_layer.", ".")
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export_for_inference` wrote: sizes of the adapter's own tensors, in bytes."""
+    """Result of `export_for_inference`: sizes of the adapter's own tensors, in bytes."""
 
     folder: str
     full_bytes: int
@@ -153,9 +153,9 @@ class ExportReport:
 
 
 def export_for_inference(model: Any, folder: str | Path, adapter_name: str = "default") -> ExportReport:
-    """Save what serving needs of an adapter: encoder 1's mean path and B, and the modules_to_save.
+    """Save the parts of an adapter that serving needs: encoder 1's mean path, B, and the modules_to_save.
 
-    `PeftModel.from_pretrained` loads the folder; the adapter then gives the outputs of the full one in eval mode and
+    `PeftModel.from_pretrained` loads the folder. The adapter then has the outputs of the full one in eval mode, and
     cannot be trained.
 
     Args:

@@ -15,7 +15,7 @@ from ..training.aux_loss import AuxLossLayer
 
 
 class FVAELoraLayer(BaseTunerLayer, AuxLossLayer):
-    """What PEFT asks of an adapted layer: where the parameters are, and how they are switched, merged and removed."""
+    """What PEFT requires of an adapted layer: where parameters are, and how they are switched, merged, removed."""
 
     adapter_layer_names = ("fvae_adapter",)
     other_param_names = ("fvae_loss_weight",)
@@ -75,7 +75,7 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
         self.update_layer(adapter_name, **adapter)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``[..., D] -> [..., M]``, in the dtype that the base layer returns."""
+        """``[..., D] -> [..., M]``, in the dtype of the base layer's output."""
         check_input(x, self.in_features)
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -99,12 +99,12 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
         return adapter.posterior_means(self._cast_input_dtype(x, adapter.B.dtype))
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Scale one adapter's update, from what it was made with; other adapters are left alone, as by LoRA's."""
+        """Scale one adapter's update, relative to its configured scale. Other adapters stay, as with LoRA."""
         if adapter in self.fvae_adapter:
             self._scale({adapter: scale})
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the updates of the active adapters by `scale`, on top of what they have."""
+        """Multiply the present updates of the active adapters by `scale`."""
         self._scale({name: self._scale_of(name) * scale for name in self._active()})
 
     def unscale_layer(self, scale: float | None = None) -> None:
@@ -141,7 +141,7 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add linear-encoder adapters to the base weight, all or none of them; a quantised one takes none."""
+        """Add adapters to the base weight: all or none. Needs linear encoders and a base that is not quantised."""
         refuse_merge(self.get_base_layer())
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.fvae_adapter]
         deltas = {name: self.get_delta_weight(name) for name in names}
@@ -156,7 +156,7 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take every merged adapter out of the base weight again (up to rounding, as everywhere in PEFT)."""
+        """Take every merged adapter out of the base weight (up to rounding, as for all methods in PEFT)."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -168,7 +168,7 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
         set_weight(self.get_base_layer(), weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """A linear encoder's mean path is LoRA."""
+        """True for a linear encoder: its mean path is LoRA."""
         module: Any = self.fvae_adapter[adapter_name]
         return module.config.mergeable
 

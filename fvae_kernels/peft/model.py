@@ -1,4 +1,4 @@
-"""FVAELoraModel: puts the layers into a model, and the hooks that weigh their auxiliary loss."""
+"""FVAELoraModel: puts the layers into a model, and the hooks for their auxiliary loss."""
 
 import copy
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from .layer import FVAELoraLayer, FVAELoraLinear
 
 QUERY_VALUE, Q_V = ["query", "value"], ["q_proj", "v_proj"]
 BOTH = [*QUERY_VALUE, *Q_V]
-# Both generations of names: transformers 5 renamed the layers of several models.
+# Old and new names: transformers 5 renamed the layers of several models.
 TARGETS = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), QUERY_VALUE),
     **dict.fromkeys(("vit", "dinov2", "deit", "beit"), BOTH),
@@ -42,11 +42,11 @@ class FVAELoraModel(BaseTuner):
     target_module_mapping = TARGETS
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model itself: older versions of PEFT call its `forward`, past the hooks that carry the loss."""
+        """Call the model itself. Older versions of PEFT call its `forward`, which would bypass the hooks."""
         return self.model(*args, **kwargs)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Every check that needs the model, before the first layer is replaced."""
+        """Run every check that needs the model, before the first layer is replaced."""
         super()._prepare_model(peft_config, model)
         if peft_config.inference_only and not peft_config.inference_mode:
             raise ValueError(
@@ -69,7 +69,7 @@ class FVAELoraModel(BaseTuner):
             return
         if saved.found:
             check_fits(saved, shapes, peft_config.modules_to_save or (), model)
-        elif peft_config.inference_mode:  # to be trained, a config without weights is a start; to be served, a loss
+        elif peft_config.inference_mode:  # a config without weights can start a training, but cannot serve
             raise ValueError(f"{saved.folder} has a config and no adapter_model.safetensors: no adapter to load")
 
     def _target_names(self, peft_config: Any, model: nn.Module) -> list[str]:
@@ -100,7 +100,7 @@ class FVAELoraModel(BaseTuner):
         linear_shape(_base(target))  # raises for a layer that cannot be adapted
         first = all(names <= {adapter_name} for names in map(_adapters, self._layers()))
         new_module = FVAELoraLinear(target, adapter_name, **options)
-        # A new module starts in train mode, PEFT's convention for the first adapter. One that joins a model in eval
+        # A new module starts in train mode, PEFT's convention for the first adapter. One added to a model in eval
         # mode must not begin to sample.
         new_module.train(self.training if first else self.training and target.training)
         if adapter_name not in self.active_adapters:
@@ -111,7 +111,7 @@ class FVAELoraModel(BaseTuner):
         return [module for module in self.model.modules() if isinstance(module, FVAELoraLayer)]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Inject as PEFT does, then hook the model. If anything fails on the way, the model is as it was."""
+        """Inject as PEFT does, then put hooks on the model. If anything fails, the model stays unchanged."""
         undo = _Undo(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -124,7 +124,7 @@ class FVAELoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:  # PEFT would drop it, and use the active adapter for every sample
+        if kwargs.get("adapter_names") is not None:  # PEFT would ignore it and use the active adapter for every sample
             raise ValueError(
                 "adapter_names is not supported: FVAE-LoRA cannot mix adapters in one batch, use set_adapter"
             )
@@ -134,13 +134,13 @@ class FVAELoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
     ) -> dict[str, Any]:
-        """PEFT would load what fits and report the rest; a part of an adapter is none."""
+        """Refuse incomplete adapters. PEFT would load what fits and only report the rest."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_complete(remapped, model.state_dict(), adapter_name)
         return remapped
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge as PEFT does; refused, with no layer touched, where an adapter is not a matrix.
+        """Merge as PEFT does. If an adapter is not a matrix, raise before any layer is touched.
 
         Raises:
             ValueError: for hidden layers in the encoder, a sampled output, or a quantised base layer.
@@ -162,7 +162,7 @@ class FVAELoraModel(BaseTuner):
         return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> None:
-        """As PEFT's, which copies the weight of a layer into itself on the way out, and fails where there is none."""
+        """As PEFT's, which copies a layer's weight into itself when it unloads, and fails if the layer has none."""
         if new_module is getattr(child, "base_layer", None):
             setattr(parent, child_name, new_module)
         else:
@@ -179,7 +179,7 @@ class FVAELoraModel(BaseTuner):
 
 
 class _Undo:
-    """The structure of a model, its modes, and which of its parameters are trained, to return to."""
+    """A record of a model's structure, modes and trained parameters, to restore them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

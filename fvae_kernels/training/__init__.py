@@ -1,1 +1,1 @@
-"""How the objective reaches the gradient: masks, weights, hooks, trainers and logs."""
+"""How the objective enters the gradient: masks, weights, hooks, trainers and logs."""

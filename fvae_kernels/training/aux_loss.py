@@ -1,14 +1,14 @@
-"""How the auxiliary loss of every layer reaches the gradient, in any training loop, exactly once.
+"""The auxiliary loss of every layer enters the gradient exactly once, in any training loop.
 
-The total loss (6) is ``task_loss + sum over layers lambda_l loss_l``, and only the training loop knows what it will do
-with the task loss: divide it by accumulation steps, multiply it by a loss scale, weigh it. So the terms are added to
-the task loss itself, graph and all, where the model returns it (`hooks`) or the loop hands it over (`attach_aux_loss`):
-whatever happens to that loss happens to them. Two kinds of terms cannot be added, and are injected into the backward of
-their layer's output instead (`InjectAuxLoss`):
+The total loss (6) is ``task_loss + sum over layers lambda_l loss_l``. Only the training loop knows what it will do with
+the task loss: divide it by accumulation steps, multiply it by a loss scale, weigh it. So the terms are added to the
+task loss itself, with their graph, where the model returns it (`hooks`) or the loop hands it over (`attach_aux_loss`).
+Then all that happens to that loss happens to them. Two kinds of terms cannot be added; they are injected into the
+backward of their layer's output (`InjectAuxLoss`):
 
-- those whose loss takes no part in the backward, or that have none, with weight 1 and a warning;
-- those inside a reentrant checkpoint, whose graph is made in the backward. The total loss (`TotalLoss`), which the same
-  backward reaches first, notes the weight d(root) / d(task loss) for them.
+- terms without a loss in the backward: they get weight 1 and a warning;
+- terms inside a reentrant checkpoint: their graph is made in the backward. The same backward reaches the total loss
+  (`TotalLoss`) first, which notes the weight d(root) / d(task loss) for them.
 """
 
 import warnings
@@ -23,49 +23,49 @@ from .forward import PENDING, Call, Forward, Term, current, local, reached
 from .padding import stated_flags
 from .recompute import generator_state, in_backward, inside_checkpoint, noise_of, region, repeated_call
 
-KEPT = 1000  # values of forwards without a graph that wait for a loss
+KEPT = 1000  # at most so many values of forwards without a graph wait for a loss
 Values = list[tuple[Any, float, Tensor]]
 _graphless: Values = []
-_inside: dict[int, tuple[set[int], Tensor]] = {}  # by backward: layers, and the weight of what their forwards in it add
+_inside: dict[int, tuple[set[int], Tensor]] = {}  # by backward: layers, weight of their forwards inside it
 
 
 class InjectAuxLoss(torch.autograd.Function):
-    """Identity on `out`; its backward sends the call's gradient into `loss`."""
+    """Identity on `out`. Its backward sends the call's gradient into `loss`."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, loss: Tensor, call: Call) -> Tensor:
-        """The same memory, and no view: what comes next may write to it, as relu_() does, in a hooked module too."""
+        """The same memory, not as a view: the next module may write to it in place (relu_), even with hooks."""
         ctx.call, ctx.like = call, (loss.dtype, loss.device)
         return torch.ops.aten._unsafe_view(out, out.shape)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        """See `Call.gradient`."""
+        """The gradient of `loss` is `Call.gradient`."""
         return grad_out, ctx.call.gradient(*ctx.like), None
 
 
 class Keep(torch.autograd.Function):
-    """Identity, by a node of its own, which can own what the node of `out` cannot (`Forward.own`)."""
+    """Identity with a node of its own. It can own what the node of `out` cannot (`Forward.own`)."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor) -> Tensor:
-        """The same memory, and no view."""
+        """The same memory, not as a view."""
         return torch.ops.aten._unsafe_view(out, out.shape)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Tensor:
-        """As it comes."""
+        """Pass the gradient on."""
         return grad_out
 
 
 class InjectAuxLossOnce(torch.autograd.Function):
-    """The same with weight 1 and no side effect: what torch.compile can trace."""
+    """`InjectAuxLoss` with weight 1 and no side effect, so that torch.compile can trace it."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, loss: Tensor) -> Tensor:
         """Keep the loss, whose dtype and device the weight takes."""
         ctx.save_for_backward(loss)
-        return out.clone()  # what comes next may write to it, as relu_() does
+        return out.clone()  # the next module may write to it in place (relu_)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,13 +74,13 @@ class InjectAuxLossOnce(torch.autograd.Function):
 
 
 class InjectInTransform(torch.autograd.Function):
-    """The same for torch.func: grad, vmap, and their like."""
+    """`InjectAuxLoss` for torch.func: grad, vmap and others."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(out: Tensor, loss: Tensor, loss_weight: float) -> Tensor:
-        """A copy, as `InjectAuxLossOnce`."""
+        """A copy, as in `InjectAuxLossOnce`."""
         return out.clone()
 
     @staticmethod
@@ -96,22 +96,22 @@ class InjectInTransform(torch.autograd.Function):
 
 
 def transformed() -> bool:
-    """Whether a transformation of torch.func runs."""
+    """True while a transformation of torch.func runs."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 class TotalLoss(torch.autograd.Function):
-    """``loss + share * objective``; its backward hands d(root) / d(task loss), times `share`, to `note`."""
+    """``loss + share * objective``. Its backward calls `note` with ``share * d(root) / d(task loss)``."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, objective: Tensor, share: Tensor | float, note: Any) -> Tensor:
-        """`note` says whether the objective takes part in this backward."""
+        """`note` decides in backward if the objective takes part."""
         ctx.share, ctx.note, ctx.like = share, note, (objective.dtype, objective.device)
         return loss + (share * objective).to(loss)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        """The backward is known by the number of its graph task."""
+        """Call `note`, with the id of the graph task as the name of this backward."""
         weight = (grad * ctx.share).sum()
         takes_part = ctx.note(torch._C._current_graph_task_id(), weight.detach())
         dtype, device = ctx.like
@@ -119,25 +119,25 @@ class TotalLoss(torch.autograd.Function):
 
 
 class LayerKey:
-    """What a layer and its replicas are known by; a copy of the layer gets another."""
+    """Identity of a layer, shared by its replicas. A copy of the layer gets another."""
 
     def __init__(self, name: str = "") -> None:
         self.name = name
 
 
 class AuxLossLayer:
-    """Mixin of the adapted layers: what happens around a layer's forward in training."""
+    """Mixin of the adapted layers: the steps around a layer's forward in training."""
 
     training: bool
     aux_key: LayerKey
-    last_terms: Terms | None  # detached; of all calls in its last forward
+    last_terms: Terms | None  # detached; summed over the calls in its last forward
     last_forward: int
 
     def _init_aux_loss(self) -> None:
         self.aux_key, self.last_terms, self.last_forward = LayerKey(), None, 0
 
     def train_call(self, adapter: Any, x: Tensor, base: Tensor, loss_weight: float) -> Tensor:
-        """The output of `adapter` beside `base` in training, with the objective on its way to the gradient."""
+        """The output of `adapter` added to `base` in training. The objective will enter the gradient."""
         repeats = repeated_call(self.aux_key, x.device)
         if repeats is not None:
             with noise_of(repeats, x.device):
@@ -150,7 +150,7 @@ class AuxLossLayer:
                     forward.compiled = True
             elif _will_be_recomputed(forward):
                 call.checkpointed, call.noise = True, generator_state(x.device)
-            # the layer's own backward asks for the gradient, unless the output has to own the forward
+            # the layer's own backward asks for the gradient, unless the output must own the forward
             call.asked = torch.is_grad_enabled() and forward is not None
             gradient = call.gradient if call.asked else None
             general = torch.compiler.is_compiling() or transformed() or _in_traced_checkpoint()
@@ -162,7 +162,7 @@ class AuxLossLayer:
         return self.inject(y, terms, loss_weight)
 
     def infer_call(self, adapter: Any, x: Tensor, base: Tensor) -> Tensor:
-        """The output of `adapter` beside `base` at inference; says once if it is trained all the same."""
+        """The output of `adapter` added to `base` at inference. Warns once if the adapter is trained."""
         y: Tensor = adapter(x, base=base, infer=True)
         unsaid = not (_eval_warned or self.training or torch.compiler.is_compiling())
         if unsaid and torch.is_grad_enabled() and y.requires_grad and adapter.trained():
@@ -170,7 +170,7 @@ class AuxLossLayer:
         return y
 
     def token_mask(self, x: Tensor, config: FVAEConfig) -> Tensor | None:
-        """Which tokens of x ``[..., D]`` enter the objective; None for all of them."""
+        """Which tokens of x ``[..., D]`` enter the objective; None: all."""
         if not config.mask_padding:
             return None
         if local.masks:
@@ -182,14 +182,14 @@ class AuxLossLayer:
         return None if forward is None else forward.token_mask(self.aux_key, x)
 
     def inject(self, out: Tensor, terms: Terms, loss_weight: float) -> Tensor:
-        """`out`, with the gradient of ``loss_weight * terms.loss`` on its way to the backward of a loss."""
+        """`out`. The gradient of ``loss_weight * terms.loss`` will enter in the backward of a loss."""
         forward, grad = current(), torch.is_grad_enabled()
         if torch.compiler.is_compiling():
             return _compiled(forward, out, loss_weight * terms.loss) if grad else out
         call, repeats, local.call, local.repeats = local.call, local.repeats, None, None
         if repeats is not None:
             return _injected_again(out, terms.loss, repeats) if grad else out
-        if call is None:  # a layer that somebody else runs
+        if call is None:  # `inject` without `train_call`
             call = Call(self.aux_key, loss_weight, None)
         self._note(terms, forward, grad)
         if not grad:
@@ -204,7 +204,7 @@ class AuxLossLayer:
         return _injected(forward, out, terms.loss, call)
 
     def _note(self, terms: Terms, forward: Forward | None, grad: bool) -> None:
-        """Keep the values for the log: of a forward with several calls, their sum."""
+        """Keep the values for the log, summed over the calls of a forward."""
         if not (grad or (forward is not None and forward.grad)):
             return
         values = Terms(*(term.detach() for term in terms))
@@ -215,12 +215,12 @@ class AuxLossLayer:
 
 
 def _in_traced_checkpoint() -> bool:
-    """Whether a checkpoint of a compiled forward is recomputed, eagerly: it must do what was compiled."""
+    """True if a checkpoint of a compiled forward is recomputed in eager mode: it must repeat the compiled one."""
     return bool(local.traced) and in_backward()
 
 
 def _will_be_recomputed(forward: Forward | None) -> bool:
-    """Whether this call is inside a checkpoint, as far as can be seen."""
+    """True if this call is inside a checkpoint, as far as can be seen."""
     if torch.is_grad_enabled():
         return inside_checkpoint()
     return forward is not None and forward.grad
@@ -246,7 +246,7 @@ def _injected(forward: Forward | None, out: Tensor, loss: Tensor, call: Call) ->
 
 
 def _injected_again(out: Tensor, loss: Tensor, repeats: Call) -> Tensor:
-    """In a recomputation. That of a non-reentrant checkpoint makes a graph that is dropped."""
+    """`out` of a recomputed call. A non-reentrant checkpoint drops the graph of its recomputation."""
     found = region()
     if repeats.traced or found is None:
         return out
@@ -254,7 +254,7 @@ def _injected_again(out: Tensor, loss: Tensor, repeats: Call) -> Tensor:
     task = torch._C._current_graph_task_id()
     call.fixed = forward.weights.get(task, forward.inherited)
     call.armed = call.fixed is not None or not forward.state.entered
-    if call.fixed is None and call.armed:  # nobody attached it: weight 1, in the first backward alone
+    if call.fixed is None and call.armed:  # not attached: weight 1, in the first backward only
         if repeats.task not in (None, task):
             return out
         if repeats.task is None:
@@ -276,22 +276,21 @@ def aux_loss_layers(model: nn.Module) -> list[Any]:
 
 
 def attach_aux_loss(model: nn.Module, loss: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-    """`loss` plus `weight` times the auxiliary loss of the forwards that it was computed from.
+    """`loss` plus `weight` times the auxiliary loss of the forwards that `loss` depends on.
 
-    For a loss that the model did not compute; a model called with labels needs none of this. Call it once per loss, in
-    training, on what the loop will scale, divide and back-propagate:
+    For a loss that the model did not compute; a model called with labels does not need it. Call it once per loss, in
+    training, before the loop scales, divides and back-propagates the loss:
 
         logits = model(inputs)
         loss = fk.attach_aux_loss(model, criterion(logits, labels))
         (loss / accumulation_steps).backward()
 
-    It is right too where the loop ran the model without a graph, and runs it again inside the backward of `loss`
-    (GradCache).
+    It also works if the loop ran the model without a graph and runs it again inside the backward of `loss` (GradCache).
 
     Args:
         model: the model that holds the adapted layers.
         loss: the task loss, a scalar.
-        weight: of the auxiliary loss, relative to `loss`.
+        weight: weight of the auxiliary loss, relative to `loss`.
 
     Returns:
         The total loss (6), in the dtype of `loss`.
@@ -313,7 +312,7 @@ def attach_aux_loss(model: nn.Module, loss: Tensor, weight: Tensor | float = 1.0
 
 
 def attached(model: nn.Module, loss: Tensor, weight: Tensor | float) -> Tensor | None:
-    """The same; None where no adapted layer took part."""
+    """As `attach_aux_loss`; None if no adapted layer took part."""
     keys = [layer.aux_key for layer in aux_loss_layers(model)]
     waiting = [forward for forward in PENDING if forward.held(keys) or _has(forward.values, keys)]
     forwards = reached(loss, sorted(waiting, key=lambda forward: forward.number))
@@ -331,7 +330,7 @@ def attached(model: nn.Module, loss: Tensor, weight: Tensor | float) -> Tensor |
 
 
 def attach_forward(forward: Forward, loss: Tensor, share: Tensor | float, keys: list[Any] | None = None) -> Tensor:
-    """`loss` plus `share` times the terms of one forward; of the layers `keys`, or of all."""
+    """`loss` plus `share` times the terms of one forward, of the layers `keys` or of all layers."""
     held = forward.pending if keys is None else forward.held(keys)
     values = [(w, value) for key, w, value in forward.values if keys is None or key in keys]
     if not (held or values):
@@ -351,7 +350,7 @@ def attach_forward(forward: Forward, loss: Tensor, share: Tensor | float, keys: 
 
 
 class _Note:
-    """Notes the weight of a forward's terms. They take no part if they went in before, without this loss."""
+    """Notes the weight of a forward's terms. Terms that were injected before, without this loss, take no part."""
 
     def __init__(self, forward: Forward) -> None:
         self.state, self.weights = forward.state, forward.weights
@@ -362,7 +361,7 @@ class _Note:
 
 
 def weighted_sum(terms: list[tuple[float, Tensor]]) -> Tensor:
-    """The sum of weighted 0-dim terms, on the device of the first; those of one weight are added up first."""
+    """The sum of weighted 0-dim terms, on the first one's device. Terms of equal weight are added before weighting."""
     device, dtype = terms[0][1].device, terms[0][1].dtype
     weights: dict[float, list[Tensor]] = {}
     for weight, term in terms:
@@ -372,13 +371,13 @@ def weighted_sum(terms: list[tuple[float, Tensor]]) -> Tensor:
 
 
 def keep_values(values: Values) -> None:
-    """Note the values of a forward without a graph. Forwards that no loss follows do not make the list long."""
+    """Note the values of a forward without a graph. The list is bounded, in case no loss follows."""
     _graphless.extend(values)
     del _graphless[:-KEPT]
 
 
 def take_values(keys: list[Any]) -> Values:
-    """Those of these layers; they are forgotten."""
+    """Remove and return the values of these layers."""
     taken = [entry for entry in _graphless if entry[0] in keys]
     _graphless[:] = [entry for entry in _graphless if entry[0] not in keys]
     return taken
@@ -393,7 +392,7 @@ def _forget(task: int) -> None:
 
 
 class _InBackward:
-    """Notes the weight for forwards of these layers inside a backward."""
+    """Notes the weight for forwards of these layers that run inside a backward."""
 
     def __init__(self, keys: list[Any]) -> None:
         self.keys = set(map(id, keys))
@@ -405,7 +404,7 @@ class _InBackward:
 
 
 def inherited(keys: list[Any]) -> Tensor | None:
-    """The weight of a forward of these layers that begins now, if it does so inside the backward of their loss."""
+    """The weight of a forward of these layers that begins now, if the backward of their loss is running."""
     if not _inside or not in_backward():
         return None
     found = _inside.get(torch._C._current_graph_task_id())

@@ -1,4 +1,4 @@
-"""FVAELoggingCallback: what the adapters do, per layer, to the reports of a transformers.Trainer and to a file."""
+"""FVAELoggingCallback: logs each adapted layer to the reports of a transformers.Trainer and to a file."""
 
 import json
 import math
@@ -34,34 +34,35 @@ Values = dict[str, float]
 
 
 class FVAELoggingCallback(TrainerCallback):
-    """Logs every adapted layer, at the steps at which the trainer logs, and costs nothing at the others.
+    """Logs every adapted layer at the steps where the trainer logs; costs nothing at other steps.
 
         trainer = Trainer(model=model, args=TrainingArguments(..., report_to="tensorboard"), train_dataset=data)
         trainer.add_callback(fk.FVAELoggingCallback(trainer, "runs/layers.jsonl"))
 
-    Of each layer, over the tokens of the step's last micro-batch: ``loss``, ``nll``, ``kl`` and ``gamma`` of the
-    training forward (`collect_terms`); ``Lambda``, ``Delta``, ``Gamma``, ``W2_squared`` and ``delta_bound`` of the two
-    posteriors (`latent_geometry`); ``signal_to_noise`` of z_1, ``effective_rank`` and ``token_independent`` share of
-    the update; and ``active_units_z1``, ``active_units_z2``: from both encoders run once more on the layer's input,
-    without dropout, by the functions of `diagnostics`. Nats, but for W2, ratios and counts.
+    Values of each layer are taken over the tokens of the step's last micro-batch. ``loss``, ``nll``, ``kl`` and
+    ``gamma`` are those of the training forward (`collect_terms`). For the others both encoders run once more on the
+    layer's input, without dropout, and `diagnostics` computes: ``Lambda``, ``Delta``, ``Gamma``, ``W2_squared`` and
+    ``delta_bound`` of the two posteriors (`latent_geometry`); ``signal_to_noise`` of z_1; ``effective_rank`` and
+    ``token_independent`` share of the update; ``active_units_z1`` and ``active_units_z2``. All in nats, except W2,
+    ratios and counts.
 
-    Beside them stand the two parts of the reported loss, ``task_loss`` and ``objective`` (over all micro-batches since
-    the last log), in the trainer's own log too.
+    The two parts of the reported loss, ``task_loss`` and ``objective`` (over all micro-batches since the last log), are
+    logged too, also in the trainer's own log.
 
-    They go to what `report_to` names (TensorBoard, Weights & Biases, ...) as ``fvae/<layer>/<value>``, and to a file
-    with one JSON object a line: ``{"step", "epoch", "loss", ..., "layers": {<layer>: {<value>: number}}}``, whose
-    first entries are the trainer's own log. Not-a-number and infinity stand as null. Lines are appended: after a
-    resume, steps that were lost come again, and the last line of a step counts.
+    All values go to what `report_to` names (TensorBoard, Weights & Biases, ...) as ``fvae/<layer>/<value>``, and to a
+    file with one JSON object a line: ``{"step", "epoch", "loss", ..., "layers": {<layer>: {<value>: number}}}``. Its
+    first entries are the trainer's own log. NaN and infinity become null. Lines are appended: after a resume, lost
+    steps are logged again, and the last line of a step counts.
 
-    After the warm-up it warns, once each and with what to do, where the noise of z_1 drowns its mean, where the update
-    has collapsed to one direction, and where the task loss of a classifier is still at chance.
+    After the warm-up it warns, once each and with advice, if the noise of z_1 drowns its mean, if the update has
+    collapsed to one direction, or if the task loss of a classifier is still at chance.
 
-    In compiled layers there is nothing to see, and they are left out. Where another callback asks for a log at a step
-    that the arguments do not name, the line holds the terms alone.
+    Compiled layers cannot be observed and are left out. If another callback asks for a log at a step that the
+    arguments do not name, the line holds only the terms.
 
     Args:
-        trainer: the trainer it is added to.
-        path: the file, whose folder is made where it is missing; None for the reports alone.
+        trainer: the trainer that it is added to.
+        path: the file; a missing folder is created. None: reports only.
 
     Raises:
         TypeError: for an object that is no trainer.
@@ -83,7 +84,7 @@ class FVAELoggingCallback(TrainerCallback):
         self.watch, self.meter = Watch(), LossMeter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the layers from here on."""
+        """Start to observe the layers."""
         self.on_train_end(args, state, control)
         if not state.is_world_process_zero:
             return
@@ -97,18 +98,18 @@ class FVAELoggingCallback(TrainerCallback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the layers as they were."""
+        """Stop to observe the layers."""
         for handle in self.handles:
             handle.remove()
         self._meter(None)
         self.handles, self.armed, self.seen = [], False, {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at this step if the trainer will log it."""
+        """Observe this step if the trainer will log it."""
         self.armed = bool(self.handles) and will_log(args, state, kwargs.get("train_dataloader"))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Send the values of the step that the trainer has just logged."""
+        """Report the values of the step that the trainer has just logged."""
         if logs is None or "loss" not in logs or not self.handles:  # an evaluation, or the summary at the end
             return
         parts = self.meter.split(float(logs["loss"]))
@@ -164,19 +165,19 @@ class FVAEScheduleCallback(TrainerCallback):
         schedule = fk.ObjectiveSchedule(model, loss_weight=fk.schedules.warmup(1000))
         trainer.add_callback(fk.FVAEScheduleCallback(schedule))
 
-    It goes by the trainer's step, which is in every checkpoint: a resumed run continues the schedule.
+    It uses the trainer's step, which every checkpoint holds, so a resumed run continues the schedule.
     """
 
     def __init__(self, schedule: ObjectiveSchedule) -> None:
         self.schedule = schedule
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set what holds at the step that begins."""
+        """Set the values of the step that begins."""
         self.schedule.step(state.global_step)
 
 
 def will_log(args: Any, state: Any, data: Any) -> bool:
-    """Whether the trainer will log the step that begins, by its arguments."""
+    """True if the trainer's arguments say that it will log the step that begins."""
     step = state.global_step + 1
     if step == 1 and args.logging_first_step:
         return True
@@ -192,7 +193,7 @@ def will_log(args: Any, state: Any, data: Any) -> bool:
 
 
 def active_adapter(layer: Any) -> FVAEAdapter | None:
-    """The adapter that a layer trains (PEFT: the first active one), if there is one with both encoders."""
+    """The adapter that a layer trains (PEFT: the first active one), if it has both encoders."""
     if isinstance(getattr(layer, "adapter", None), FVAEAdapter):
         return layer.adapter
     found = [layer.fvae_adapter[name] for name in layer.active_adapters if name in layer.fvae_adapter]
@@ -201,7 +202,7 @@ def active_adapter(layer: Any) -> FVAEAdapter | None:
 
 @torch.no_grad()
 def geometry(adapter: FVAEAdapter, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor | float]:
-    """The geometry of both latents of x and of the update, over the tokens that `mask` keeps."""
+    """Geometry of both latents of x and of the update, over the tokens that `mask` keeps."""
     with torch.autocast(x.device.type, enabled=False):
         mean1, logvar1, mean2, logvar2 = posteriors(adapter, x.to(adapter.B.dtype))
     config = adapter.config

@@ -1,8 +1,8 @@
-"""What one forward owns: its masks, the calls of its layers, and the terms that wait for a loss.
+"""The state of one forward: its masks, the calls of its layers, and the terms that wait for a loss.
 
-A forward begins with the outermost module that has hooks (`hooks`), or with a layer that is called outside of any. The
-layers find it on a stack of this thread. Afterwards it lives as long as the graph of its outputs, to whose nodes it is
-tied, and is found from there alone: by the loss that depends on it, and by a checkpoint's recomputation.
+A forward begins with the outermost module that has hooks (`hooks`), or with a layer that is called outside any. The
+layers find it on a stack of this thread. Afterwards the nodes of its outputs' graph own it, so it lives as long as that
+graph. Then only the graph leads to it: from a loss that depends on it, or from a checkpoint's recomputation.
 """
 
 import itertools
@@ -24,17 +24,17 @@ _numbers = itertools.count(1)
 
 
 class State:
-    """What has happened to the terms of a forward. It holds no tensors, so that a layer's own graph may hold it."""
+    """What has happened to the terms of a forward. Holds no tensors, so a layer's own graph may hold it."""
 
     __slots__ = ("entered", "injected")
 
     def __init__(self) -> None:
-        self.entered = False  # a backward came by the loss that they were added to
-        self.injected = False  # a backward came to a layer before, and they went in without a loss
+        self.entered = False  # a backward reached the loss that they were added to
+        self.injected = False  # a backward reached a layer first, and they entered without a loss
 
 
 class Call:
-    """One call of an adapted layer in training: the weight of its term, and what a recomputation has to repeat."""
+    """One call of an adapted layer in training: the weight of its term, and the state that a recomputation repeats."""
 
     __slots__ = (
         *("armed", "asked", "attached", "checkpointed", "fixed", "key", "loss_weight", "mask", "noise"),
@@ -43,20 +43,20 @@ class Call:
 
     def __init__(self, key: Any, loss_weight: float, mask: Tensor | None) -> None:
         self.key, self.loss_weight, self.mask = key, loss_weight, mask
-        self.checkpointed = False  # it will be recomputed
-        self.noise: Tensor | None = None  # then, the generator's state before the call
-        self.traced = True  # False inside a reentrant checkpoint, whose recomputation makes the graph
-        self.asked = False  # the layer's own backward asks `gradient`; else an `InjectAuxLoss` does
-        self.armed = False  # `gradient` speaks for this call
+        self.checkpointed = False  # this call will be recomputed
+        self.noise: Tensor | None = None  # generator state before the call, if it will be recomputed
+        self.traced = True  # False inside a reentrant checkpoint: its recomputation makes the graph
+        self.asked = False  # the layer's own backward calls `gradient`; else an `InjectAuxLoss` does
+        self.armed = False  # `gradient` is in use for this call
         self.attached = False  # the graph leads from a loss to the term
-        self.state = State()  # its forward's
-        self.fixed: Tensor | None = None  # d(root) / d(task loss), where it is known before the backward begins
+        self.state = State()  # shared by its forward
+        self.fixed: Tensor | None = None  # d(root) / d(task loss), if known before the backward begins
         self.task: int | None = None  # the backward in which the term entered without a loss
 
     def gradient(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """What the backward of the layer's output adds to the gradient of its loss; None where the graph brings it.
+        """The addition to the gradient of the layer's loss in its backward; None if the graph brings it.
 
-        A term whose loss nobody uses enters with weight 1, in the first backward that comes by, and in no other.
+        A term whose loss is not used enters with weight 1 in the first backward that reaches it, and in no other.
         """
         if not self.armed or (self.attached and self.state.entered):
             return None
@@ -75,7 +75,7 @@ class Call:
 
 
 class Term:
-    """A layer's loss, graph and all, that waits for a loss of its model; without a call where the layer is compiled."""
+    """A layer's loss with its graph, waiting for a loss of its model. A compiled layer has no call."""
 
     __slots__ = ("__weakref__", "call", "loss", "weight")
 
@@ -83,7 +83,7 @@ class Term:
         self.call, self.weight, self.loss = call, weight, loss
 
     def waits(self, wanted: set[int]) -> bool:
-        """Whether it is of a layer in `wanted` and has not reached any gradient."""
+        """True if it belongs to a layer in `wanted` and has not entered any gradient."""
         call = self.call
         return call is None or (id(call.key) in wanted and not call.attached and call.task is None)
 
@@ -93,22 +93,22 @@ class Forward:
 
     def __init__(self, grad: bool) -> None:
         self.number = 0 if torch.compiler.is_compiling() else next(_numbers)
-        self.grad = grad  # whether autograd was on at its beginning
-        self.scopes: list[tuple[Any, Padding]] = []  # of the modules that run: which argument is for whom, the masks
+        self.grad = grad  # autograd was on when it began
+        self.scopes: list[tuple[Any, Padding]] = []  # for each running module: mask argument by layer, its masks
         self.calls: list[Call] = []
-        self.pending: list[Term] = []  # while it runs
-        self.left: list[weakref.ref[Term]] = []  # afterwards: the graph owns them, and must not be owned by itself
+        self.pending: list[Term] = []  # terms, while it runs
+        self.left: list[weakref.ref[Term]] = []  # terms, afterwards; the graph owns them
         self.values: list[tuple[Any, float, Tensor]] = []  # key, weight and loss of calls without a graph
-        self.compiled = False  # some of its layers are
+        self.compiled = False  # some of its layers are compiled
         self.recomputed = False  # some of its calls are inside a checkpoint
         self.state = State()
-        self.weights: dict[int, Tensor] = {}  # d(root) / d(task loss) in each backward, where recomputations need it
-        self.inherited: Tensor | None = None  # the same, for a forward that runs inside the backward of its loss
+        self.weights: dict[int, Tensor] = {}  # d(root) / d(task loss) in each backward, for recomputations
+        self.inherited: Tensor | None = None  # the same, if it runs inside the backward of its loss
 
     def token_mask(self, key: Any, x: Tensor) -> Tensor | None:
-        """The mask of x, from the module next to the layer that was given one that fits."""
+        """The mask of x: from the module nearest to the layer that got one that fits."""
         problem = None
-        for certain in (True, False):  # masks of attention [batch, 1, tokens, tokens] come last
+        for certain in (True, False):  # attention masks [batch, 1, tokens, tokens] come last
             for arguments, padding in reversed(self.scopes):
                 argument = arguments.get(key)
                 if argument is None or not padding.masks:
@@ -128,9 +128,9 @@ class Forward:
         return [term for term in terms if term is not None and term.waits(wanted)]
 
     def own(self, outputs: Iterable[Tensor]) -> None:
-        """Live as long as the graph of these outputs, and be found from there.
+        """Tie this forward to the graph of these outputs: live as long as it, and be found from it.
 
-        A node owns the terms that were made before it: it is not part of their graph.
+        A node owns only terms that were made before it, since it is not part of their graph.
         """
         numbers = [_number(term.loss) for term in self.pending]
         for tensor in outputs:
@@ -142,7 +142,7 @@ class Forward:
         PENDING.add(self)
 
     def recall(self, outputs: Iterable[Tensor], start: int = 0) -> None:
-        """A backward that comes to these outputs may recompute the calls from `start` on."""
+        """Note that a backward that reaches these outputs may recompute the calls from `start` on."""
         if self.recomputed and start < len(self.calls):
             region = Region(self, start, len(self.calls))
             for tensor in outputs:
@@ -157,18 +157,18 @@ def _number(tensor: Tensor) -> int:
     return tensor.grad_fn._sequence_nr() if tensor.grad_fn is not None else -1
 
 
-PENDING: "weakref.WeakSet[Forward]" = weakref.WeakSet()  # forwards whose loss nobody has attached yet
+PENDING: "weakref.WeakSet[Forward]" = weakref.WeakSet()  # forwards that wait for a loss
 
 
 class Local(threading.local):
-    """Of this thread: replicas of DataParallel run in threads of their own."""
+    """State of this thread: replicas of DataParallel run in their own threads."""
 
     def __init__(self) -> None:
-        self.stack: list[Any] = []  # for each module with hooks that runs: its Forward and the calls before, or none
+        self.stack: list[Any] = []  # for each running module with hooks: its Forward and the calls so far, or None
         self.masks: list[Tensor | None] = []  # of `token_mask`
         self.compiled: list[Tensor] = []  # weighted losses of compiled forwards, inside `external_loss`
-        self.traced: list[tuple[Any, Padding]] = []  # the masks of the last forward, if any of it was compiled
-        self.call: Call | None = None  # of the layer that runs
+        self.traced: list[tuple[Any, Padding]] = []  # masks of the last forward, if a part of it was compiled
+        self.call: Call | None = None  # of the running layer
         self.repeats: Call | None = None  # the call that it recomputes
 
 
@@ -176,13 +176,13 @@ local = Local()
 
 
 def current() -> Forward | None:
-    """The forward that runs."""
+    """The running forward, if any."""
     found = local.stack[-1] if local.stack else None
     return found[0] if isinstance(found, tuple) else None
 
 
 def reached(loss: Tensor, forwards: list[Forward]) -> list[Forward]:
-    """Those of `forwards` on whose outputs the loss depends, by its graph; all of them where it shows none."""
+    """The forwards that the graph of the loss leads to; all of them if it leads to none."""
     if len(forwards) < 2 or loss.grad_fn is None:
         return forwards
     wanted, found = set(map(id, forwards)), {}

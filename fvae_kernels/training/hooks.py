@@ -1,7 +1,7 @@
-"""The hooks on an adapted model: they begin and end its forwards, and make the task loss it returns the total loss (6).
+"""Hooks on an adapted model: begin and end its forwards, and turn the task loss it returns into the total loss (6).
 
-They sit on the model and, for callers that pass it by (feature extraction, `model.forward(...)`, a head that calls the
-trunk), on the modules inside of it that are called with masks, and on its blocks.
+They sit on the model, on the modules inside it that take masks, and on its blocks. The inner ones serve callers that
+bypass the model's own call: feature extraction, `model.forward(...)`, a head that calls the trunk.
 """
 
 import inspect
@@ -35,19 +35,19 @@ from .token_share import observe_items, token_share
 class AuxLossHooks:
     """All hooks of a model.
 
-    They sit on the base model, since PeftModel.forward calls it directly where no task type is set, and so do models
-    into which adapters were injected in place.
+    They sit on the base model: PeftModel.forward calls it directly if no task type is set, and adapters that were
+    injected in place have no PeftModel.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.external = False  # somebody else attaches the loss
-        self.meter: Any = None  # takes the task loss and the objective of each forward, for a log
+        self.external = False  # the caller attaches the loss
+        self.meter: Any = None  # LossMeter of a log; gets the task loss and the total loss of each forward
         self.scopes: list[Scope] = []
-        self.slowed: list[Any] = []  # nn.TransformerEncoders, whose fast path passes the layers by
+        self.slowed: list[Any] = []  # nn.TransformerEncoders: their fast path would bypass the layers
         self.refresh(model)
 
     def refresh(self, model: nn.Module) -> None:
-        """Look for the layers anew; they change when adapters are added."""
+        """Find the layers again; they change when adapters are added."""
         self.remove()
         layers = {name: module for name, module in model.named_modules() if isinstance(module, AuxLossLayer)}
         self.layers = list(layers.values())
@@ -70,12 +70,12 @@ class AuxLossHooks:
         self.scopes, self.slowed = [], []
 
     def trains(self) -> bool:
-        """Whether an adapter is in training; the model's own mode does not tell, it may be eval with PEFT."""
+        """True if an adapter is in training. The model's own mode does not tell: with PEFT it may be eval."""
         return any(layer.training for layer in self.layers)
 
 
 class Scope:
-    """The hooks on one module: before and after each of its calls."""
+    """Hooks on one module, before and after each of its calls."""
 
     def __init__(self, hooks: AuxLossHooks, module: nn.Module, name: str, layers: dict[str, Any]) -> None:
         self.hooks, self.root = hooks, not name
@@ -97,7 +97,7 @@ class Scope:
             handle.remove()
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Begin a forward, or join the one that runs; note the masks."""
+        """Begin a forward or join the running one, and note the masks."""
         forward = self._begin()
         local.stack.append((forward, len(forward.calls)) if isinstance(forward, Forward) else forward)
         if not isinstance(forward, Forward):
@@ -106,7 +106,7 @@ class Scope:
         return (args, observe_items(kwargs)) if self.root and "num_items_in_batch" in kwargs else None
 
     def _begin(self) -> Any:
-        """A Forward; or these hooks, where nothing is trained here, or the calls of a forward are recomputed."""
+        """The running Forward or a new one; or the hooks, if nothing is trained here or calls are recomputed."""
         if local.stack:
             running = local.stack[-1]
             if isinstance(running, tuple) or running is self.hooks:
@@ -118,13 +118,13 @@ class Scope:
         return forward
 
     def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """The total loss in place of the task loss, where the module returned one."""
+        """Replace the task loss by the total loss, if the module returned one."""
         entry = local.stack.pop()
         if not isinstance(entry, tuple):
             return None
         forward, start = entry
         scope = forward.scopes.pop()
-        if output is None:  # it raised, or there is nothing to tie the forward to
+        if output is None:  # it raised, or it has no output to tie the forward to
             if not forward.scopes:
                 forward.pending = []
             return None
@@ -150,7 +150,7 @@ class Scope:
         return replaced(output, loss, total)
 
     def _leave(self, forward: Forward, output: Any) -> Any:
-        """The end of a forward that returned no loss."""
+        """End a forward that returned no loss."""
         if not forward.grad:
             keep_values(forward.values)
             return None
@@ -161,7 +161,7 @@ class Scope:
             forward.pending = [term for term in forward.pending if term.call is not None]
         if not (torch.compiler.is_compiling() or transformed()) and (forward.pending or forward.values):
             nodes = {id(term.loss.grad_fn) for term in forward.pending}
-            for tensor in [t for t in tensors(output, 1) if id(t.grad_fn) in nodes]:  # a layer's own output
+            for tensor in [t for t in tensors(output, 1) if id(t.grad_fn) in nodes]:  # output of a layer itself
                 output = replaced(output, tensor, Keep.apply(tensor))
             forward.own(tensors(output))
         inject = compiled and not self.hooks.external
@@ -176,12 +176,12 @@ class Scope:
 
 
 def _once(carrier: Tensor, loss: Tensor) -> Tensor:
-    """What compiled code recorded enters through the output, with weight 1, as in eager mode without a loss."""
+    """Inject the losses that compiled code recorded, with weight 1, as eager mode does without a loss."""
     return InjectAuxLossOnce.apply(carrier, loss)
 
 
 def inner_scopes(model: nn.Module, layers: list[str]) -> list[str]:
-    """The modules on the way to an adapted layer that take a mask, down to its block, the entry of a list."""
+    """Modules above an adapted layer that take a mask, down to its block (an entry of a module list)."""
     found: dict[str, None] = {}
     for layer in layers:
         parts = layer.split(".")
@@ -199,14 +199,14 @@ def inner_scopes(model: nn.Module, layers: list[str]) -> list[str]:
 
 
 def takes_mask(module: nn.Module) -> bool:
-    """Whether its forward has one of the arguments that masks are given by."""
+    """True if its forward has an argument that takes a mask."""
     return not isinstance(module, AuxLossLayer) and any(
         name in ARGUMENTS for name in inspect.signature(module.forward).parameters
     )
 
 
 def install_hooks(model: nn.Module) -> None:
-    """Put the hooks on `model`, or have those that are there look for new layers."""
+    """Put the hooks on `model`, or let existing ones find new layers."""
     hooks = getattr(model, "_fvae_hooks", None)
     if hooks is None:
         model._fvae_hooks = AuxLossHooks(model)  # type: ignore[assignment]
@@ -223,24 +223,24 @@ def remove_hooks(model: nn.Module) -> None:
 
 
 def hooks_of(model: nn.Module) -> list[AuxLossHooks]:
-    """Those on the model, and on models inside of it."""
+    """The hooks on the model and on models inside it."""
     found: list[Any] = [getattr(module, "_fvae_hooks", None) for module in model.modules()]
     return [hooks for hooks in found if hooks is not None]
 
 
 @contextmanager
 def token_mask(mask: Tensor | None) -> Iterator[None]:
-    """Inside, `mask` says which tokens enter the objective, in place of what the model is told by its arguments.
+    """In this context `mask` says which tokens enter the objective, in place of the masks among the arguments.
 
-    For masks that the package cannot know: packed sequences, tokens ``[T, B]``, a decoder that is masked by its labels,
-    a mask under another name.
+    For masks that the package cannot find: packed sequences, tokens ``[T, B]``, a decoder masked by its labels, a mask
+    under another name.
 
         with fk.token_mask(labels != -100):
             loss = model(inputs, labels)
 
     Args:
-        mask: the tokens ``[...]`` of the adapted layers' inputs, True or non-zero for those that count; None counts all
-            of them. Inputs of other tokens count in full, and a warning says so once.
+        mask: one entry for each token ``[...]`` of the adapted layers' inputs, True or non-zero if it counts; None
+            counts all. If an input has another shape, all of its tokens count, and a warning says so once.
     """
     local.masks.append(None if mask is None else mask.ne(0))
     try:
@@ -251,7 +251,7 @@ def token_mask(mask: Tensor | None) -> Iterator[None]:
 
 @contextmanager
 def external_loss(model: nn.Module) -> Iterator[None]:
-    """Inside, the hooks stand back, whatever the number of forwards; the caller then calls `attach_aux_loss` once."""
+    """In this context the hooks add nothing, in any number of forwards. The caller calls `attach_aux_loss` once."""
     roots = hooks_of(model)
     local.compiled = []
     take_values([layer.aux_key for layer in aux_loss_layers(model)])

@@ -1,4 +1,4 @@
-"""What a model returns: its loss, its tensors, and the same output with another tensor in one's place."""
+"""Outputs of a model: find the loss, find the tensors, replace one tensor."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-DEPTH = 5  # of containers inside each other
+DEPTH = 5  # of nested containers
 LABELS = ("label", "target", "start_positions")
 
 
 def tensors(output: Any, depth: int = DEPTH) -> Iterator[Tensor]:
-    """Every tensor in an output, in containers inside of it too."""
+    """Every tensor in an output, nested containers included."""
     if isinstance(output, Tensor):
         yield output
     elif depth:
@@ -30,7 +30,7 @@ def _values(output: Any) -> Iterable[Any]:
 
 
 def task_loss(output: Any, given: Iterable[str]) -> Tensor | None:
-    """The loss that a model returned: by its name, alone, or as the first scalar of a tuple if it was given labels."""
+    """The loss of a model's output: by name, as the whole output, or with labels the first scalar of a tuple."""
     if isinstance(output, Tensor):
         return output if output.dim() == 0 and output.requires_grad else None
     if hasattr(output, "keys"):
@@ -48,7 +48,7 @@ def _scalar(value: Any) -> Tensor | None:
 
 
 def replaced(output: Any, old: Tensor, new: Tensor) -> Any:
-    """The output with `new` for `old`, of the same type; changed in place where it can be."""
+    """The output with `new` in place of `old`, of the same type; changed in place if possible."""
     if output is old:
         return new
     if hasattr(output, "keys"):
@@ -70,7 +70,7 @@ def replaced(output: Any, old: Tensor, new: Tensor) -> Any:
 
 
 def names_given(args: tuple[Any, ...], kwargs: Mapping[str, Any], positional: list[str]) -> list[str]:
-    """The names of the arguments of a forward that are not None, those inside a batch that is one mapping too."""
+    """Names of a forward's arguments that are not None; a batch passed as one mapping counts by its keys."""
     found = [name for name, value in zip(positional, args, strict=False) if value is not None]
     found += [name for name, value in kwargs.items() if value is not None]
     return found + [str(name) for value in args if isinstance(value, Mapping) for name in value]

@@ -1,7 +1,7 @@
-"""Which tokens of a batch are padding, so that they stay out of the objective.
+"""Which tokens of a batch are padding; they stay out of the objective.
 
-A model is told by its `attention_mask` argument, 1 for a token and 0 for padding. The hooks on the model note it for
-the layers of that forward, and each layer asks for the flags that fit its own input.
+A model gets an `attention_mask`, 1 for a token and 0 for padding. The hooks on the model note it for the layers of
+that forward, and each layer asks for the flags that fit its own input.
 """
 
 import inspect
@@ -20,7 +20,7 @@ READS_THE_ENCODER = re.compile(r"(to_|add_)?(k|v|kv|key|value)(_proj)?|c_attn")
 
 
 class PaddingRules:
-    """What a model's structure says about masks; it does not change from forward to forward."""
+    """Which argument masks which layer of a model. Does not change from forward to forward."""
 
     def __init__(self, model: nn.Module, root: bool = True) -> None:
         self.root = root
@@ -30,7 +30,7 @@ class PaddingRules:
         self.audio: Any = next((m for m in model.modules() if hasattr(m, "_get_feat_extract_output_lengths")), None)
 
     def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Padding":
-        """The masks among the arguments of a forward, or in a batch that it takes as one mapping."""
+        """The masks among the arguments of a forward, or in a batch passed as one mapping."""
         given = {**dict(zip(self.positional, args, strict=False)), **kwargs}
         for value in args:
             if isinstance(value, Mapping):
@@ -39,7 +39,7 @@ class PaddingRules:
 
 
 class Found(NamedTuple):
-    """What a module's masks say of a layer's input: `flags`, None for all tokens; or nothing, perhaps with a fault."""
+    """Result of the search in a module's masks: `flags` (None: all tokens), or nothing, perhaps with a `Problem`."""
 
     settled: bool
     flags: Tensor | None = None
@@ -47,13 +47,13 @@ class Found(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Why a mask that was given is not used."""
+    """Why a given mask is not used."""
 
     argument: str
     what: str
 
     def warn(self, key: Any) -> None:
-        """Say it, once for each kind of layer."""
+        """Warn, once for each kind of layer."""
         _warn(self.argument, self.what, getattr(key, "name", ""))
 
 
@@ -61,16 +61,16 @@ NOTHING, ALL = Found(False), Found(True)
 
 
 class Padding:
-    """The masks that one forward was given, by argument, and the model that says how long its audio frames are."""
+    """The masks of one forward by argument, and the model that knows the length of its audio frames."""
 
     def __init__(self, given: dict[str, Any], audio: Any = None, root: bool = True) -> None:
         self.masks = {name: mask.ne(0) if _is_flat(mask) else mask for name, mask in given.items()}
         self.audio = audio
-        self.root = root  # not inside of a model that may have made a mask of attention out of one of tokens
+        self.root = root  # True unless an outer model may have turned a token mask into an attention mask
         self.frames: dict[tuple[str, int], Tensor] = {}
 
     def flags(self, argument: str | None, x: Tensor) -> Tensor | None:
-        """bool ``[...]`` for the tokens of x ``[..., D]``, True for those that count; None where all of them do."""
+        """bool ``[...]`` for the tokens of x ``[..., D]``, True if a token counts; None if all do."""
         if argument is None:
             return None
         found = self.find(argument, x)
@@ -79,7 +79,7 @@ class Padding:
         return found.flags
 
     def find(self, argument: str, x: Tensor) -> Found:
-        """The flags of this argument's mask for the tokens of x, if it has one that fits."""
+        """The flags for the tokens of x from this argument's mask, if it fits."""
         mask = self.masks.get(argument)
         if mask is None:
             return NOTHING
@@ -93,16 +93,16 @@ class Padding:
             return Found(True, mask.to(x.device))
         if len(tokens) == 1 and tokens[0] == mask.numel():
             return Found(True, mask.flatten().to(x.device))
-        if len(tokens) == 1 and tokens[0] == mask.shape[0]:  # one row for each sample, as in a pooler
+        if len(tokens) == 1 and tokens[0] == mask.shape[0]:  # one row for each sample, for example in a pooler
             return ALL
         if self.audio is not None and tokens == (mask.shape[0], int(_frames(self.audio, mask.shape[1]))):
             return Found(True, self._frame_flags(argument, tokens[1]).to(x.device))
         return _fault(argument, _unfit(mask, x))
 
     def find_in_attention(self, argument: str, x: Tensor) -> Found:
-        """The same from a mask of attention ``[batch, 1, queries, tokens]`` that a model passes on to its blocks.
+        """The same from an attention mask ``[batch, 1, queries, tokens]`` that a model passes on to its blocks.
 
-        A token counts if some query attends to it: a causal mask lets each token attend to itself.
+        A token counts if any query attends to it: a causal mask lets each token attend to itself.
         """
         mask = self.masks.get(argument)
         if self.root or not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1:
@@ -113,12 +113,12 @@ class Padding:
         return Found(True, attends.any(2).squeeze(1).to(x.device))
 
     def _frame_flags(self, argument: str, count: int) -> Tensor:
-        """Samples are padded on the right, and a frame counts if it is made of real ones."""
+        """Flags of audio frames. Samples are padded on the right; a frame counts if its samples are real."""
         flags = self.frames.get((argument, count))
         if flags is None:
             real = _frames(self.audio, self.masks[argument].sum(-1))
             flags = torch.arange(count, device=real.device) < real.unsqueeze(-1)
-            if not torch.compiler.is_compiling():  # a traced checkpoint may have no side effect
+            if not torch.compiler.is_compiling():  # a traced checkpoint must have no side effect
                 self.frames[argument, count] = flags
         return flags
 
@@ -130,7 +130,7 @@ class Padding:
 
 
 def stated_flags(mask: Tensor | None, x: Tensor, key: Any) -> Tensor | None:
-    """The flags of a mask that the user states with `token_mask`."""
+    """The flags of a mask that the user gave with `token_mask`."""
     if mask is None:
         return None
     if mask.shape == x.shape[:-1]:
@@ -142,10 +142,10 @@ def stated_flags(mask: Tensor | None, x: Tensor, key: Any) -> Tensor | None:
 
 
 def mask_argument(model: nn.Module, name: str) -> str | None:
-    """Which argument of `model` masks the tokens of the layer called `name`; None for image patches, which none does.
+    """Which argument of `model` masks the tokens of the layer called `name`; None for image patches: they have no mask.
 
-    Layers of an encoder-decoder go by the stack they stand in, and the keys and values of cross-attention, whose names
-    tell, are made of the encoder's tokens. `model` may be one of the stacks, or a block.
+    Layers of an encoder-decoder use the mask of their stack. Keys and values of cross-attention, known by their names,
+    come from the encoder's tokens. `model` may be one of the stacks, or a block.
     """
     parts = name.split(".")
     around = [model, *(model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts)))]
@@ -167,7 +167,7 @@ def _is_flat(mask: Any) -> bool:
 
 
 def _frames(audio: Any, samples: Any) -> Any:
-    """How many frames an audio model makes of these samples, before the adapter that some have on top."""
+    """Number of frames that an audio model makes of these samples, before its adapter layers if it has any."""
     lengths = audio._get_feat_extract_output_lengths
     return lengths(samples, **({"add_adapter": False} if "add_adapter" in lengths.__code__.co_varnames else {}))
 

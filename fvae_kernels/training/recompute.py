@@ -1,8 +1,8 @@
-"""Activation checkpointing: a layer that runs once more in a backward repeats a call of the forward that is its own.
+"""Activation checkpointing: a layer that is recomputed in a backward repeats its own call of the forward.
 
 The outputs of a forward, and of each block in it, lead a backward to the calls that may be recomputed from there
-(`Region`). Of these a layer takes its own: with the mask that it had, and with the generator as it was. So the noise is
-the same with ``preserve_rng_state=False`` too.
+(`Region`). A layer takes its own call from these, with its mask and its generator state. So the noise is the same with
+``preserve_rng_state=False`` too.
 """
 
 import contextlib
@@ -18,19 +18,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .forward import Call, Forward
 
-KEPT = 32  # regions of a thread: of nested backwards, and of some that are over
+KEPT = 32  # regions kept for a thread: of nested backwards, and of some that have ended
 
 
 class Region:
-    """The calls `start` to `end` of a forward, which a backward recomputes once it has come to their output."""
+    """The calls `start` to `end` of a forward. A backward may recompute them once it has reached their output."""
 
     def __init__(self, forward: "Forward", start: int, end: int) -> None:
         self.forward, self.start, self.end = forward, start, end
 
     def enter(self, *_: Any) -> None:
-        """A hook of the output's node."""
+        """Hook on the output's node: a backward has reached it."""
         task, regions = torch._C._current_graph_task_id(), _local.regions
-        for over in [other for other in regions if other > task]:  # nested backwards, which have ended
+        for over in [other for other in regions if other > task]:  # nested backwards that have ended
             del regions[over]
         regions.pop(task, None)
         regions[task] = weakref.ref(self.forward), self.start, self.end
@@ -47,19 +47,19 @@ _local = _Local()
 
 
 def in_backward() -> bool:
-    """Whether the autograd engine runs on this thread."""
+    """True if the autograd engine runs on this thread."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def region() -> "tuple[Forward, int, int] | None":
-    """The region that this backward has come to, if it has come to any."""
+    """The region that this backward has reached, if any."""
     found = _local.regions.get(torch._C._current_graph_task_id())
     forward = None if found is None else found[0]()
     return None if found is None or forward is None else (forward, found[1], found[2])
 
 
 def inside_checkpoint() -> bool:
-    """Whether hooks take the tensors that autograd saves now, as in a non-reentrant checkpoint."""
+    """True if saved-tensor hooks are active now, as in a non-reentrant checkpoint."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
@@ -73,7 +73,7 @@ def generator_state(device: torch.device) -> Tensor | None:
 
 
 def repeated_call(key: Any, device: torch.device) -> "Call | None":
-    """The call of the layer `key` that is being recomputed; None where this is a call of its own."""
+    """The call of the layer `key` that is being recomputed; None if this is a new call."""
     if not in_backward():
         return None
     found = region()
@@ -92,7 +92,7 @@ def repeated_call(key: Any, device: torch.device) -> "Call | None":
 
 @contextlib.contextmanager
 def noise_of(call: "Call", device: torch.device) -> Iterator[None]:
-    """Inside, the generator is as it was at that call; afterwards, as it is now."""
+    """In this context the generator has its state of that call; afterwards, its present one."""
     now = generator_state(device)
     if now is None or call.noise is None or torch.equal(now, call.noise):
         yield

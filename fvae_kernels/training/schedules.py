@@ -1,4 +1,4 @@
-"""Schedules of lambda, beta and the bound of the noise: functions of the optimizer step, which a resume continues.
+"""Schedules of lambda, beta and the bound of the noise, by the optimizer step; a resumed run continues them.
 
 A schedule is a number, a table ``{step: value}`` (linear in between, constant outside), or a function of the step.
 """
@@ -18,12 +18,12 @@ Schedule = float | Mapping[int, float] | Callable[[int], float]
 
 
 def warmup(steps: int, start: float = 0.0, end: float = 1.0) -> dict[int, float]:
-    """From `start` to `end` in a straight line over so many steps, and `end` from there on."""
+    """Linear from `start` to `end` over `steps` steps, then `end`."""
     return {0: start, _positive("steps", steps): end}
 
 
 def anneal(steps: int, start: float = 1.0, end: float = 0.0) -> Callable[[int], float]:
-    """From `start` to `end` over so many steps along half a cosine, and `end` from there on."""
+    """Half a cosine from `start` to `end` over `steps` steps, then `end`."""
     _positive("steps", steps)
     return lambda step: end + (start - end) * (1 + math.cos(math.pi * min(max(step, 0) / steps, 1.0))) / 2
 
@@ -44,18 +44,18 @@ class ObjectiveSchedule:
             schedule.step(step)
             ...
 
-    With transformers.Trainer: ``trainer.add_callback(fk.FVAEScheduleCallback(schedule))``, which goes by the trainer's
-    own step and so continues on a resume. A loop of your own keeps `state_dict` in its checkpoint.
+    With transformers.Trainer: ``trainer.add_callback(fk.FVAEScheduleCallback(schedule))``. It uses the trainer's own
+    step, so a resumed run continues. A loop of your own keeps `state_dict` in its checkpoint.
 
     Args:
-        model: with adapted layers; those of all adapters are set.
+        model: a model with adapted layers; the layers of all adapters are set.
         loss_weight: a factor of each layer's lambda, `FVAEConfig.loss_weight`.
         kl_weight: a factor of beta, `FVAEConfig.kl_weight`.
-        noise_bound: the bound of z_1's log-variance, see `FVAEAdapter.bound_noise`; None leaves it alone.
+        noise_bound: the bound of z_1's log-variance, see `FVAEAdapter.bound_noise`; None does not set it.
 
     Raises:
-        ValueError: if the model has no adapted layer, a schedule is no number, table or function, or a value is not
-            finite or below zero, at the step where it is.
+        ValueError: if the model has no adapted layer, or a schedule is no number, table or function. In `step`: if a
+            value is not finite, or below zero.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ObjectiveSchedule:
         self.last_step = 0
 
     def step(self, step: int) -> dict[str, float]:
-        """Set what holds at this optimizer step, counted from 0, and give the values."""
+        """Set the values of this optimizer step, counted from 0, and return them."""
         values = {"loss_weight": self.loss_weight(step), "kl_weight": self.kl_weight(step)}
         for name, value in values.items():
             if not (math.isfinite(value) and value >= 0):
@@ -94,16 +94,16 @@ class ObjectiveSchedule:
         return values
 
     def state_dict(self) -> dict[str, int]:
-        """The step: the rest follows from it."""
+        """The step; everything else follows from it."""
         return {"step": self.last_step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from a saved step."""
+        """Continue from a saved step."""
         self.step(int(state["step"]))
 
 
 def _loss_weights(layer: Any) -> dict[str, float]:
-    """By adapter; a layer without PEFT has one."""
+    """Loss weights by adapter; a layer without PEFT has one adapter."""
     return dict(layer.fvae_loss_weight) if hasattr(layer, "fvae_loss_weight") else {"": layer.loss_weight}
 
 

@@ -1,11 +1,11 @@
-"""The weight of the auxiliary loss where the task loss is a sum over tokens, divided by the tokens of a whole step.
+"""The weight of the auxiliary loss if the task loss is a sum over tokens divided by the tokens of the whole step.
 
-transformers.Trainer passes `num_items_in_batch` to models that take it. Where the task loss then is ``sum / items``,
-the micro-batches of one step add up instead of being averaged. The auxiliary loss of a micro-batch, a mean over its
-tokens, then counts with the micro-batch's share of the labelled tokens, so that the shares of one step sum to 1.
+transformers.Trainer passes `num_items_in_batch` to models that take it. If the task loss is ``sum / items``, the
+micro-batches of one step are added up, not averaged. The auxiliary loss of a micro-batch, a mean over its tokens, is
+then weighted by the micro-batch's share of the labelled tokens. The shares of one step sum to 1.
 
-Many heads take the argument and let it be: their loss is a mean, and comes out larger by the accumulation steps under
-Trainer. The auxiliary loss must follow the task loss, so that their ratio stays what was asked for. So what a head does
+Many heads take the argument and ignore it: their loss is a mean, and under Trainer it is too large by the number of
+accumulation steps. The auxiliary loss must follow the task loss, so that their ratio stays as configured. So the head
 is observed: it gets the number as a tensor that notices when something is computed with it.
 """
 
@@ -20,13 +20,13 @@ ITEMS = "num_items_in_batch"
 
 
 class ObservedItems(torch.Tensor):
-    """The number of items, which notices whether anything is computed with it."""
+    """The number of items as a tensor that notices if anything is computed with it."""
 
     used: list[bool]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Results are plain tensors, but for the same number on another device or in another dtype."""
+        """Results are plain tensors, except the same number on another device or in another dtype."""
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         seen = [entry for entry in args if isinstance(entry, ObservedItems)]
@@ -51,7 +51,7 @@ def _observed(number: Tensor, used: list[bool]) -> ObservedItems:
 
 
 def observe_items(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward, with a number of items that can be asked whether it was used."""
+    """The arguments of a forward, with the number of items as `ObservedItems`."""
     items = kwargs[ITEMS]
     if items is None or torch.compiler.is_compiling():
         return kwargs
@@ -60,7 +60,7 @@ def observe_items(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def token_share(model: nn.Module, kwargs: dict[str, Any], loss: Tensor) -> Tensor | float:
-    """The share of this forward; 1 where the task loss is a plain mean."""
+    """The share of this forward; 1 if the task loss is a plain mean."""
     items = kwargs.get(ITEMS)
     if items is None or not _used(model, items):
         return 1.0
@@ -69,7 +69,7 @@ def token_share(model: nn.Module, kwargs: dict[str, Any], loss: Tensor) -> Tenso
 
 
 def _used(model: nn.Module, items: Any) -> bool:
-    """Whether the head computed with the number; while compiling, whether it calls a loss function that may."""
+    """True if the head computed with the number; while compiling, if it calls a loss function that may."""
     if isinstance(items, ObservedItems):
         return items.used[0]
     code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
@@ -77,7 +77,7 @@ def _used(model: nn.Module, items: Any) -> bool:
 
 
 def labelled_share(model: nn.Module, inputs: Any, items: Tensor | int) -> Tensor | None:
-    """Labelled tokens of `inputs` among all `items` of the step, counted as the head does; None without labels."""
+    """Labelled tokens of `inputs` / `items` of the step, counted as the head does; None without labels."""
     labels = inputs.get("shift_labels", inputs.get("labels"))
     if not isinstance(labels, torch.Tensor):
         return None

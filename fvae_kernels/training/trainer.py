@@ -1,7 +1,7 @@
-"""Trainers that compute the task loss outside of the model: TRL's, label smoothing, a loss function of your own.
+"""Trainers that compute the task loss outside the model: TRL's, label smoothing, a loss function of your own.
 
-The hooks on a model make the loss that it returns the total loss (6). A trainer that drops that loss and computes
-another needs the auxiliary loss added there, with the weight that its accumulation gives to one micro-batch.
+The hooks on a model turn the loss that it returns into the total loss (6). If a trainer drops that loss and computes
+another, the auxiliary loss must be added to that one, with the weight of a micro-batch in the trainer's accumulation.
 """
 
 import functools
@@ -18,19 +18,19 @@ from .token_share import labelled_share
 
 
 def prepare_trainer(trainer: Any) -> Any:
-    """Make the total loss (6) what this trainer trains on, whatever its `compute_loss` does. In place.
+    """Make this trainer train on the total loss (6), whatever its `compute_loss` does. In place.
 
         trainer = fk.prepare_trainer(SFTTrainer(model, args, train_dataset=data, peft_config=fk.FVAELoraConfig(...)))
         trainer.train()
 
-    The loss that `compute_loss` returns counts as the task loss. The auxiliary loss of all forwards that it made with a
-    graph is added with the weight of this micro-batch in its optimizer step: 1 where the trainer divides by the
-    accumulation steps, else the micro-batch's share of the step's labelled tokens, or 1 / steps where there are none.
-    Which of the two it is, the trainer knows: an own `compute_loss` says so with `loss_is_scaled_for_ga`, as
-    transformers asks for. Where the model computes the loss, nothing changes: there it was right before.
+    The loss that `compute_loss` returns is taken as the task loss. The auxiliary loss of its forwards with a graph is
+    added, with the weight of this micro-batch in its optimizer step: 1 if the trainer divides by the accumulation
+    steps, else the micro-batch's share of the step's labelled tokens, or 1 / steps without labels. The trainer knows
+    which case holds; a `compute_loss` of your own says so with `loss_is_scaled_for_ga`, as transformers asks for. If
+    the model computes the loss, nothing changes: it was right before.
 
     Args:
-        trainer: a `transformers.Trainer`, or any subclass such as TRL's.
+        trainer: a `transformers.Trainer` or a subclass, for example TRL's.
 
     Returns:
         The trainer.
@@ -46,7 +46,7 @@ def prepare_trainer(trainer: Any) -> Any:
 
 
 def check_trainer(trainer: Any, advice: str) -> None:
-    """Raise a TypeError unless this is a transformers.Trainer by what it has."""
+    """Raise a TypeError unless the object has the attributes of a transformers.Trainer."""
     if not all(hasattr(trainer, name) for name in ("compute_loss", "accelerator", "args", "model")):
         raise TypeError(f"expected a transformers.Trainer or a subclass of it, got {type(trainer).__name__}; {advice}")
 
@@ -55,7 +55,7 @@ class FVAETrainerMixin:
     """`prepare_trainer` as a base class: ``class MyTrainer(fk.FVAETrainerMixin, SFTTrainer): ...``.
 
     Raises:
-        TypeError: where it does not stand before the trainer among the bases; it would have no effect there.
+        TypeError: if it does not come before the trainer among the bases: it would have no effect.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -82,7 +82,7 @@ def _total_loss(
     num_items_in_batch: Tensor | int | None = None,
     **options: Any,
 ) -> Any:
-    """`own`, the trainer's compute_loss, with the auxiliary loss in what it returns."""
+    """Call `own`, the trainer's compute_loss, and add the auxiliary loss to the result."""
     compute = functools.partial(own, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **options)
     if not (torch.is_grad_enabled() and aux_loss_layers(model)) or _model_computes_loss(trainer, own):
         return compute(model, inputs)
@@ -101,13 +101,13 @@ def _total_loss(
 
 
 def _model_computes_loss(trainer: Any, own: Callable[..., Any]) -> bool:
-    """Whether this is transformers' own compute_loss, which then returns the loss that the model computed."""
+    """True if this is transformers' own compute_loss and it returns the loss that the model computed."""
     stock = isinstance(own, types.MethodType) and own.__module__ == "transformers.trainer"
     return stock and trainer.compute_loss_func is None and trainer.label_smoother is None
 
 
 def _share(trainer: Any, inputs: Any, items: Tensor | int | None) -> Tensor | float:
-    """The weight of this micro-batch's auxiliary loss beside the loss that compute_loss returns."""
+    """The weight of this micro-batch's auxiliary loss relative to the loss that compute_loss returns."""
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is None:  # the rule of Trainer.training_step
         scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
@@ -118,6 +118,6 @@ def _share(trainer: Any, inputs: Any, items: Tensor | int | None) -> Tensor | fl
     share = None if items is None else labelled_share(base, inputs, items)
     if share is None:
         return 1.0 / getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
-    if trainer.args.average_tokens_across_devices:  # the items are those of all processes, whose gradients DDP averages
+    if trainer.args.average_tokens_across_devices:  # items are those of all processes, and DDP averages the gradients
         share = share * trainer.accelerator.num_processes
     return share

@@ -1,4 +1,4 @@
-"""What goes wrong in silence: noise that drowns z_1, an update of one direction, a task loss that stays at chance."""
+"""Silent failures: noise that drowns z_1, an update of one direction, a task loss that stays at chance."""
 
 import math
 import statistics
@@ -13,21 +13,21 @@ from torch import Tensor
 
 DROWNED = 0.25  # signal to noise of z_1
 ONE_DIRECTION = 1.1  # effective rank
-AT_CHANCE = 0.95  # task loss, of the labels' entropy
-LOGS = 3  # that a judgement of the task loss rests on
+AT_CHANCE = 0.95  # task loss / entropy of the labels
+LOGS = 3  # a judgement of the task loss needs so many logs
 
 
 class Watch:
-    """Warns of each of the three once, with what to do, and only after the warm-up of the learning rate."""
+    """Warns of each of the three once, with advice, after the warm-up of the learning rate."""
 
     def __init__(self, rank: int = 2) -> None:
-        self.rank = rank  # the largest of the adapters: an update of rank one has one direction
+        self.rank = rank  # largest rank of the adapters; an update of rank 1 always has one direction
         self.said: set[str] = set()
         self.losses: list[float] = []
         self.labels: Counter[int] = Counter()
 
     def note_task(self, output: Any, labels: Any) -> None:
-        """Take the task loss of a classifier from the logits and labels of a forward; of other models there is none."""
+        """Compute the task loss of a classifier from logits and labels of a forward; other models have none."""
         logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
             return
@@ -39,7 +39,7 @@ class Watch:
             self.labels.update(labels[kept].tolist())
 
     def look(self, layers: Mapping[str, Mapping[str, float]], settled: bool) -> None:
-        """Judge the values of one log; before the run has `settled` nothing is said, and losses are dropped."""
+        """Judge the values of one log. Before the run has `settled`, it says nothing and drops the losses."""
         if not settled:
             self.losses.clear()
             return
@@ -75,7 +75,7 @@ class Watch:
 
 
 def has_settled(args: Any, state: Any) -> bool:
-    """Whether the warm-up of the learning rate is over, and a tenth of the steps."""
+    """True after the warm-up of the learning rate and a tenth of the steps."""
     return bool(state.global_step > max(args.get_warmup_steps(state.max_steps), state.max_steps // 10))
 
 
