@@ -60,7 +60,7 @@ def check_mask(op: str, mask: Tensor | None, tokens: torch.Size, device: torch.d
 
 def rows(t: Tensor) -> Tensor:
     """[..., D] as [N, D]."""
-    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 def token_flags(mask: Tensor | None) -> Tensor | None:

@@ -161,7 +161,7 @@ class PlannedLayer(torch.autograd.Function):
         ctx.plan, ctx.loss_gradient, ctx.like = plan, loss_gradient, (terms.dtype, terms.device)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(terms)
-        return torch.ops.aten._unsafe_view(y, base.shape), terms[0], terms
+        return y if base.dim() == 2 else torch.ops.aten._unsafe_view(y, base.shape), terms[0], terms
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -183,8 +183,9 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, _: Any)
     made = needs.flags([p is not None for p in parameters], hidden)
     computed = [next(left) if flag else None for flag in made]
     wanted = [grad if flag else None for grad, flag in zip(computed, flags, strict=True)]
-    grad_x = torch.ops.aten._unsafe_view(grad_x, x.shape) if needs.x else None
-    return None, None, grad_y if asked[2] else None, grad_x, None, None, None, None, *wanted
+    if needs.x and x.dim() != 2:
+        grad_x = torch.ops.aten._unsafe_view(grad_x, x.shape)
+    return None, None, grad_y if asked[2] else None, grad_x if needs.x else None, None, None, None, None, *wanted
 
 
 _backward_once = differentiable_once(_backward)
