@@ -4,7 +4,7 @@
 //   x_hat = decoder(z1, z2),   nll = sum over features of  q_d / 2 + log |t_d| + log(2 pi) / 2
 //   term  = table[term] . statistics                  every objective is linear in a few means over tokens
 //
-// Decoder and x_hat exist for one tile of tokens at a time; backward makes them once more.
+// Decoder and x_hat exist only for one tile of tokens at a time; backward recomputes them.
 #include "layer.h"
 
 #include <limits>
@@ -13,7 +13,7 @@ namespace fvae {
 namespace {
 
 constexpr double kHalfLog2Pi = 0.91893853320467274178;
-// Lanes of a sum of squares over features, which keep it short in the accumulation type, and the vector units busy.
+// Lanes of a sum of squares over features: sums stay short in the accumulation type, and vector units busy.
 constexpr int64_t kLanes = 64;
 
 template <typename acc_t>
@@ -85,14 +85,14 @@ Statistics latent_statistics(
 
 double total(at::ArrayRef<double> table, Term term, const Statistics& means) {
   double value = 0;
-  for (int i = 0; i < kStatistics; ++i) {  // NaN counts only where it has a weight
+  for (int i = 0; i < kStatistics; ++i) {  // a weight of 0 ignores NaN
     const double weight = table[int{term} * kStatistics + i];
     if (weight != 0) value += weight * means[i];
   }
   return value;
 }
 
-// Infinite where the type cannot hold it, as the reference's own is.
+// Infinite if the type cannot hold the value, as in the reference.
 template <typename T>
 T rounded(double value) {
   using Limits = std::numeric_limits<T>;

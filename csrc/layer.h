@@ -1,5 +1,5 @@
-// The parts of an adapted layer that its forward and its backward share, all of them on a tile of tokens and in the
-// accumulation type.   Mathematics: reference.layer
+// Parts of an adapted layer that forward and backward share. Each works on a tile of tokens in the accumulation type.
+// Mathematics: reference.layer
 #pragma once
 
 #include "common.h"
@@ -7,9 +7,9 @@
 
 namespace fvae {
 
-using Parameters = c10::List<std::optional<Tensor>>;  // weight, bias or none, weight, ...; then scale and B
+using Parameters = c10::List<std::optional<Tensor>>;  // weight, bias or none, weight, ...; at the end scale and B
 
-// What both directions of the layer take; fvae_kernels/ops/_layer_inputs.py declares it.
+// Inputs of both directions of the layer, as fvae_kernels/ops/_layer_inputs.py declares them.
 struct Inputs {
   const Tensor& x;               // [N, D]
   const Parameters& parameters;  // encoder 1, encoder 2 (hidden layers, mean, logvar), decoder (hidden layers, output)
@@ -30,7 +30,7 @@ struct Inputs {
   Tensor B() const {
     return parameter(static_cast<int64_t>(parameters.size()) - 1);
   }
-  // Numbers of the linear layers: encoder i = 0, 1 has its hidden layers, mean and logvar from here on; then the decoder.
+  // Numbers of the linear layers: encoder i = 0, 1 starts here (hidden layers, mean, logvar); the decoder follows.
   int64_t encoder(int64_t i) const {
     return i * (encoder_hidden + 2);
   }
@@ -42,16 +42,16 @@ struct Inputs {
   }
 };
 
-// The means over tokens that every objective is a linear function of; mu is the mean of prior 2.
+// Means over tokens; every objective is a linear function of them. mu is the mean of prior 2.
 enum Statistic {
   kOne, kNll,
   kSquares1, kFromMu1, kVar1, kLogvar1, kSampled1,  // sums of mean1^2, (mean1 - mu)^2, var1, logvar1, z1^2
-  kSquares2, kFromMu2, kVar2, kLogvar2, kSampled2,  // the same of posterior 2, and of (z2 - mu)^2
+  kSquares2, kFromMu2, kVar2, kLogvar2, kSampled2,  // the same for posterior 2, with (z2 - mu)^2
   kStatistics
 };
 enum Term { kLoss, kKl, kGamma, kTerms };  // rows of the table [kTerms, kStatistics] that defines an objective
 
-// What log-variances are clamped to wherever a Gaussian is made of them; none passes a gradient where both are one.
+// Bounds of a log-variance, clamped wherever it becomes a Gaussian. Equal bounds pass no gradient.
 struct Bounds {
   double low = -kLogvarLimit, high = kLogvarLimit;
 
@@ -65,9 +65,9 @@ struct Bounds {
   }
 };
 
-// Floats in a tile's rows of x, and tokens that it has at least. Measured: products of shorter tiles are slower.
+// Floats in a tile's rows of x, and the least number of its tokens. Measured: shorter tiles have slower products.
 constexpr int64_t kLayerTile = 1 << 18, kTokens = 128;
-constexpr int64_t kWork = 64;  // of a token for each entry of x, against a simple loop
+constexpr int64_t kWork = 64;  // work of a token for each entry of x, relative to a simple loop
 
 // to = a b + beta to
 inline void multiply(Tensor to, const Tensor& a, const Tensor& b, double beta) {
@@ -81,8 +81,8 @@ inline Tensor block(const Tensor& t, int64_t dim, int64_t i, int64_t blocks) {
   return t.narrow(dim, i * size, size);
 }
 
-// out = in w^T (+ b, which the next loop over `out` adds). With two blocks, the first half of the outputs reads the
-// first half of the inputs alone, and the second the second: two encoders side by side.
+// out = in w^T (+ b, which the next loop over `out` adds). With two blocks, each half of the outputs reads only its own
+// half of the inputs: two encoders side by side.
 struct Linear {
   Tensor w, b;  // [out, in / blocks], [out]
   int64_t blocks = 1;
@@ -106,7 +106,7 @@ struct Linear {
   }
 };
 
-// Some linear layers stacked: rows of the first one, then of the next one.
+// Linear layers stacked by rows.
 inline Linear stacked(
     const Parameters& parameters, const std::vector<int64_t>& numbers, at::ScalarType type, int64_t blocks) {
   std::vector<Tensor> w, b;
@@ -123,16 +123,16 @@ inline Linear stacked(
   return {one(w), one(b), blocks};
 }
 
-// Both encoders. Their state [N, width], which forward saves for backward, is the output of every hidden layer, encoder
-// 1 | encoder 2, then mean1 | logvar1 | mean2 | logvar2.
+// Both encoders. Forward saves their state [N, width] for backward: the output of every hidden layer, encoder 1 |
+// encoder 2, then mean1 | logvar1 | mean2 | logvar2.
 struct Encoders {
   std::vector<Linear> layers;         // hidden layers, heads last
-  std::vector<int64_t> first_column;  // of each layer in the state
+  std::vector<int64_t> first_column;  // first column of each layer in the state
   int64_t width = 0, R;
 
   Encoders(const Inputs& in, at::ScalarType type) {
     const int64_t hidden = in.encoder_hidden, first = in.encoder(0), second = in.encoder(1);
-    for (int64_t i = 0; i < hidden; ++i) {  // the first one reads x, shared by both
+    for (int64_t i = 0; i < hidden; ++i) {  // the first layers of both encoders read x
       add(stacked(in.parameters, {first + i, second + i}, type, i == 0 ? 1 : 2));
     }
     const int64_t mean = hidden, logvar = hidden + 1;
@@ -162,7 +162,7 @@ struct Encoders {
   }
 };
 
-// z = [z1 | z2] from the heads of a tile, and the standard deviations that made it.
+// z = [z1 | z2] from the heads of a tile, and its standard deviations.
 struct Sample {
   Tensor z, std;  // [T, 2R]
 
@@ -189,7 +189,7 @@ struct Decoder {
   std::vector<Linear> layers;  // hidden layers, output layer last
   Tensor inverse_scale;        // [D]
   bool average;
-  int64_t first_dropout;  // the layers of the encoders come before
+  int64_t first_dropout;  // number of its first layer for dropout; the encoders come first
 
   explicit Decoder(const Inputs& in) : average(in.average), first_dropout(in.encoder_hidden) {
     const auto type = wide(in.scale());
@@ -200,7 +200,7 @@ struct Decoder {
     return static_cast<int64_t>(layers.size()) - 1;
   }
 
-  // x_hat less the bias, into `residual`; `outputs` takes the latent and every hidden layer's output.
+  // Writes x_hat without the bias to `residual`, and the latent and every hidden layer's output to `outputs`.
   template <typename acc_t>
   void forward(
       const Sample& sample, const std::vector<Tensor>& outputs, const Tensor& residual, const Dropout& dropout,
@@ -217,10 +217,10 @@ struct Decoder {
   }
 };
 
-// A worker's memory for what a tile needs in either direction.
+// A worker's memory for a tile, in both directions.
 struct Scratch {
   Sample sample;
-  std::vector<Tensor> outputs;  // the decoder's input and what its hidden layers give
+  std::vector<Tensor> outputs;  // the decoder's input and the outputs of its hidden layers
   Tensor residual;              // [T, D]
 
   Scratch(const Encoders& encoders, const Decoder& decoder, int64_t length) {
@@ -230,7 +230,7 @@ struct Scratch {
     for (int64_t i = 0; i < decoder.hidden(); ++i) outputs.push_back(make(decoder.layers[i].w.size(0)));
     residual = make(decoder.inverse_scale.size(0));
   }
-  // The rows for a tile of so many tokens.
+  // The first rows, for a tile with fewer tokens.
   Scratch first(int64_t length) const {
     Scratch tile(*this);
     if (length == residual.size(0)) return tile;

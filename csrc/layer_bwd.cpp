@@ -1,9 +1,9 @@
-// layer, backward: one walk over tiles of tokens makes every gradient.   Mathematics: reference.layer
+// layer, backward: one pass over tiles of tokens computes every gradient.   Mathematics: reference.layer
 //
 //   c = grad_loss table[loss] + grad_nll [nll] + grad_kl table[kl] + grad_gamma table[gamma]     one small vector
 //   grad_z1     = s grad_y B + decoder + 2 c z1 ...       grad_mean   = grad_z + 2 c mean ...
 //   grad_logvar = grad_z noise std / 2 + c var + c            inside of the clamp, 0 outside
-//   grad_x      = (x - x_hat) c / t^2 + what the encoders give        written once
+//   grad_x      = (x - x_hat) c / t^2 + gradient through the encoders        written once
 #include "layer_sums.h"
 
 namespace fvae {
@@ -13,7 +13,7 @@ enum Need { kX, kEncoders, kDecoder, kScale, kB, kNeeds };
 
 using Coefficients = std::array<double, kStatistics>;
 
-constexpr int64_t kRun = 16;  // tokens whose slack is added in the accumulation type, before doubles take over
+constexpr int64_t kRun = 16;  // tokens whose slack is summed in the accumulation type before it goes to doubles
 
 template <typename acc_t>
 FVAE_VECTORISED static void finish_row(
@@ -25,8 +25,8 @@ FVAE_VECTORISED static void finish_row(
   }
 }
 
-// residual = (x_hat - x) / t factor for the tokens kept: the gradient of x_hat, and less that of x as the target. It
-// still lacks x and the bias. slack [D] += 1 - ((x_hat - x) / t)^2, which the gradient of t is made of.
+// residual = (x_hat - x) / t factor for the tokens kept: the gradient of x_hat, and minus that of x as the target. At
+// entry it lacks x and the bias. slack [D] += 1 - ((x_hat - x) / t)^2; the gradient of t comes from it.
 template <typename acc_t>
 void finish_residual(
     const Tensor& residual, double* slack, const Tensor& x, const Decoder& decoder, const Tensor& factor,
@@ -49,7 +49,7 @@ void finish_residual(
   }
 }
 
-// What the terms that are linear in a latent's statistics contribute: slope * value + offset.
+// Contribution of the terms that are linear in a latent's statistics: slope * value + offset.
 template <typename acc_t>
 struct Slopes {
   acc_t mean, mean_offset, var, logvar, z, z_offset;
@@ -62,7 +62,7 @@ struct Slopes {
   }
 };
 
-// grad_heads [T, 4R] from the gradient of z1 through y [T, R] and that of the decoder's input [T, 2R] or [T, R].
+// grad_heads [T, 4R], from the gradient of z1 through y [T, R] and of the decoder's input [T, 2R] or [T, R].
 template <typename acc_t>
 void grad_latents(
     const Tensor& grad_heads, const Tensor& heads, const Sample& sample, const std::array<Tensor, 2>& noise,
@@ -95,14 +95,14 @@ void grad_latents(
   }
 }
 
-// What the walk over tiles reads and fills.
+// What the pass over tiles reads and fills.
 struct Backward {
   const Layer& layer;
   Tensor grad_y, state;  // grad_y may be undefined
-  Coefficients c;            // of a token's statistics, the mean over tokens included
+  Coefficients c;            // gradients of a token's statistics, the division by tokens included
   std::array<bool, kNeeds> needs;
-  bool through_target, decode;  // whether x is differentiated as the target; whether anything arrives through nll
-  Tensor factor;                // [D]: 1 / t and what arrives at nll for each token
+  bool through_target, decode;  // x gets a gradient as the target; a gradient comes through nll
+  Tensor factor;                // [D]: 1 / t times the gradient of nll for each token
   Tensor slack;                 // [workers, D] in doubles
   Tensor grad_x;                // [N, D]
   std::vector<Tensor> sums_B;   // [M, R] of each worker
@@ -130,7 +130,7 @@ Tensor Backward::through_y(const Tile& tile, const Sample& sample) const {
   return latents() ? at::mm(grad, layer.up) : Tensor();
 }
 
-// Gradient of the decoder's input [T, 2R] or [T, R]; that of x_hat is left in `memory.residual`.
+// Gradient of the decoder's input [T, 2R] or [T, R]. The gradient of x_hat stays in `memory.residual`.
 template <typename acc_t>
 Tensor Backward::through_decoder(const Tile& tile, const Tensor& x_rows, const Scratch& memory) const {
   const auto& layers = layer.decoder.layers;
@@ -151,7 +151,7 @@ Tensor Backward::through_decoder(const Tile& tile, const Tensor& x_rows, const S
   return grad;
 }
 
-// Gradients of the encoders' weights, and of x, of which `to` holds what comes from it as the target, negated.
+// Gradients of the encoders' weights and of x. At entry `to` holds the negative gradient of x as the target.
 template <typename acc_t>
 void Backward::through_encoders(
     const Tile& tile, Tensor grad, const Tensor& x_rows, const Tensor& state_rows, const Tensor& to) const {
@@ -190,7 +190,7 @@ void Backward::tile(const Tile& tile) const {
   if (needs[kX] && !in_place) grad_x_rows.copy_(memory.residual);
 }
 
-// Of a token's statistics, from the gradients of the terms.
+// Gradients of a token's statistics, from the gradients of the terms.
 Coefficients combine(
     at::ArrayRef<double> objective, const OptionalTensor& grad_loss, const OptionalTensor& grad_nll,
     const OptionalTensor& grad_kl, const OptionalTensor& grad_gamma, int64_t tokens) {

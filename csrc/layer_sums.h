@@ -1,11 +1,11 @@
-// Gradients of a layer's parameters: sums of each worker while tiles pass, and what a backward returns in the end.
+// Gradients of a layer's parameters: each worker sums its tiles; in the end the sums of all workers are added.
 #pragma once
 
 #include "layer.h"
 
 namespace fvae {
 
-// Columns of `rows` summed up, 16 rows at a time, so that many small numbers do not drown in a large one.
+// Sums of the columns of `rows`, 16 rows at a time, so that small numbers do not drown in a large sum.
 template <typename acc_t>
 FVAE_VECTORISED static void add_columns(acc_t* sums, const acc_t* rows, int64_t stride, int64_t length, int64_t width) {
   constexpr int64_t kRows = 16, kColumns = 64;
@@ -22,7 +22,7 @@ FVAE_VECTORISED static void add_columns(acc_t* sums, const acc_t* rows, int64_t 
   }
 }
 
-// A worker's sum of a gradient like t, which its first tile starts; zero where no tile will.
+// Memory for a worker's sum of a gradient like t. Its first tile overwrites it; zero if the worker has no tile.
 inline Tensor sum_like(const Tensor& t, bool started) {
   return started ? at::empty_like(t) : at::zeros_like(t);
 }
@@ -47,7 +47,7 @@ struct LinearSums {
   }
 };
 
-// Of all layers of a network and of every worker, [layers][workers]; nothing where they are not needed.
+// Sums of all layers of a network and of every worker, [layers][workers]; empty if not needed.
 using NetworkSums = std::vector<std::vector<LinearSums>>;
 
 inline NetworkSums sums_of(const std::vector<Linear>& layers, bool needed, int64_t workers, bool started) {
@@ -67,7 +67,7 @@ struct Gradients {
     const auto options = in.B().options();
     all.push_back(needed ? gradient.to(options.dtype()) : at::empty({0}, options));
   }
-  // Weight and bias of the linear layer with this number: rows `part` of `parts` of the sums over workers.
+  // Weight and bias of the linear layer with this number: part `part` of `parts` equal parts of the summed rows.
   void add(const std::vector<LinearSums>& sums, int64_t number, int64_t part = 0, int64_t parts = 1) {
     for (const auto of : {&LinearSums::w, &LinearSums::b}) {
       const bool there = of == &LinearSums::w || in.parameters.get(2 * number + 1).has_value();
