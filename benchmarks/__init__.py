@@ -1,1 +1,1 @@
-"""Benchmarks: ``pytest benchmarks/ --benchmark-only`` times every side, ``make bench`` compares them in turns."""
+"""Benchmarks: ``pytest benchmarks/ --benchmark-only`` times every side; ``make bench`` times the sides in turns."""

@@ -1,4 +1,4 @@
-"""divergence: KL and Gamma, forward and backward. PEFT has no part that does this."""
+"""divergence: KL and Gamma, forward and backward. PEFT has no such part."""
 
 from typing import Any
 

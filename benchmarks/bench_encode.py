@@ -1,4 +1,4 @@
-"""encode: heads and sample of an encoder, forward and backward. PEFT has no part that does this."""
+"""encode: heads and sample of an encoder, forward and backward. PEFT has no such part."""
 
 from typing import Any
 

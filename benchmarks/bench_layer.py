@@ -28,5 +28,5 @@ def bench_layer(measure: Measure, shape: tuple[int, int, int], side: str) -> Non
 @pytest.mark.parametrize("N", [1, 128, 4096])
 def bench_inference(measure: Measure, N: int, side: str) -> None:
     found = inference_sides(N, 768)
-    torch.testing.assert_close(found[side].run(), found["base"].run(), rtol=1e-3, atol=1e-4)  # where all of them start
+    torch.testing.assert_close(found[side].run(), found["base"].run(), rtol=1e-3, atol=1e-4)  # all start as the base
     measure(f"inference N={N} D=M=768 float32", found[side].run, found[side].cost())

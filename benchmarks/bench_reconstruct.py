@@ -1,4 +1,4 @@
-"""reconstruct: the decoder and its likelihood, forward and backward. PEFT has no part that does this."""
+"""reconstruct: the decoder and its likelihood, forward and backward. PEFT has no such part."""
 
 from typing import Any
 

@@ -13,7 +13,7 @@ from .sides import names
 
 
 def sides_of(case: str) -> list[object]:
-    """Compiling a whole stack takes minutes: with --full."""
+    """Names of the sides. Compiling a whole stack takes minutes: only with --full."""
     late = {} if case in DEFAULT.compiled_models else {"compiled": [pytest.mark.full]}
     return [pytest.param(case, name, marks=late.get(name, [])) for name in names()]
 

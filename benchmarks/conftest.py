@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Cases marked `full` run with --full."""
+    """Cases marked `full` run only with --full."""
     if not config.getoption("--full"):
         skip = pytest.mark.skip(reason="runs with --full")
         for item in items:
@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """A layer alone has no task loss, which its warning would say in every bench."""
+    """A layer alone has no task loss; silence its warning about that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="FVAE: the auxiliary loss")
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -42,7 +42,7 @@ def _quiet() -> Iterator[None]:
 
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Measure:
-    """Times `run` in `group`, with `extra`, versions and threads noted; as many rounds as fit into the budget."""
+    """Time `run` in `group` for as many rounds as fit the budget; note `extra`, versions and threads."""
 
     def timed(group: str, run: Callable[[], Any], extra: dict[str, Any]) -> None:
         benchmark.group = group

@@ -1,4 +1,4 @@
-"""What does not depend on the machine: operators, bytes and FLOPs of a call, and what autograd saves for backward."""
+"""Costs that do not depend on the machine: operators, bytes and FLOPs of a call, and bytes saved for backward."""
 
 import platform
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .flops import FORMULAS
 
-FREE = (  # no kernel runs, though they are not marked as views
+FREE = (  # they run no kernel, though they are not marked as views
     *("aten::detach", "aten::_unsafe_view", "aten::lift_fresh", "prim::device"),
     *("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"),
 )
@@ -23,7 +23,7 @@ PACKAGES = ("torch", "peft", "transformers", "triton")
 
 @dataclass(frozen=True)
 class Launch:
-    """One operator or kernel: the bytes of its inputs and outputs, its FLOPs and the dtype that they are in."""
+    """One operator or kernel: bytes of its inputs and outputs, its FLOPs, and the dtype of these."""
 
     name: str
     bytes: int
@@ -32,10 +32,10 @@ class Launch:
 
 
 class Cost(TorchDispatchMode):
-    """Counts, over the block, the operators that run a kernel: how many, their bytes in and out, their FLOPs.
+    """Counts in a block the operators that run a kernel: their number, bytes in and out, FLOPs.
 
-    Views are free, and a tensor that an operator changes in place counts once. FLOPs are those of matrix products, as
-    `torch.utils.flop_counter` and `flops` have them.
+    Views are free. A tensor changed in place counts once. FLOPs are those of matrix products, as counted by
+    `torch.utils.flop_counter` and `flops`.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Cost(TorchDispatchMode):
 
     @property
     def launches(self) -> int:
-        """How many operators."""
+        """Number of operators."""
         return len(self.operators)
 
     @property
@@ -80,9 +80,9 @@ def nbytes(t: Tensor) -> int:
 
 
 class Saved:
-    """Bytes that autograd keeps for backward in the block, each storage once, those of `known` tensors left out.
+    """Bytes that autograd saves for backward in a block. Each storage counts once; `known` tensors do not count.
 
-    What was saved stays alive until the end of the block, so that no address is counted twice or missed.
+    Saved tensors stay alive until the end of the block, so that no address is counted twice or missed.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -113,14 +113,14 @@ class Saved:
 
 
 def count(run: Callable[[], object], known: Iterable[Tensor] = ()) -> dict[str, Any]:
-    """Operators, bytes, FLOPs and saved bytes of one call, by these names; `known` as for `Saved`."""
+    """Operators, bytes, FLOPs and saved bytes of one call, by name; `known` as for `Saved`."""
     with Cost() as cost, Saved(known) as saved:
         run()
     return {"launches": cost.launches, "bytes": cost.bytes, "flops": cost.flops, "saved_bytes": saved.bytes}
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages whose code is timed."""
+    """Versions of Python and of the packages whose code is timed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""The table of docs/cost.md, counted and not timed, so the same on every machine: ``make tables`` writes it."""
+"""The table of docs/cost.md: ``make tables`` writes it. Counted, not timed, so equal on every machine."""
 
 import warnings
 from pathlib import Path
@@ -15,7 +15,7 @@ AUTHORS = row(["the authors' code", "235", "451", "-"])  # counted once, on thei
 
 
 def table() -> list[str]:
-    """In markdown."""
+    """The table in markdown."""
     head = ["", "launches beyond the base layer", "MB moved beyond the base layer", "MB saved for backward"]
     lines = [row(head), row(["---"] * len(head)), AUTHORS]
     base = dispatched("base", SHAPE)
@@ -30,7 +30,7 @@ def table() -> list[str]:
 
 
 def saved(side: str) -> int:
-    """Bytes that autograd keeps beyond x and the weights."""
+    """Bytes that autograd saves, apart from x and the weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return layer_sides((side,), SHAPE.N, SHAPE.D, SHAPE.M)[side].cost()["saved_bytes"]
@@ -41,7 +41,7 @@ def _row(title: str, launches: int, moved: int, kept: int) -> str:
 
 
 def main() -> None:
-    """Write it into the page, and print it."""
+    """Write the table into the page, and print it."""
     lines = table()
     replace_block(PAGE, "cost", lines)
     print(*lines, sep="\n")

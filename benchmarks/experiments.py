@@ -1,4 +1,4 @@
-"""The measurements behind the report; each returns plain numbers, so that rendering needs no machine."""
+"""The measurements behind the report. Each returns plain numbers, so the report can be rendered anywhere."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,18 +17,18 @@ Group = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """How much to measure. Seconds are per group of sides, beyond warming up."""
+    """How much to measure. Seconds are for each group of sides, without warm-up."""
 
     seconds: float = 6.0
     model_seconds: float = 20.0
     rounds: int = 5
     model_rounds: int = 6
-    call_seconds: float = 0.01  # quick sides run several times per round, to last that long
+    call_seconds: float = 0.01  # quick sides run several times in a round, to last that long
     tokens: int = 1576
     features: int = 768
     N: tuple[int, ...] = (128, 512, 2048, 8192, 65536)
     D: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
-    all_sides_to: int = 8192  # above, on the N axis: ours alone
+    all_sides_to: int = 8192  # larger N: only ours
     inference_tokens: tuple[int, ...] = (1, 128, 4096)
     compiled_models: tuple[str, ...] = ("wav2vec2",)  # compiling a whole stack takes longer than the rest of the run
     memory_sides: tuple[str, ...] = ("lora",)  # besides ours
@@ -37,7 +37,7 @@ class Settings:
 
     @property
     def cases(self) -> dict[str, models.Case]:
-        """The models."""
+        """The models to measure."""
         return models.TINY if self.tiny else models.CASES
 
 
@@ -60,7 +60,7 @@ QUICK = Settings(
 
 
 def group(s: Settings, title: str, runs: dict[str, Callable[[], Any]], share: float = 1.0, **more: Any) -> Group:
-    """Sides timed in turns, for this share of a group's seconds."""
+    """Time sides in turns, for this share of a group's seconds."""
     print(f"         {title}", flush=True)
     seconds = stats.interleave(runs, share * s.seconds, s.rounds, call_seconds=s.call_seconds)
     return {"title": title, "seconds": seconds, **more}
@@ -84,7 +84,7 @@ def operators(s: Settings) -> list[Group]:
 
 
 def op_names(op: str, compiled: bool = True) -> tuple[str, ...]:
-    """The sides of one op."""
+    """Names of the sides of one op."""
     return ("plain", *(["compiled"] if compiled else []), *kernels(op))
 
 
@@ -116,7 +116,7 @@ def checked_op(
 
 
 def layer(s: Settings) -> list[Group]:
-    """A whole adapted layer, forward and backward, with its base layer alone as one more side."""
+    """A whole adapted layer, forward and backward; its base layer alone is one more side."""
     found = checked_layer(("base", *names(compiled=not s.tiny)), s.tokens, s.features)
     costs = {name: side.cost() for name, side in found.items()}
     title = f"adapted layer, N={s.tokens}, D=M={s.features}"
@@ -125,7 +125,7 @@ def layer(s: Settings) -> list[Group]:
 
 
 def checked_layer(which: tuple[str, ...], tokens: int, D: int, M: int | None = None, **where: Any) -> dict[str, Side]:
-    """`layer_sides`, whose dtype, device and compiler `where` may name, behind the gate."""
+    """`layer_sides`, checked by the gate; `where` may name dtype, device and compiler."""
     found = layer_sides(which, tokens, D, M, **where)
     base = sides.OneLinear(D, M or D, where.get("dtype", torch.float32), where.get("device", "cpu")).linear
     x = torch.randn(8, D, generator=torch.Generator().manual_seed(1)).to(base.weight)
@@ -147,7 +147,7 @@ def steps(s: Settings) -> list[Group]:
 
 
 def checked_steps(model: torch.nn.Module, batch: models.Batch, which: tuple[str, ...]) -> dict[str, Side]:
-    """`step_side` of every side, behind the gate."""
+    """`step_side` of every side, checked by the gate."""
     with torch.no_grad():
         base = models.output(model.eval(), batch)
     found = {name: models.step_side(name, model, batch) for name in which}
@@ -163,7 +163,7 @@ def curves(s: Settings) -> list[Group]:
         which = dict.fromkeys(["base", ours(), "plain", "lora", "dora"])
         if axis == "N" and size > s.all_sides_to:
             if ours() == "plain":
-                continue  # minutes of plain PyTorch; `--full` has them
+                continue  # plain PyTorch takes minutes here; only with `--full`
             which = dict.fromkeys(["base", ours()])
         runs = {name: side.run for name, side in checked_layer(tuple(which), tokens, D, s.features).items()}
         few = replace(s, rounds=min(s.rounds, 3)) if size >= 8192 else s  # a round of these takes seconds
@@ -191,7 +191,7 @@ def threads(s: Settings) -> list[Group]:
 
 
 def inference(s: Settings) -> list[Group]:
-    """The mean path, no autograd."""
+    """The mean path without autograd."""
     found = []
     for tokens in s.inference_tokens:
         built = sides.inference_sides(tokens, s.features)
@@ -214,7 +214,7 @@ def peaks(s: Settings) -> list[Group]:
 
 
 def host(s: Settings) -> list[Group]:
-    """What a step of one adapted layer costs the host on a GPU, measured without one; nothing where it cannot be."""
+    """Host time of a step of one adapted layer, measured without a GPU; empty if it cannot be measured here."""
     if not host_cost.possible():
         return []
     return [{"title": "host's time of a step of one adapted layer", "found": host_cost.run(quick=s.tiny)}]

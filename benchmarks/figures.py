@@ -31,7 +31,7 @@ MARKERS = {"cpp": "o", "triton": "D", "plain": "s", "lora": "^", "dora": "v"}
 
 
 def ratios(groups: list[dict[str, Any]], path: Path, note: str) -> None:
-    """Bars of time over PEFT LoRA with their intervals, one cluster per model; they start at 1, up is slower."""
+    """Bars of time / PEFT LoRA with intervals, one cluster for each model. They start at 1; up is slower."""
     order = [n for n in COLOURS if n != "lora" and any(n in g["seconds"] for g in groups)]
     figure, axes = plt.subplots(figsize=(10, 4.6), layout="constrained")
     axes.set_yscale("log")
@@ -65,7 +65,7 @@ def _bar(axes: Axes, x: float, width: float, found: Estimate, colour: str) -> No
 
 
 def scaling(groups: list[dict[str, Any]], path: Path, note: str) -> None:
-    """Milliseconds beyond the base layer against tokens and against features, both axes logarithmic, with fits."""
+    """Milliseconds beyond the base layer against tokens and against features, on logarithmic axes, with fits."""
     figure, both = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for axes, axis, label in zip(both, "ND", ("N, tokens", "D, input features"), strict=True):
         for name in MARKERS:
@@ -100,7 +100,7 @@ def _finish(figure: Any, path: Path, note: str) -> None:
 
 
 def draw(results: Results, folder: Path, note: str) -> list[str]:
-    """Both pictures, as far as the sections are there; the names of the files written."""
+    """Draw both pictures, if their sections were measured; return the names of the files."""
     written = []
     if "steps" in results:
         ratios(results["steps"], folder / "ratios.png", note)

@@ -1,6 +1,6 @@
-"""FLOPs of the matrix products inside our raw kernels, by the name of the op: PyTorch's counter cannot see them.
+"""FLOPs of the matrix products inside our raw kernels, by op name. PyTorch's counter cannot see them.
 
-A product of N tokens with a weight is 2 N times the weight's entries, and each gradient of it as much again.
+A product of N tokens with a weight takes 2 N times the weight's entries, and each of its gradients as much.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from fvae_kernels.ops._layer_inputs import Arriving, Tensors, encoder_entries
 
 
 def _entries(parameters: Sequence[Tensor | None]) -> int:
-    """Of the weights in weight, bias, weight, ..."""
+    """Entries of the weights in a list weight, bias, weight, ..."""
     return sum(p.numel() for p in parameters if p is not None and p.dim() > 1)
 
 
@@ -26,7 +26,7 @@ def _reconstruct_fwd(x: Tensor, g: Tensor, w_out: Tensor, *_: Any) -> int:
 
 def _reconstruct_bwd(grad: Any, x: Tensor, g: Tensor, w_out: Tensor, *rest: Any) -> int:
     _, need_g, need_w, _ = rest[-1]
-    return 2 * x.shape[0] * w_out.numel() * (1 + need_g + need_w)  # x_hat once more
+    return 2 * x.shape[0] * w_out.numel() * (1 + need_g + need_w)  # x_hat is recomputed
 
 
 def _layer_fwd(base: Any, x: Tensor, parameters: Sequence[Tensor | None], *_: Any) -> int:
@@ -46,7 +46,7 @@ def _layer_bwd(*arguments: Any) -> int:
     unused = sum(p.numel() for p in of_encoders if p is not None and p.dim() > 1 and p.shape[1] == skipped)
     entries = encoders * need_encoders + encoders - unused
     if arriving.at_decoder:
-        entries += _entries(of_decoder) * (2 + need_decoder)  # its outputs once more, and gradients of its inputs
+        entries += _entries(of_decoder) * (2 + need_decoder)  # its outputs are recomputed, and gradients of its inputs
     if arriving.grad_y is not None:
         entries += parameters[-1].numel() * (1 + need_B)
     return 2 * x.shape[0] * entries
@@ -58,7 +58,7 @@ def _none(*_: Any) -> int:
 
 FORMULAS: dict[str, Callable[..., int]] = {
     "encode_fwd": _encode_fwd,
-    "encode_bwd": _none,  # its products are PyTorch's own
+    "encode_bwd": _none,  # its products are PyTorch operators
     "divergence_fwd": _none,
     "divergence_bwd": _none,
     "geometry_fwd": _none,

@@ -1,10 +1,10 @@
-"""The launches of the fused Triton layer in closed form: distinct bytes that each reads and writes, and its FLOPs.
+"""Launches of the fused Triton layer in closed form: distinct bytes that each reads and writes, and its FLOPs.
 
-One launch each, in this order; `tests/triton/test_traffic.py` holds it against what the meter counts.
+Launches in order; `tests/triton/test_traffic.py` compares these numbers with counted ones.
 
     seed          one number of torch's generator
     layer_fwd     tiles of tokens: reads base, x and the parameters; writes y, the state of the encoders, some sums
-    layer_mean    makes the terms of these sums and of t
+    layer_mean    computes the terms from these sums and t
     layer_bwd     tiles of tokens: reads grad_y, x, the state, parameters; writes gradients of the state, the decoder's
                   last hidden layer and its gradient
     layer_grads   tiles of features: reads all of these; writes grad_x, and partial sums of all parameters' gradients
@@ -26,12 +26,12 @@ from fvae_kernels.nn.adapter import parameter_shapes
 from .cost import Launch
 
 RECIPE = FVAEConfig.preset("paper")
-STATISTICS = 16  # sums that a program of the forward leaves
+STATISTICS = 16  # sums that a program of the forward stores
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes of a layer, and bytes of an entry of its activations, of its parameters and of its sums."""
+    """Sizes of a layer, and bytes of one entry of its activations, parameters and sums."""
 
     N: int
     D: int
@@ -42,7 +42,7 @@ class Layer:
 
     @property
     def wide(self) -> int:
-        """Bytes of an entry of a sum."""
+        """Bytes of one entry of a sum."""
         return max(self.p_bytes, 4)
 
     @cached_property
@@ -58,7 +58,7 @@ class Layer:
 
     @property
     def parameters(self) -> int:
-        """Entries of all of them."""
+        """Entries of all parameters."""
         return sum(self.entries.values())
 
     @property
@@ -68,7 +68,7 @@ class Layer:
 
     @property
     def last(self) -> int:
-        """Inputs of the decoder's output layer."""
+        """Number of inputs of the decoder's output layer."""
         return (*self._latent, *self.config.decoder_hidden)[-1]
 
     @property
@@ -77,29 +77,29 @@ class Layer:
 
     @property
     def many_units(self) -> bool:
-        """Whether registers do not hold all sums over tokens at once: layer_grads then walks over them three times."""
+        """True if registers cannot hold all sums at once: layer_grads then passes over the tokens three times."""
         return tables.is_wide(self.config.encoder_hidden, self.config.decoder_hidden, self.config.rank)
 
     @property
     def cuts(self) -> tuple[int, int, int]:
-        """Tokens of a program of layer_fwd; tokens and features of a block of layer_grads."""
+        """Block sizes: tokens of layer_fwd; tokens and features of layer_grads."""
         key = self.p_bytes, tables.size_of(self.many_units, self.N >= tables.FEW_TOKENS)
         grads = tables.LAYER_GRADS[key]
         return tables.LAYER_FWD[key].N, grads.N, grads.D
 
     @property
     def tiles(self) -> int:
-        """Programs of layer_fwd."""
+        """Number of programs of layer_fwd."""
         return -(-self.N // self.cuts[0])
 
     @property
     def features(self) -> int:
-        """Of a block of layer_grads, and rows of its tiles of a weight."""
+        """Features of a block of layer_grads, and rows of its weight tiles."""
         return min(self.cuts[2], padded(max(self.D, self.M)))
 
     @property
     def later(self) -> int:
-        """Tiles of the encoders' layers that do not read x, and of the biases alone of those that do."""
+        """Number of tiles of later encoder layers, and of the biases of first ones."""
         hidden, R = self.config.encoder_hidden, self.config.rank
         sizes = [(size, before) for before, size in zip((0, *hidden), hidden, strict=False)]
         sizes += 2 * [(R, hidden[-1] if hidden else 0)]  # outputs and inputs
@@ -107,7 +107,7 @@ class Layer:
 
     @property
     def chunks(self) -> int:
-        """Of the tokens, for each of which layer_grads leaves sums."""
+        """Number of chunks of tokens; layer_grads stores sums for each."""
         programs = sum(map(self._blocks, (self.D, self.M, *self.config.decoder_hidden))) + self.later
         programs += 2 * self._blocks(self.D) if self.many_units else 0
         return max(min(-(-self.N // self.cuts[1]), tables.PROGRAMS // programs), 1)
@@ -127,13 +127,13 @@ def _part(name: str, first: tuple[str, ...]) -> str:
 
 
 def launches(layer: Layer) -> list[Launch]:
-    """Forward and backward of everything, beyond the base layer."""
+    """All launches of forward and backward, beyond the base layer."""
     N, D, M, e, p, wide = layer.N, layer.D, layer.M, layer.entries, layer.p_bytes, layer.wide
     x, y, state, last = N * D * layer.x_bytes, N * M * layer.x_bytes, N * layer.state * wide, N * layer.last * wide
     deep = bool(layer.config.decoder_hidden)
     seed = 8
     decoder = e["output"] + e["hidden"] + e["decoder biases"] + e["t"]
-    # the decoder's hidden layers up to the last are made once more for the gradients of them all
+    # the decoder's hidden layers but the last are recomputed for the gradients of all of them
     made = (0, *layer.config.decoder_hidden)[:-1]
     again = e["output"] + D + e["t"] + (e["hidden"] + sum(made) if len(made) > 1 else 0)
     sums = layer.tiles * STATISTICS * wide
@@ -148,9 +148,9 @@ def launches(layer: Layer) -> list[Launch]:
     }  # fmt: skip
     products = {
         "layer_fwd": e["input"] + e["encoders"] + e["B"] + e["hidden"] + e["output"],
-        # the decoder once more, and back through all of it, B and the encoders
+        # the decoder recomputed, then back through decoder, B and encoders
         "layer_bwd": 2 * (e["hidden"] + e["output"]) + e["B"] + e["encoders"],
-        # x_hat once more, and the gradients of O, of what reads x, of x; the encoders' small layers in whole tiles
+        # x_hat recomputed; gradients of O, of layers that read x, of x; later encoder layers in whole tiles
         "layer_grads": (3 if layer.many_units else 2) * e["output"]
         + 2 * e["input"]
         + e["B"]
@@ -162,8 +162,8 @@ def launches(layer: Layer) -> list[Launch]:
 
 
 def _hidden_products(layer: Layer) -> int:
-    """Of layer_grads, for the decoder's hidden layers: each tile of rows of a weight makes all layers but the last once
-    more, and goes back to its own.
+    """FLOPs of layer_grads for the decoder's hidden layers. Each tile of weight rows recomputes all layers but the
+    last, and goes back to its own.
     """
     sizes = (*layer._latent, *layer.config.decoder_hidden)
     weights = [outputs * inputs for inputs, outputs in itertools.pairwise(sizes)]
@@ -175,5 +175,5 @@ def _hidden_products(layer: Layer) -> int:
 
 
 def saved(layer: Layer) -> int:
-    """Bytes kept for backward beyond x and the parameters: the state, and the seed."""
+    """Bytes saved for backward apart from x and the parameters: the state and the seed."""
     return layer.N * layer.state * layer.wide + 8

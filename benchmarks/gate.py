@@ -1,4 +1,4 @@
-"""The red gate: nothing is timed before it is shown to compute what the reference computes."""
+"""The gate: a side is timed only after it was shown to compute what the reference computes."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -13,26 +13,26 @@ from fvae_kernels.testing import Results
 
 from .sides import Side, adapters, backend_of, environment, without_dropout
 
-# Errors against float64 may be FACTOR times those of plain PyTorch in the same dtype, and FLOOR roundings of float32 of
-# the largest entry, for what plain PyTorch rounds luckily. Measured for our kernels: 1.5 times at most, and the kl of a
-# layer, one small difference of large sums, 1.2 roundings. torch.compile adds up tokens one after the other where plain
-# PyTorch adds in pairs, an error that grows as the square root of their number: 1.9 roundings at 1576 tokens.
+# Errors against float64 may be FACTOR times those of plain PyTorch in the same dtype, plus FLOOR float32 roundings of
+# the largest entry, in case plain PyTorch rounds luckily. Measured for our kernels: 1.5 times at most; 1.2 roundings for
+# the kl of a layer, a small difference of large sums. torch.compile adds tokens one by one, plain PyTorch in pairs, so
+# its error grows as the square root of their number: 1.9 roundings at 1576 tokens.
 FACTOR, FLOOR, COMPILED = 2.0, 2.0, 0.1
-TOKENS = 96  # that an adapter is checked on
-NATS = ("loss", "nll", "kl", "gamma")  # differences of sums of about 1 per latent entry, whatever is left of them
+TOKENS = 96  # for the check of an adapter
+NATS = ("loss", "nll", "kl", "gamma")  # differences of sums of about 1 per latent entry, however small the result
 
 
 class WrongKernel(AssertionError):  # noqa: N818  (the name says what happened)
-    """A side does not compute what it says; its time would mean nothing."""
+    """A side computes something else than it should, so its time means nothing."""
 
 
 def check_op(
     op: str, function: Callable[..., Any], inputs: Mapping[str, Any], compiled: bool = False, **options: Any
 ) -> None:
-    """Outputs and gradients of `function` against ``reference.<op>``; sums over tokens by torch.compile may be worse.
+    """Compare outputs and gradients of `function` with ``reference.<op>``. Sums by torch.compile may be worse.
 
     Raises:
-        WrongKernel: if they are farther from float64 than plain PyTorch in the same dtype explains.
+        WrongKernel: if errors against float64 are larger than plain PyTorch in the same dtype explains.
     """
     rounded, exact = testing.exact_and_rounded(op, inputs)
     tokens = next(iter(inputs.values())).shape[:-1].numel()
@@ -42,7 +42,7 @@ def check_op(
 
 
 def check_adapter(adapter: Any, backend: str, tokens: int | None = None) -> None:
-    """Update, terms and every gradient of an adapter on `backend` against the reference; random parameters, no dropout.
+    """Compare update, terms and all gradients of an adapter with the reference; random parameters, no dropout.
 
     Raises:
         WrongKernel: as `check_op`.
@@ -54,7 +54,7 @@ def check_adapter(adapter: Any, backend: str, tokens: int | None = None) -> None
 
 
 def run_adapter(adapter: Any, backend: str, tokens: int) -> Results:
-    """Results of one forward and backward on fixed numbers, the same for every dtype."""
+    """Results of one forward and backward on fixed numbers, equal for every dtype."""
     random = testing.Random(1, adapter.B.dtype, adapter.B.device)
     R = adapter.config.rank
     x, noise = random(tokens, adapter.in_features), tuple(random(tokens, R, grad=False) for _ in range(2))
@@ -70,12 +70,12 @@ def run_adapter(adapter: Any, backend: str, tokens: int) -> Results:
 
 
 def check_sides(sides: Mapping[str, Side], evaluate: Callable[[nn.Module], Tensor], base: Tensor) -> None:
-    """Every side starts as the base model in eval mode, and every FVAE adapter computes the reference in training.
+    """Check that every side starts as the base model in eval mode, and every FVAE adapter trains as the reference.
 
     Args:
-        sides: by name, as they were built.
-        evaluate: a module's output on a small batch.
-        base: that of the base model.
+        sides: by name, as built.
+        evaluate: gives a module's output on a small batch.
+        base: that output of the base model.
 
     Raises:
         WrongKernel: naming the side.
@@ -86,7 +86,7 @@ def check_sides(sides: Mapping[str, Side], evaluate: Callable[[nn.Module], Tenso
             found = evaluate(side.module.eval())
             side.module.train(training)
         try:
-            half = base.dtype in (torch.float16, torch.bfloat16)  # where DoRA rounds its magnitudes
+            half = base.dtype in (torch.float16, torch.bfloat16)  # DoRA rounds its magnitudes there
             torch.testing.assert_close(found, base, rtol=2e-2 if half else 1e-3, atol=1e-2 if half else 1e-4)
         except AssertionError as error:
             raise WrongKernel(f"{name} does not start as the base model: {error}") from None
@@ -98,15 +98,15 @@ def check_sides(sides: Mapping[str, Side], evaluate: Callable[[nn.Module], Tenso
 
 
 def half_roundings(dtype: torch.dtype) -> float:
-    """A quarter of a rounding of a half dtype, in those of float32: a single number may be right by luck; else 0."""
+    """A quarter rounding of a half dtype, in float32 roundings, in case a single number is right by luck; else 0."""
     half = dtype in (torch.float16, torch.bfloat16)
     return torch.finfo(dtype).eps / torch.finfo(torch.float32).eps / 4 if half else 0.0
 
 
 def no_worse(what: str, actual: Results, rounded: Results, exact: Results, roundings: float) -> None:
-    """Root mean square errors against float64: FACTOR times the baseline's, and so many roundings of the largest.
+    """Root mean square errors against float64: at most FACTOR times the baseline's plus `roundings` of the largest.
 
-    Of the terms of the objective, whose roundings are those of their summands, at least of 1 nat.
+    For terms of the objective the largest is at least 1 nat: their roundings are those of their summands.
     """
     for name, truth in exact.items():
         if not truth.numel():

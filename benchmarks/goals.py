@@ -1,4 +1,4 @@
-"""The goals, and whether the measurements meet them."""
+"""The goals, and if the measurements meet them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Results = dict[str, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Goal:
-    """One line of the table: a bound, the value, and the interval where it is a timing."""
+    """One line of the table: a bound, the value, and for a timing its interval."""
 
     what: str
     bound: str
@@ -31,7 +31,7 @@ def at_most(what: str, value: Estimate, bound: float) -> Goal:
 
 
 def goals(results: Results, ours: str) -> list[Goal]:
-    """Every goal that the measured sections can decide."""
+    """All goals that the measured sections decide."""
     parts: dict[str, Callable[..., Iterator[Goal]]] = {
         "layer": _layer,
         "steps": _step,
@@ -93,7 +93,7 @@ def exponents(groups: list[dict[str, Any]], side: str, axis: str) -> tuple[list[
 
 
 def beyond(g: dict[str, Any], side: str) -> float:
-    """Median seconds of a side beyond the base layer, by rounds."""
+    """Median over rounds of a side's seconds beyond the base layer."""
     return median([a - b for a, b in zip(g["seconds"][side], g["seconds"]["base"], strict=True)])
 
 

@@ -1,7 +1,7 @@
-"""Evidence for the defaults: methods trained on small tasks under group shift, one JSON line a finished run.
+"""Evidence for the defaults: methods trained on small tasks under group shift, with one JSON line for each run.
 
-    python -m benchmarks.evidence --tasks text --methods lora,held --seeds 0-9     # goes on where it was stopped
+    python -m benchmarks.evidence --tasks text --methods lora,held --seeds 0-9     # continues where it was stopped
     python -m benchmarks.evidence.report                                           # paired differences, from the lines
 
-tasks.py says what a task is, methods.py what a method is; a cell is a pair of the two, their settings, and a seed.
+tasks.py defines tasks, methods.py methods. A cell is a task, a method, their settings, and a seed.
 """

@@ -11,7 +11,7 @@ from . import records
 
 
 def seeds(text: str) -> list[int]:
-    """As in "0-4,7"."""
+    """The seeds in a text, for example "0-4,7"."""
     out: list[int] = []
     for part in text.split(","):
         low, _, high = part.partition("-")
@@ -20,7 +20,7 @@ def seeds(text: str) -> list[int]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run, and say each finished cell."""
+    """Run the cells, and print each one when it is finished."""
     options = argparse.ArgumentParser(prog="benchmarks.evidence", description=__doc__)
     options.add_argument("--tasks", default="text,images", help="comma-separated (text,images)")
     options.add_argument("--methods", required=True, help="comma-separated names of benchmarks/evidence/methods.py")

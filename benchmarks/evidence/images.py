@@ -1,7 +1,7 @@
 """Birds and elephants, as silhouettes on photographs of water or land: the background is the spurious attribute.
 
-Silhouettes and photographs are disjoint across training, validation and test. Of the ViT the two last blocks are
-adapted; what the frozen blocks before them give is computed once for each picture.
+Silhouettes and photographs are disjoint across training, validation and test. The last two blocks of the ViT are
+adapted; the output of the frozen blocks before them is computed once for each picture.
 """
 
 import random
@@ -71,7 +71,7 @@ class ImageTask:
         }
 
     def splits(self, seed: int) -> Splits:
-        """Training pictures of this seed; the same 100 and 150 of each group for validation and test at any seed."""
+        """Training pictures of this seed; for every seed the same 100 (validation) and 150 (test) of each group."""
         agreeing = round(self.size / 2 * self.rho)
         counts = {(y, b): agreeing if y == b else self.size // 2 - agreeing for y, b in _groups()}
         train = self._pictures("train", counts, seed)
@@ -84,7 +84,7 @@ class ImageTask:
         return TopBlocks(image_assets.backbone(self.cache))
 
     def batch(self, examples: Sequence[Any]) -> tuple[Mapping[str, Tensor], Tensor]:
-        """States of the pictures."""
+        """Hidden states of the pictures, and their labels."""
         return {"states": torch.stack([e.states for e in examples])}, torch.tensor([e.label for e in examples])
 
     def _pictures(self, split: str, counts: dict[Group, int], seed: int) -> list[Picture]:
@@ -106,7 +106,7 @@ class TopBlocks(nn.Module):
         self.classifier = nn.Linear(backbone.config.hidden_size, len(CLASSES))
 
     def forward(self, states: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Loss (where labels are given) and logits."""
+        """Loss (if labels are given) and logits."""
         for block in self.blocks:
             states = _first(block(states))
         logits = self.classifier(self.norm(states)[:, 0])
@@ -114,7 +114,7 @@ class TopBlocks(nn.Module):
 
 
 def _first(output: Any) -> Tensor:
-    """Blocks of transformers 4 return tuples."""
+    """The output of a block; in transformers 4 it comes in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -124,7 +124,7 @@ def _groups() -> list[Group]:
 
 @torch.no_grad()
 def _states(backbone: Any, images: Tensor) -> Tensor:
-    """What the blocks that are not adapted make of the pictures, uint8 ``[n, 3, size, size]``."""
+    """Output of the frozen blocks for pictures, uint8 ``[n, 3, size, size]``."""
     found = []
     for part in images.split(64):
         pixels = (part.float() / 255 - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)
@@ -136,7 +136,7 @@ def _states(backbone: Any, images: Tensor) -> Tensor:
 
 
 def _silhouettes(cache: Path) -> dict[str, list[list[Image.Image]]]:
-    """Of each split and class; no silhouette and no mirror image of one is in two splits."""
+    """Silhouettes by split and class. No silhouette, and no mirror image of one, is in two splits."""
     pictures, classes = image_assets.silhouettes(cache)
     out: dict[str, list[list[Image.Image]]] = {split: [] for split in SHARES}
     for number in CLASSES:
@@ -160,7 +160,7 @@ def _photograph(cache: Path, name: str, width: int = 640) -> Image.Image:
 
 
 def _paste(photograph: Image.Image, shape: Image.Image, rng: random.Random) -> Tensor:
-    """A crop of the photograph with the shape on it, in a grey far from the middle; uint8 ``[3, size, size]``."""
+    """A crop of the photograph with the shape pasted on it, dark or light grey; uint8 ``[3, size, size]``."""
     side = rng.randint(int(SIZE * 1.2), min(photograph.size))
     x, y = rng.randint(0, photograph.width - side), rng.randint(0, photograph.height - side)
     crop = photograph.crop((x, y, x + side, y + side)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)

@@ -29,7 +29,7 @@ class Method:
 
 
 def targets(model: nn.Module, task: Task) -> list[str]:
-    """Those of the task's targets that this model has; their names differ between versions of transformers."""
+    """The task's targets that this model has. Names differ between versions of transformers."""
     present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return [name for name in task.placement.target_modules if name in present]
 

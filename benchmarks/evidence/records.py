@@ -1,4 +1,4 @@
-"""JSON lines: one finished run each, and which cells they hold."""
+"""JSON lines, one for each finished run, and the cells they belong to."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,12 +10,12 @@ CELL = ("task", "method", "seed", "epochs", "lr")
 
 
 def cell(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes two runs the same."""
+    """The key of a run: runs with equal keys are the same cell."""
     return tuple(row[name] for name in CELL)
 
 
 def read(path: Path = FILE) -> Iterator[dict[str, Any]]:
-    """The runs of a file, the last of those that are the same; none where it is missing."""
+    """The runs of a file, the last one of each cell; none if the file is missing."""
     if not path.is_file():
         return
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
@@ -23,7 +23,7 @@ def read(path: Path = FILE) -> Iterator[dict[str, Any]]:
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a run at the end; a killed process leaves whole lines behind."""
+    """Append a run; a killed process leaves only whole lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")

@@ -1,6 +1,6 @@
 """python -m benchmarks.evidence.report: means, and differences to LoRA paired by seed, as Markdown tables.
 
-With --write they go into docs/recipes.md.
+--write puts them into docs/recipes.md.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from .methods import METHODS
 
 PAGE, MARK = ROOT / "docs" / "recipes.md", "evidence"
 SCORES = ("average", "worst", "minority")
-CHANCE = 0.95 * math.log(2)  # a task loss in the last third above this has stayed at chance
+CHANCE = 0.95 * math.log(2)  # a mean task loss above this in the last third: the run stayed at chance
 
 Runs = Mapping[int, Mapping[str, Any]]  # by seed
 
@@ -34,7 +34,7 @@ def by_setting(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], dict[
 
 
 def differences(runs: Runs, baseline: Runs, score: str) -> list[float]:
-    """Run minus baseline of each seed that both have."""
+    """Run minus baseline, for each seed that both have."""
     shared = sorted(set(runs) & set(baseline))
     return [runs[seed]["test"][score] - baseline[seed]["test"][score] for seed in shared]
 
@@ -63,7 +63,7 @@ def _paired(runs: Runs, baseline: Runs, score: str) -> str:
 
 
 def tables(rows: Iterable[Mapping[str, Any]], baseline: str = "lora") -> list[str]:
-    """One table a setting, in the order of the runs."""
+    """One table for each setting, in the order of the runs."""
     out: list[str] = []
     for (task, epochs, lr), methods in by_setting(rows).items():
         out += ["", f"{task}, {epochs} epochs, learning rate {lr:g}; 95 % t intervals, paired by seed", ""]
@@ -72,7 +72,7 @@ def tables(rows: Iterable[Mapping[str, Any]], baseline: str = "lora") -> list[st
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the tables, or write them."""
+    """Print the tables, or write them into the page."""
     options = argparse.ArgumentParser(prog="benchmarks.evidence.report", description=__doc__)
     options.add_argument("--runs", type=Path, default=records.FILE, help="JSON lines (benchmarks/evidence/runs.jsonl)")
     options.add_argument("--baseline", default="lora", choices=sorted(METHODS))

@@ -1,4 +1,4 @@
-"""What the runner needs to know of a task: a pretrained model with a fresh head, examples in groups, batches."""
+"""The interface of a task: a pretrained model with a new head, examples in groups, batches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ Group = tuple[int, int]  # label, spurious attribute
 
 
 class Example(Protocol):
-    """One example; tasks keep what else they need in it."""
+    """One example. Tasks may store more in it."""
 
     @property
     def group(self) -> Group:
@@ -19,7 +19,7 @@ class Example(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run is trained: AdamW, linear warm-up over a tenth of the steps, linear decay, gradients clipped to 1."""
+    """Training settings: AdamW, linear warm-up over a tenth of the steps, linear decay, gradients clipped to 1."""
 
     epochs: int
     lr: float
@@ -28,7 +28,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples of one seed; validation and test do not depend on it, and their groups are of equal size."""
+    """Examples of one seed. Validation and test do not depend on the seed; their groups have equal sizes."""
 
     train: Sequence[Any]
     validation: Sequence[Any]
@@ -37,14 +37,14 @@ class Splits:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where PEFT puts adapters, and what else it trains: options that every method's config takes."""
+    """Where PEFT puts adapters, and what else it trains. Every method's config takes these options."""
 
     target_modules: Sequence[str]
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Task(Protocol):
-    """A task under group shift: label and spurious attribute agree in training, and are independent in the tests."""
+    """A task under group shift: label and spurious attribute correlate in training, but not in the tests."""
 
     name: str
     recipe: Recipe
@@ -52,21 +52,21 @@ class Task(Protocol):
     minority: Sequence[Group]  # rare in training
 
     def splits(self, seed: int) -> Splits:
-        """The examples; the seed chooses those for training."""
+        """The examples; the seed chooses the training examples."""
 
     def model(self, seed: int) -> nn.Module:
-        """The pretrained model with a head drawn from the seed; called with a batch it returns loss and logits."""
+        """The pretrained model with a head drawn from the seed. Called with a batch, it returns loss and logits."""
 
     def batch(self, examples: Sequence[Any]) -> tuple[Mapping[str, Tensor], Tensor]:
         """Keyword arguments of the model, and the labels."""
 
 
 def find(name: str) -> Task:
-    """The task of this name, its model and data at hand.
+    """The task of this name, with its model and data fetched.
 
     Raises:
         ValueError: for another name.
-        examples.assets.AssetError: if model or data cannot be had.
+        examples.assets.AssetError: if model or data cannot be fetched.
     """
     if name == "text":
         from .text import TextTask

@@ -1,4 +1,4 @@
-"""The demo's task: sentiment of review snippets, whose source is the spurious attribute (examples/data.py)."""
+"""The demo's task: sentiment of review snippets. Their source is the spurious attribute (examples/data.py)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ class TextTask:
         self.tokenize = train.Tokenizer(files.model)
 
     def splits(self, seed: int) -> Splits:
-        """Training snippets of this seed; the same 80 and 200 of each group for validation and test at any seed."""
+        """Training snippets of this seed; for every seed the same 80 (validation) and 200 (test) of each group."""
         chosen = data.training_set(self.snippets.train, self.size, self.rho, seed)
         return Splits(chosen, self.snippets.validation, self.snippets.test)
 
@@ -35,6 +35,6 @@ class TextTask:
         return model
 
     def batch(self, examples: Sequence[Any]) -> tuple[Mapping[str, Tensor], Tensor]:
-        """Tokens, padded to the longest."""
+        """Tokens, padded to the longest snippet, and labels."""
         inputs, labels = self.tokenize(examples)
         return dict(inputs), labels

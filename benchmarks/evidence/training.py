@@ -21,7 +21,7 @@ Scores = dict[str, Any]
 
 
 def run(task: Task, method: Method, seed: int, splits: Splits, recipe: Recipe) -> dict[str, Any]:
-    """What the JSON line holds of the run, beside the cell's own settings."""
+    """The results of a run for its JSON line, apart from the cell's settings."""
     model = method.adapt(task.model(seed), task)
     start, cpu = time.perf_counter(), time.process_time()
     losses = train(task, model, splits.train, recipe, seed)
@@ -40,7 +40,7 @@ def run(task: Task, method: Method, seed: int, splits: Splits, recipe: Recipe) -
 
 
 def train(task: Task, model: Any, examples: Sequence[Any], recipe: Recipe, seed: int) -> list[float]:
-    """The task loss of every step. The noise of a step depends on seed and step alone, as in the demo."""
+    """Train; return the task loss of every step. A step's noise depends only on seed and step, as in the demo."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr)
     steps = recipe.epochs * (len(examples) // recipe.batch_size)
@@ -61,10 +61,10 @@ def train(task: Task, model: Any, examples: Sequence[Any], recipe: Recipe, seed:
 
 @torch.no_grad()
 def score(task: Task, model: Any, examples: Sequence[Any]) -> Scores:
-    """Accuracy by group; mean, worst, and mean of the two groups that the training set has least of."""
+    """Accuracy by group: mean, worst, and mean of the two groups that are rare in training."""
     model.eval()
     right: dict[tuple[int, int], list[bool]] = {}
-    order = sorted(examples, key=lambda e: len(getattr(e, "text", "")))  # batches of like length
+    order = sorted(examples, key=lambda e: len(getattr(e, "text", "")))  # batches of similar length
     for start in range(0, len(order), 64):
         part = order[start : start + 64]
         inputs, labels = task.batch(part)
@@ -83,7 +83,7 @@ def score(task: Task, model: Any, examples: Sequence[Any]) -> Scores:
 
 @torch.no_grad()
 def anatomy(task: Task, model: Any, examples: Sequence[Any]) -> dict[str, float]:
-    """Means over the FVAE layers of what their latents hold on a batch; empty for other methods."""
+    """Diagnostics of the latents on a batch, averaged over the FVAE layers; empty for other methods."""
     adapted = {m: active_adapter(m) for m in model.modules() if isinstance(m, AuxLossLayer)}
     seen: list[dict[str, float]] = []
 
