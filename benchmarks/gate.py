@@ -14,7 +14,7 @@ from fvae_kernels.testing import Results
 from .sides import Side, adapters, backend_of, environment, without_dropout
 
 # Errors against float64 may be FACTOR times those of plain PyTorch in the same dtype, plus FLOOR float32 roundings of
-# the largest entry, in case plain PyTorch rounds luckily. Measured for our kernels: 1.5 times at most; 1.2 roundings for
+# the largest entry, in case plain PyTorch rounds luckily. Measured of our kernels: 1.5 times at most; 1.2 roundings for
 # the kl of a layer, a small difference of large sums. torch.compile adds tokens one by one, plain PyTorch in pairs, so
 # its error grows as the square root of their number: 1.9 roundings at 1576 tokens.
 FACTOR, FLOOR, COMPILED = 2.0, 2.0, 0.1

@@ -1,4 +1,4 @@
-"""Which machine, which commit, how many threads: without these a time means nothing."""
+"""Machine, commit and threads: a time means nothing without them."""
 
 import os
 import platform
@@ -29,7 +29,7 @@ def describe() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The short hash, with a mark where tracked files differ from it."""
+    """The short hash, with a mark if tracked files differ from it."""
     head = _git("rev-parse", "--short", "HEAD")
     return "unknown" if not head else head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
@@ -43,7 +43,7 @@ def _git(*arguments: str) -> str:
 
 
 def _cpuinfo(key: str) -> str:
-    """The first value of this key on Linux, else nothing."""
+    """The first value of this key in Linux's cpuinfo, if any."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

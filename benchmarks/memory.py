@@ -1,8 +1,8 @@
-"""Peak memory of one training step: ``python -m benchmarks.memory vit lora`` runs it in a process of its own.
+"""Peak memory of one training step: ``python -m benchmarks.memory vit lora`` runs it in its own process.
 
-The peak is the high-water mark of the resident set (``ru_maxrss``), everything included: interpreter, libraries,
-weights, activations, scratch. The C allocator is told to return every large block at once (MALLOC_MMAP_THRESHOLD_), so
-that the mark is that of memory in use, not of what the allocator kept for later.
+The peak is the high-water mark of the resident set (``ru_maxrss``), with all of interpreter, libraries, weights,
+activations and scratch. The C allocator returns every large block at once (MALLOC_MMAP_THRESHOLD_), so the mark shows
+memory in use, not memory that the allocator keeps for later.
 """
 
 import json
@@ -19,7 +19,7 @@ def peak(case: str, side: str, threads: int, tiny: bool = False, timeout: float 
     """Megabytes (10^6 bytes), measured in a fresh process.
 
     Raises:
-        RuntimeError: if the process fails; it says how.
+        RuntimeError: if the process fails; with its error.
     """
     command = [sys.executable, "-m", "benchmarks.memory", case, side, str(threads), *(["tiny"] if tiny else [])]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": MMAP_THRESHOLD, "MALLOC_TRIM_THRESHOLD_": MMAP_THRESHOLD}

@@ -1,4 +1,4 @@
-"""Real architectures from transformers' configs, random weights, nothing downloaded; and one training step of each."""
+"""Real architectures from transformers' configs with random weights, no downloads; and a training step of each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from .sides import SEED, Side, adapt, within
 
 Batch = dict[str, Tensor]
-ATTENTION = ["query", "value", "q_proj", "v_proj"]  # the names of two generations of transformers
+ATTENTION = ["query", "value", "q_proj", "v_proj"]  # names of different models
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model to adapt and the batch that it takes."""
+    """A model to adapt, and its batch."""
 
     name: str
     title: str
@@ -24,14 +24,14 @@ class Case:
 
 
 class Block(nn.Module):
-    """One block of a large model on hidden states that ask for their gradient, as in the middle of a stack."""
+    """One block of a large model. Its input needs a gradient, as in the middle of a stack."""
 
     def __init__(self, block: nn.Module, rotary: nn.Module | None = None) -> None:
         super().__init__()
         self.block, self.rotary = block, rotary
 
     def forward(self, hidden: Tensor) -> dict[str, Tensor]:
-        """The mean square of what the block returns, in place of a task."""
+        """The mean square of the block's output, in place of a task."""
         extra = {}
         if self.rotary is not None:
             positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
@@ -125,13 +125,13 @@ def build(case: Case) -> tuple[nn.Module, Batch]:
 
 
 def output(model: nn.Module, batch: Batch) -> Tensor:
-    """What the model says about the first sample, for comparison."""
+    """The model's output for the first sample, for comparison."""
     result = model(**{name: t[:1].detach() for name, t in batch.items()})
     return result["logits"]
 
 
 def step_side(name: str, model: nn.Module, batch: Batch) -> Side:
-    """One training step of a side: forward, backward, AdamW (fused, as Trainer's default) on what it trains."""
+    """One training step of a side: forward, backward, AdamW (fused, as in Trainer) on its trained parameters."""
     adapted = adapt(name, model, ATTENTION)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True, capturable=trained[0].is_cuda) if trained else None
@@ -154,7 +154,7 @@ def step_side(name: str, model: nn.Module, batch: Batch) -> Side:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile of every block of the stack, once, their graphs shared: the way that training scripts do it."""
+    """Compile every block of the stack; blocks share their graphs, as in training scripts."""
     if getattr(model, "_blocks_compiled", False):
         return
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Blocks of a page that a command writes: what stands between two marks, and a row of a table."""
+"""Blocks of a page that a command writes, between two marks; and rows of a table."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def row(cells: Sequence[str]) -> str:
-    """Of a markdown table."""
+    """A row of a markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
@@ -26,7 +26,7 @@ def replace_block(page: Path, mark: str, lines: Sequence[str]) -> None:
 
 
 def _parts(page: Path, mark: str) -> tuple[str, str, str]:
-    """Up to the line that opens the block, the block, and the rest."""
+    """The page up to the opening line of the block, the block, and the rest."""
     found = re.fullmatch(
         rf"(.*<!-- begin {mark}\b[^\n]*-->)\n(.*?)\n?(<!-- end {mark} -->.*)", page.read_text(), re.DOTALL
     )

@@ -1,4 +1,4 @@
-"""``make bench``: time all sides in turns, and write ratios with intervals, two pictures, and which goals are met.
+"""``make bench``: time all sides in turns; write ratios with intervals, two pictures, and the goals met.
 
 python -m benchmarks.report                  within 10 minutes on two cores
 python -m benchmarks.report --full           more sizes, sides and rounds
@@ -41,7 +41,7 @@ HOST = "What a step of one adapted layer costs the host on a GPU, measured witho
 
 
 def measure(settings: experiments.Settings, only: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Run the sections; what they found, and where. The report is written after each, and one that fails is noted."""
+    """Run the sections; return their results and the machine. Writes the report after each; notes failed ones."""
     start = time.perf_counter()
     found: dict[str, Any] = {"machine": machine.describe(), "ours": ours(), "results": {}, "failed": {}}
     for name in only:
@@ -58,7 +58,7 @@ def measure(settings: experiments.Settings, only: Sequence[str], folder: Path) -
 
 
 def table(group: dict[str, Any]) -> list[str]:
-    """One group in markdown: milliseconds, ratio to the baseline with its interval, and what was counted."""
+    """One group in markdown: milliseconds, ratio to the baseline with its interval, and the counts."""
     baseline, beyond, counted = group["baseline"], group.get("beyond"), group.get("counted", {})
     head = ["side", "median, ms", f"time / {NAMES[baseline]}"]
     head += [f"beyond base / {NAMES[baseline]}"] * bool(beyond)
@@ -141,7 +141,7 @@ def text(found: dict[str, Any], pictures: Sequence[str]) -> str:
 
 
 def write(found: dict[str, Any], folder: Path) -> Path:
-    """Numbers, pictures, report."""
+    """Write numbers, pictures and report."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(found))
     where = found["machine"]

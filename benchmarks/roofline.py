@@ -1,8 +1,8 @@
 """Predicted time of an adapted layer, forward and backward beyond its base layer: ``make tables``.
 
-A prediction, never a measurement. An eager step runs at the pace of the slower of two. The device takes for every
-launch the longer one of moving its bytes at its peak bandwidth and of computing its FLOPs at its peak rate; the host
-takes what `host_cost` measured (docs/roofline.md):
+A prediction, never a measurement. An eager step is as slow as the slower of device and host. On the device a launch
+takes the longer of two times: moving its bytes at peak bandwidth, or computing its FLOPs at peak rate. The host takes
+what `host_cost` measured (docs/roofline.md):
 
     seconds = max(host, sum over launches of max(bytes / bandwidth, FLOPs / rate))
 """
@@ -26,7 +26,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "roofline.md"
 
 @dataclass(frozen=True)
 class Device:
-    """Peak numbers of a data sheet: bytes/s, dense FLOP/s by dtype; seconds that a launch adds, where measured."""
+    """Peak numbers of a data sheet: bytes/s, dense FLOP/s by dtype; seconds that a launch adds, if measured."""
 
     name: str
     bandwidth: float
@@ -72,14 +72,14 @@ SIDES = ("triton", "lora", "plain")
 
 
 def predicted(launches: Sequence[Launch], device: Device) -> float:
-    """Seconds of these launches on the device, one after the other. The formula of docs/roofline.md."""
+    """Seconds of these launches on the device, one after the other, by the formula of docs/roofline.md."""
     return sum(
         device.launch + max(one.bytes / device.bandwidth, one.flops / device.rates[one.dtype]) for one in launches
     )
 
 
 def dispatched(side: str, shape: Shape, precision: str = "float32") -> list[Launch]:
-    """The operators of a side's forward and backward, base layer included; on tensors without memory."""
+    """Operators of a side's forward and backward with the base layer, counted on tensors without memory."""
     base, adapter, autocast = PRECISIONS[precision]
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with warnings.catch_warnings():
@@ -97,14 +97,14 @@ def dispatched(side: str, shape: Shape, precision: str = "float32") -> list[Laun
 
 
 def fused_launches(shape: Shape, precision: str = "float32") -> list[Launch]:
-    """Those of our Triton layer, beyond the base layer."""
+    """The launches of our Triton layer, beyond the base layer."""
     base, adapter, autocast = PRECISIONS[precision]
     layer = fused.Layer(shape.N, shape.D, shape.M, x_bytes=base.itemsize, p_bytes=adapter.itemsize)
     return [replace(one, dtype=autocast or one.dtype) for one in fused.launches(layer)]
 
 
 def beyond_base(side: str, shape: Shape, precision: str, device: Device) -> float:
-    """Predicted seconds of a side on the device less those of the base layer alone; `triton` is ours."""
+    """Predicted seconds of a side on the device, minus those of the base layer; `triton` is ours."""
     if side == "triton":
         return predicted(fused_launches(shape, precision), device)
     with_base, alone = (predicted(_dispatched(name, shape, precision), device) for name in (side, "base"))
@@ -115,14 +115,14 @@ _dispatched = functools.cache(dispatched)
 
 
 def host(side: str, precision: str) -> float:
-    """Seconds that a side costs the host beyond the base layer, as measured; in float32 where no other was."""
+    """Measured host seconds of a side beyond the base layer; those of float32 if no other was measured."""
     steps = host_cost.stored()["steps"]
     us = steps.get(precision, steps["float32"])
     return float(us[side] - us["base"]) / 1e6
 
 
 def pace(on_host: float, on_device: float) -> str:
-    """Microseconds of the slower one, and which it is."""
+    """Microseconds of the slower of host and device, and which one it is."""
     return f"{1e6 * max(on_host, on_device):,.0f} {'host' if on_host > on_device else 'device'}"
 
 
@@ -137,7 +137,7 @@ def devices_table() -> list[str]:
 
 
 def table() -> list[str]:
-    """Predicted microseconds of every shape, precision and device, ours and two others, and who decides."""
+    """Predicted microseconds of every shape, precision and device for three sides, and what decides."""
     names = [f"{device}: {sides.TITLES[side]}" for device in DEVICES for side in SIDES]
     lines = [row(["layer (N, D, M)", "precision", *names]), row(["---"] * (2 + len(names)))]
     for shape in SHAPES:

@@ -1,4 +1,4 @@
-"""The sides of every comparison, built in one place: same base weights, same rank, same targets, same seed.
+"""The sides of every comparison, built in one place with equal base weights, rank, targets and seed.
 
     base        the model without adapters, frozen
     plain       FVAE-LoRA in plain PyTorch (backend "reference")
@@ -29,7 +29,7 @@ from .cost import count
 RANK, ALPHA, SEED, DROPOUT = 16, 16, 0, 0.1
 METHOD: dict[str, Any] = {"alpha": ALPHA, **preset("paper", RANK)}
 BY_DEFAULT: dict[str, Any] = {"alpha": ALPHA, **preset("default", RANK)}
-DEFAULT = "_default"  # at the end of a side's name: with the package's default in place of the paper's recipe
+DEFAULT = "_default"  # suffix of a side's name: the package's default in place of the paper's recipe
 TITLES = {
     "base": "base layer",
     "plain": "plain PyTorch FVAE",
@@ -50,7 +50,7 @@ PEFT = ("lora", "dora", "hira")
 
 @dataclass
 class Side:
-    """One side of a comparison: what is timed, and the module behind it."""
+    """One side of a comparison: the timed function and its module."""
 
     name: str
     module: nn.Module
@@ -59,9 +59,9 @@ class Side:
     inputs: tuple[Tensor, ...] = ()
 
     def cost(self) -> dict[str, Any]:
-        """Operators, bytes, FLOPs and saved bytes of one run; weights, buffers and inputs do not count as saved.
+        """Operators, bytes, FLOPs and saved bytes of one run. Weights, buffers and inputs do not count as saved.
 
-        Empty for a compiled side: the dispatcher does not see inside it.
+        Empty for a compiled side: the dispatcher cannot see inside it.
         """
         if self.name == "compiled":
             return {}
@@ -75,7 +75,7 @@ def kernels(op: str, device: str = "cpu") -> tuple[str, ...]:
 
 
 def ours(device: str = "cpu") -> str:
-    """The side that an unnamed backend takes: the fused layer, or plain PyTorch where there is none yet."""
+    """The side that runs if no backend is named: the fused layer, or plain PyTorch without one."""
     return next(iter(kernels("layer", device)), "plain")
 
 
@@ -93,7 +93,7 @@ def backend_of(name: str) -> str | None:
 
 @contextlib.contextmanager
 def environment(name: str) -> Iterator[None]:
-    """What holds while a side runs: its backend."""
+    """The context that a side runs in: its backend."""
     with fk.use_backend(backend_of(name)):
         yield
 
@@ -124,13 +124,13 @@ def peft_config(name: str, targets: list[str], linear: bool = False) -> Any:
 
 
 def share(model: nn.Module) -> nn.Module:
-    """A copy of the structure of `model` around its very weights."""
+    """A copy of the structure of `model` that shares its weights."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(t): t for t in tensors})
 
 
 def adapt(name: str, model: nn.Module, targets: list[str], linear: bool = False) -> nn.Module:
-    """`model` as the side `name` has it, in training mode; the model itself stays as it is, but frozen."""
+    """`model` adapted as the side `name`, in training mode. The model itself is only frozen."""
     model = share(model.requires_grad_(False))
     if name == "base":
         return model.train()
@@ -139,7 +139,7 @@ def adapt(name: str, model: nn.Module, targets: list[str], linear: bool = False)
 
 
 class OneLinear(nn.Module):
-    """A model that is one linear layer, as PEFT wants to see it."""
+    """A model of one linear layer, in a form that PEFT accepts."""
 
     def __init__(self, D: int, M: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class OneLinear(nn.Module):
 
 
 def layer_module(name: str, model: OneLinear, linear: bool = False) -> nn.Module:
-    """The adapted layer of a side, its random start seeded."""
+    """The adapted layer of a side, with a seeded start."""
     module = adapt(name, model, ["linear"], linear)
     return module.linear if name == "base" else module.base_model.model.linear  # type: ignore[union-attr,return-value]
 
@@ -165,13 +165,13 @@ def layer_side(
     """Forward and backward of one adapted layer: gradients of its parameters and of x.
 
     Args:
-        name: of the side.
-        model: its base.
+        name: the side.
+        model: its base model.
         x: input.
         grad_y: gradient of the output.
-        compiler: backend of torch.compile for the compiled side.
-        adapter: dtype of what is trained; None is PEFT's choice, float32 at least.
-        autocast: dtype that the forward runs under; None is without.
+        compiler: backend of torch.compile, for the compiled side.
+        adapter: dtype of the trained parameters; None is PEFT's choice, at least float32.
+        autocast: dtype of autocast in forward; None is without autocast.
     """
     module: Any = layer_module(name, model)
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -214,14 +214,14 @@ def layer_sides(
 def inference_sides(tokens: int, D: int) -> dict[str, Side]:
     """The mean path without autograd: the recipe's encoder, a linear one, that one merged; PEFT's; the base.
 
-    All of them read the very same base weight: two copies of it differ by 5 % in time, from where they lie in memory.
+    All sides read the same base weight: times of two copies differ by 5 %, because of their place in memory.
     """
     model = OneLinear(D, D)
     x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(SEED))
     modules = {name: layer_module(name, model).eval() for name in ("base", "lora", "dora")}
     modules["fvae"] = layer_module("plain", model).eval()
     modules["fvae_linear"] = layer_module("plain", model, linear=True).eval()
-    # Merged before training, when the update is exactly zero: the shared weights stay what they are.
+    # Merged before training: the update is exactly zero, so the shared weights do not change.
     config = fk.FVAEConfig(rank=RANK, **{**METHOD, "encoder_hidden": ()})
     wrapper = fk.FusedFVAELinear.from_linear(share(model).linear, config).eval()  # type: ignore[arg-type]
     wrapper.merge()
@@ -245,7 +245,7 @@ def adapters(module: nn.Module) -> list[Any]:
 
 
 def without_dropout(adapter: Any) -> Any:
-    """A copy of an adapter that drops nothing and whose parameters are all random, to be compared with others."""
+    """A copy of an adapter without dropout and with random parameters, for comparisons."""
     twin = copy.deepcopy(adapter)
     twin.config = dataclasses.replace(adapter.config, dropout=0.0)
     generator = torch.Generator().manual_seed(SEED)

@@ -1,8 +1,8 @@
-"""Timing in turns, ratios of pairs, and what may be said about them.
+"""Timing in turns, ratios of pairs, and their intervals.
 
-Two sides that are timed one after the other see two different machines: clocks, caches and neighbours change by more
-than what is to be shown. So every round runs every side once, a ratio is taken within a round, and the median over
-rounds is given with an interval that assumes no distribution.
+Two sides that are timed one after the other run on a changed machine: clocks, caches and neighbours change times by
+more than the difference of interest. So every round runs every side once, a ratio is taken within a round, and the
+median over rounds gets an interval that assumes no distribution.
 """
 
 import gc
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 Run = Callable[[], object]
 Seconds = dict[str, list[float]]
-SWEEP = 2.0  # seconds between two collections of garbage, which never run while the clock does
+SWEEP = 2.0  # seconds between garbage collections; none runs while the clock runs
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Estimate:
 
 
 def timed(run: Run, calls: int = 1) -> float:
-    """Seconds of one call, wall clock, the mean of `calls` in a row."""
+    """Wall-clock seconds of one call, the mean of `calls` in a row."""
     start = time.perf_counter()
     for _ in range(calls):
         run()
@@ -39,7 +39,7 @@ def timed(run: Run, calls: int = 1) -> float:
 
 
 def warm_up(run: Run) -> float:
-    """Seconds of a call that is not the first, or of the first where that one is slow anyway."""
+    """Warm up; return seconds of a second call, or of the first if that was slow."""
     first = timed(run)
     return first if first > 2.0 else min(first, timed(run))
 
@@ -47,10 +47,10 @@ def warm_up(run: Run) -> float:
 def interleave(
     runs: Mapping[str, Run], seconds: float, minimum: int = 5, maximum: int = 200, call_seconds: float = 0.01
 ) -> Seconds:
-    """Time every side once per round, in an order drawn anew for each round, until `seconds` are over.
+    """Time every side once in each round, in a new random order, until `seconds` are over.
 
-    In a fixed order a side would always inherit the caches of the same neighbour. Each side runs before the first
-    round, twice where that is quick; that says how many calls make up `call_seconds`.
+    In a fixed order a side would always run on the caches of the same neighbour. Each side runs before the first
+    round, twice if it is quick; this decides how many calls fill `call_seconds`.
     """
     warm = {name: warm_up(run) for name, run in runs.items()}
     calls = {name: max(1, math.ceil(call_seconds / max(one, 1e-7))) for name, one in warm.items()}
@@ -78,7 +78,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """The median and its interval from order statistics; the whole range where the values are too few.
+    """The median and its interval from order statistics; the whole range if there are too few values.
 
     The k-th smallest and the k-th largest of n values enclose the true median with probability
     ``1 - 2 P(Binomial(n, 1/2) < k)``, whatever their distribution.
@@ -100,7 +100,7 @@ def ratio(
     beyond: str | None = None,
     confidence: float = 0.95,
 ) -> Estimate:
-    """Time of `side` over that of `baseline`, paired by round; with `beyond`, that side's time is taken off both."""
+    """Time of `side` / time of `baseline`, paired by round; the time of side `beyond` is subtracted from both."""
     rounds = zip(
         seconds[side], seconds[baseline], seconds[beyond] if beyond else [0.0] * len(seconds[side]), strict=True
     )
@@ -108,7 +108,7 @@ def ratio(
 
 
 def power_law(sizes: Sequence[float], costs: Sequence[float]) -> tuple[float, float]:
-    """Exponent and its standard error in ``cost = c size^exponent``, by least squares of the logarithms."""
+    """Exponent and its standard error in ``cost = c size^exponent``, by least squares on logarithms."""
     points = [(math.log(s), math.log(c)) for s, c in zip(sizes, costs, strict=True) if c > 0]
     n = len(points)
     if n < 2:

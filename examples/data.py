@@ -1,8 +1,8 @@
-"""Sentiment of review snippets from two sources, with source and label correlated in training and not in the tests.
+"""Sentiment of review snippets from two sources. Source and label are correlated in training, not in the tests.
 
 A *group* is a pair (label, source). Training draws a share rho of the positives from movies and a share rho of the
-negatives from Amazon; validation and test groups are of equal size. The splits share no review and no text, and do not
-depend on the seed: it only chooses the training examples among the reviews set aside for training, and their order.
+negatives from Amazon; validation and test groups have equal sizes. The splits share no review and no text, and do not
+depend on the seed. The seed only chooses the training examples, among the training reviews, and their order.
 """
 
 import random
@@ -18,7 +18,7 @@ SOURCES = ("movies", "Amazon")
 FILES = ("movieReview", "amazonReview")
 LABELS = ("negative", "positive")
 GROUPS = tuple((label, source) for label in (0, 1) for source in (0, 1))
-MIN_RATING = 1.0  # mean human rating, of -4 to 4; snippets nearer to neutral are left out
+MIN_RATING = 1.0  # mean human rating, from -4 to 4; snippets nearer to neutral are left out
 TEST_PER_GROUP, VALIDATION_PER_GROUP = 200, 80
 SPLIT_SEED = 2014
 
@@ -40,7 +40,7 @@ class Snippet(NamedTuple):
 
 @dataclass(frozen=True)
 class Splits:
-    """Reviews set aside for each purpose; validation and test hold equally many snippets of each group."""
+    """Snippets of each split; validation and test hold equally many of each group."""
 
     train: tuple[Snippet, ...]
     validation: tuple[Snippet, ...]
@@ -48,7 +48,7 @@ class Splits:
 
 
 def group_name(group: Group) -> str:
-    """As in "negative, movies"."""
+    """Name of a group, for example "negative, movies"."""
     return f"{LABELS[group[0]]}, {SOURCES[group[1]]}"
 
 
@@ -61,7 +61,7 @@ def parse(raw: str, source: int) -> Iterator[Snippet]:
 
 
 def without_duplicates(snippets: Iterable[Snippet]) -> list[Snippet]:
-    """The first of the snippets that agree but for case and white space."""
+    """Drop snippets that repeat an earlier one, up to case and white space."""
     unique: dict[str, Snippet] = {}
     for snippet in snippets:
         unique.setdefault(" ".join(snippet.text.casefold().split()), snippet)
@@ -74,7 +74,7 @@ def load(sdist: Path) -> list[Snippet]:
 
 
 def split(snippets: Sequence[Snippet], test: int = TEST_PER_GROUP, validation: int = VALIDATION_PER_GROUP) -> Splits:
-    """Deal whole reviews: to the test groups until they are full, then to validation, then to training.
+    """Deal out whole reviews: to the test groups until they are full, then to validation, then to training.
 
     Snippets of a test or validation review whose group is full already are dropped.
     """
@@ -110,7 +110,7 @@ def _deal(review: list[Snippet], parts: Sequence[tuple[int | None, dict[Group, l
 
 
 def training_counts(size: int, rho: float) -> dict[Group, int]:
-    """How many snippets of each group: half of each label, a share rho of it from its source."""
+    """Number of snippets of each group: half of each label, a share rho of these from the label's source."""
     positives = size // 2
     negatives = size - positives
     movies, amazon = round(positives * rho), round(negatives * rho)
@@ -139,7 +139,7 @@ def training_set(pool: Sequence[Snippet], size: int, rho: float, seed: int) -> l
 
 
 def batches(examples: Sequence[Snippet], size: int, steps: int, seed: int) -> Iterator[list[Snippet]]:
-    """`steps` full batches, the examples shuffled anew in each pass; a pass's incomplete last batch is left out."""
+    """`steps` full batches. Each pass shuffles the examples again and leaves out its incomplete last batch."""
     rng = random.Random(seed)
     done = 0
     while done < steps:

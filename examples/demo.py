@@ -2,7 +2,7 @@
 
     python -m examples.demo --help
 
-Real model, real data (examples/assets.py); in training the source of a review snippet predicts its sentiment, in the
+Model and data are real (examples/assets.py). In training the source of a review snippet predicts its sentiment; in the
 test it does not (examples/data.py). Both methods see the same batches in the same order and start from the same
 classifier.
 """
@@ -22,7 +22,7 @@ QUICK = {"train_size": 32, "batch_size": 8, "steps": 3, "test_per_group": 8}
 
 
 def number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Any:
-    """An argparse type: a number within bounds, and an error that says which."""
+    """An argparse type: a number within bounds, with an error that names them."""
     bounds = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < float("inf") else "")
 
     def parse(text: str) -> Any:
@@ -38,7 +38,7 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options; a default of None is `Settings`' default."""
+    """The options; None stands for the default of `Settings`."""
     out = argparse.ArgumentParser(
         prog="examples.demo",
         description="Fine-tune MiniLM on review sentiment with LoRA and FVAE-LoRA side by side, and compare them.",
@@ -93,7 +93,7 @@ def settings_of(args: argparse.Namespace) -> "Settings":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; 0 if it worked, saved adapters included."""
+    """Run the demo; 0 if it worked and the saved adapters load."""
     options = parser()
     args = options.parse_args(argv)
     if args.out.exists() and not args.out.is_dir():

@@ -25,7 +25,7 @@ TERMS = {"nll": "$-\\log p(x|z_1,z_2)$", "kl": "KL$(q_1\\,\\|\\,p_1)$", "gamma":
 
 
 class Latents(NamedTuple):
-    """Posterior means of one layer, a row a snippet, and how well a linear readout finds label and source in them."""
+    """Posterior means of one layer, a row a snippet, and accuracies of linear readouts of label and source."""
 
     layer: str
     means: tuple[Tensor, Tensor]
@@ -110,7 +110,7 @@ def groups(axes: Axes, results: Sequence[Result]) -> None:
 
 
 def scatter(axes: Axes, index: int, latents: Latents) -> None:
-    """First two principal components of one latent, a point a test snippet."""
+    """First two principal components of one latent; each point is a test snippet."""
     points, shares = principal_components(latents.means[index])
     for label, colour in enumerate(LABEL_COLOURS):
         for source, marker in enumerate(SOURCE_MARKERS):

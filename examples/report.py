@@ -1,4 +1,4 @@
-"""Scores with their uncertainty, and the table that the demo ends with."""
+"""Scores with their uncertainty, and the demo's table."""
 
 import json
 import math
@@ -23,7 +23,7 @@ STUDENT = (
 
 @dataclass(frozen=True)
 class Share:
-    """A share of right answers."""
+    """A share of correct answers."""
 
     right: int
     total: int
@@ -43,7 +43,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything the table says about one method."""
+    """All numbers of the table for one method."""
 
     method: str
     title: str
@@ -54,7 +54,7 @@ class Result:
     served: int
     adapter_bytes: int
     seconds_per_step: float
-    time_ratio: float | None  # to LoRA's, the median over steps on the same batch
+    time_ratio: float | None  # time / LoRA's, the median over steps on equal batches
 
     @property
     def overall(self) -> Share:
@@ -62,7 +62,7 @@ class Result:
 
     @property
     def rare(self) -> Share:
-        """The groups whose source disagrees with the label, of which training has few."""
+        """The groups that are rare in training: source and label disagree."""
         chosen = [self.groups[name] for name in RARE if name in self.groups]
         return Share(sum(s.right for s in chosen), sum(s.total for s in chosen))
 
@@ -72,7 +72,7 @@ class Result:
 
 
 def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share; 95 % unless told."""
+    """Wilson's score interval of a share; 95 % by default."""
     if not 0 <= right <= total or total == 0:
         raise ValueError(f"{right} of {total} is not a share")
     p, zz = right / total, z * z / total
@@ -90,7 +90,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def by_group(logits: Tensor, snippets: Sequence[Snippet]) -> dict[str, Share]:
-    """Right answers in each (label, source) group."""
+    """Correct answers in each (label, source) group."""
     right: dict[Group, list[bool]] = {}
     for guess, snippet in zip(logits.argmax(-1).tolist(), snippets, strict=True):
         right.setdefault(snippet.group, []).append(guess == snippet.label)
@@ -98,12 +98,12 @@ def by_group(logits: Tensor, snippets: Sequence[Snippet]) -> dict[str, Share]:
 
 
 def time_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:
-    """Median over steps of the ratio of two times on one batch, which a busy machine disturbs little."""
+    """Median over steps of the ratio of two times on one batch; a busy machine changes it little."""
     return statistics.median(mine / theirs for mine, theirs in zip(seconds, baseline, strict=True))
 
 
 def table(results: Sequence[Result]) -> Table:
-    """One column a method; fits 80 characters, in plain text too."""
+    """One column for each method; fits 80 characters, also in plain text."""
     out = Table(
         box=box.ASCII2, title=f"Test: {results[0].overall.total} snippets in {len(results[0].groups)} equal groups"
     )
@@ -129,7 +129,7 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def verdict(results: Sequence[Result]) -> str:
-    """What one seed says of two methods: their difference, and whether it is more than the test set's noise."""
+    """What one seed shows: the difference of two methods, and if it exceeds the test set's noise."""
     if len(results) != 2:
         return ""
     base, ours = results

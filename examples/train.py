@@ -25,21 +25,21 @@ TARGETS = ["query", "value"]
 WEIGHTS = ("recon_weight", "kl_weight", "gamma_weight", "loss_weight")
 MAX_TOKENS = 32
 
-logging.set_verbosity_error()  # that the classifier's weights are new is meant to be
+logging.set_verbosity_error()  # no warning that the classifier's weights are new
 logging.disable_progress_bar()
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # a call of PEFT's
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT calls it
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run depends on, and nothing else does."""
+    """All settings that a run depends on."""
 
     methods: tuple[str, ...] = ("lora", "fvae")
     seed: int = 0
     train_size: int = 1200
     rho: float = 0.8
     epochs: int = 3
-    steps: int | None = None  # instead of epochs
+    steps: int | None = None  # in place of epochs
     batch_size: int = 32
     rank: int = 16
     alpha: float = 16.0
@@ -59,7 +59,7 @@ class Settings:
 
 @dataclass
 class History:
-    """One entry a step."""
+    """One entry for each step."""
 
     task_loss: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -85,7 +85,7 @@ def base_model(folder: Path, seed: int) -> Any:
 
 
 def adapter_config(method: str, settings: Settings) -> peft.PeftConfig:
-    """Stock LoRA, or a preset of FVAE-LoRA with the weights asked for."""
+    """Stock LoRA, or a preset of FVAE-LoRA with the weights of `settings`."""
     if method == "lora":
         return peft.LoraConfig(task_type="SEQ_CLS", r=settings.rank, lora_alpha=settings.alpha, target_modules=TARGETS)
     return fk.FVAELoraConfig.preset(
@@ -99,7 +99,7 @@ def adapter_config(method: str, settings: Settings) -> peft.PeftConfig:
 
 
 class Run:
-    """One method's model and how its training went."""
+    """One method's model and the history of its training."""
 
     def __init__(self, method: str, settings: Settings, folder: Path):
         self.method, self.settings, self.history = method, settings, History()
@@ -111,7 +111,7 @@ class Run:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, linear_schedule(settings.total_steps))
 
     def step(self, index: int, inputs: Any, labels: Tensor) -> None:
-        """One optimiser step. Its noise depends on seed and step alone, not on what other methods drew."""
+        """One optimizer step. Its noise depends only on seed and step, not on other methods."""
         torch.manual_seed(self.settings.seed * 1_000_003 + index)
         start = time.perf_counter()
         out = self.model(**inputs, labels=labels)  # in training, out.loss includes the auxiliary loss of the adapters
@@ -126,7 +126,7 @@ class Run:
             self.note_terms()
 
     def note_terms(self) -> None:
-        """Means over the adapted layers."""
+        """Note the terms, averaged over the adapted layers."""
         layers = list(fk.collect_terms(self.model).values())
         for name, values in self.history.terms.items():
             values.append(sum(layer[name] for layer in layers) / len(layers))
@@ -139,7 +139,7 @@ def linear_schedule(steps: int) -> Callable[[int], float]:
 
 
 def train(settings: Settings, folder: Path, examples: Sequence[Snippet]) -> tuple[list[Run], Iterator[int]]:
-    """The runs, and an iterator that performs their steps and yields the number done."""
+    """The runs, and an iterator that runs their steps and yields the number of steps done."""
     runs = [Run(method, settings, folder) for method in settings.methods]
     return runs, _steps(runs, settings, Tokenizer(folder), examples)
 
@@ -148,7 +148,7 @@ def _steps(runs: list[Run], settings: Settings, tokenize: Tokenizer, examples: S
     stream = data.batches(examples, settings.batch_size, settings.total_steps, settings.seed)
     for index, batch in enumerate(stream):
         inputs, labels = tokenize(batch)
-        for run in runs if index % 2 == 0 else runs[::-1]:  # neither is always the one that finds the caches warm
+        for run in runs if index % 2 == 0 else runs[::-1]:  # so that neither always finds the caches warm
             run.step(index, inputs, labels)
         yield index + 1
 
@@ -187,7 +187,7 @@ def latent_means(model: Any, tokenize: Tokenizer, snippets: Sequence[Snippet]) -
 
 
 def reload(folder: Path, model_folder: Path, seed: int) -> Any:
-    """The saved adapter on a fresh base model, whose classifier is random until the saved one replaces it."""
+    """The saved adapter on a new base model. The saved classifier replaces the random one."""
     return peft.PeftModel.from_pretrained(base_model(model_folder, seed + 1), folder)
 
 

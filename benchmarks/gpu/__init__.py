@@ -1,1 +1,1 @@
-"""``python3 -m benchmarks.gpu``: everything that only a GPU can tell, in one report (docs/gpu.md)."""
+"""``python3 -m benchmarks.gpu``: everything that needs a GPU, in one report (docs/gpu.md)."""

@@ -1,12 +1,12 @@
 """Test and time everything on this machine's GPU, and write one report.
 
 python3 -m benchmarks.gpu                        all of it; about an hour
-python3 -m benchmarks.gpu --minutes 9            what fits into nine minutes, the most telling first; again for more
+python3 -m benchmarks.gpu --minutes 9            what fits into nine minutes, the most important first; repeat for more
 python3 -m benchmarks.gpu --only layer steps     some parts
 python3 -m benchmarks.gpu --dry-run              anywhere: the same flow, interpreted, tiny, without a clock
 
-It may be stopped at any moment: the report holds what was found by then, and the next call in the same folder goes on
-from there. A case that fails is named in the report, the others go on, and the exit status is 1.
+It may be stopped at any moment: the report holds the results so far, and the next call in the same folder continues
+from there. A case that fails is named in the report, the others continue, and the exit status is 1.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from .results import ROOT, Results, fingerprint
 from .supervise import Supervisor
 
 CASES = "benchmarks.gpu.cases"
-RESERVE = 5.0  # of the minutes that are given, seconds to end in
+RESERVE = 5.0  # seconds of --minutes that are kept for the end
 NO_LIMIT = 24 * 60.0
 
 
@@ -42,7 +42,7 @@ def parser(parts: Sequence[Part]) -> argparse.ArgumentParser:
 
 
 def run(module: Any, options: argparse.Namespace, start: float) -> bool:
-    """All parts twice: within their shares of the time, then with what is left of it. True if nothing failed."""
+    """Run all parts twice: within their shares of the time, then in the time left. True if nothing failed."""
     default = ROOT / ("runs/gpu-dry-run" if options.dry_run else "benchmarks/results/gpu")
     plan = Plan((options.out or default).resolve(), options.dry_run)
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def _left(cases: Sequence[Case], part: Part, results: Results) -> list[Case]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where nothing failed, 2 where there is no GPU."""
+    """Exit status: 0 if nothing failed, 1 if a case failed, 2 without a GPU."""
     start = time.monotonic()
     module = importlib.import_module(os.environ.get("BENCHMARKS_GPU_CASES", CASES))  # tests have cases of their own
     options = parser(module.PARTS).parse_args(arguments)

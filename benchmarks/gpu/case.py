@@ -1,4 +1,4 @@
-"""What is measured, in pieces that are run, limited and written one by one. Imports nothing that takes long."""
+"""Cases: each is run, limited and written by itself. Imports nothing slow."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the run is: its folder, and whether it is a dry run (interpreted on the CPU, tiny, without a clock)."""
+    """Settings of a run: its folder, and if it is a dry run (interpreted on the CPU, tiny, without a clock)."""
 
     folder: Path
     dry: bool = False
 
     @property
     def device(self) -> str:
-        """That the cases run on."""
+        """The device that the cases run on."""
         return "cpu" if self.dry else "cuda"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One result: plain numbers that `run` returns, or the error that it raises, within so many seconds."""
+    """One measurement: `run` returns plain numbers or raises, within a limit of seconds."""
 
     part: str
     name: str
@@ -32,13 +32,13 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Its name among all cases."""
+        """Name of the case among all cases."""
         return f"{self.part}: {self.name}"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Cases of one kind: the share of ``--minutes`` that a first pass gives them, and how many run at a time."""
+    """Cases of one kind, their share of ``--minutes`` in the first pass, and how many run at a time."""
 
     name: str
     title: str

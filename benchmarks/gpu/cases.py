@@ -1,6 +1,6 @@
-"""The parts and cases of a run. Imports what takes long inside of the cases alone.
+"""The parts and cases of a run. Slow imports are inside the cases.
 
-Order is by what tells most: that the kernels are right on the device, then the layer against others, then whole steps.
+The most important come first: kernels are right on the device, then the layer against others, then whole steps.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ TOOLS = ("memcheck", "racecheck", "ncu")
 
 
 def cases(plan: Plan) -> list[Case]:
-    """All of them, in order."""
+    """All cases, in order."""
     limit = 10.0 if plan.dry else 1.0  # interpreting on a small machine takes long
     return [Case(c.part, c.name, c.run, limit * c.seconds) for c in _cases(plan)]
 
@@ -129,7 +129,7 @@ def _call(module: str, function: str, *arguments: Any) -> Found:
 
 
 def missing() -> str | None:
-    """Why nothing can be measured here, and what to do; None where there is a GPU."""
+    """Why nothing can be measured here, and what to do; None if there is a GPU."""
     import torch
 
     from fvae_kernels.ops._backend import interpreting
@@ -148,7 +148,7 @@ def missing() -> str | None:
 
 
 def identity(plan: Plan) -> Found:
-    """Of the machine: results of another one are not continued."""
+    """Identity of the machine: results of another one are not continued."""
     from ..cost import versions
 
     if plan.dry:
@@ -160,7 +160,7 @@ def identity(plan: Plan) -> Found:
 
 @contextlib.contextmanager
 def around(plan: Plan) -> Iterator[None]:
-    """What holds while a case runs. Interpreted kernels compute bfloat16 right under the stricter interpreter alone."""
+    """The context of a case. Interpreted kernels need the stricter interpreter for correct bfloat16."""
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -180,7 +180,7 @@ def around(plan: Plan) -> Iterator[None]:
 
 
 def healthy(plan: Plan) -> bool:
-    """Whether the next case can run in this process."""
+    """True if the next case can run in this process."""
     import torch
 
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Three times of a call: as it is, of the device alone (the call as a CUDA graph), and of the host alone."""
+"""Three times of a call: eager, device only (replayed as a CUDA graph), and host only."""
 
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def milliseconds(plan: Plan, run: Run) -> float:
 
 
 def times(plan: Plan, run: Run) -> Found:
-    """``ms`` of the call, ``graph_ms`` of its replay, ``host_ms`` until it returns, ``peak_mb`` beyond what it found.
+    """``ms`` of the call, ``graph_ms`` of its replay, ``host_ms`` until it returns, ``peak_mb`` of extra memory.
 
     A call that cannot be captured has ``graph_error`` instead of ``graph_ms``.
     """
@@ -56,7 +56,7 @@ def _host(plan: Plan, run: Run) -> float:
         return 1.0
     found = []
     for _ in range(20):
-        torch.cuda.synchronize()  # an empty queue, which one call does not fill
+        torch.cuda.synchronize()  # empty the queue; one call does not fill it
         start = time.perf_counter()
         run()
         found.append(1e3 * (time.perf_counter() - start))

@@ -1,4 +1,4 @@
-"""Values and gradients of the kernels on the device, against plain PyTorch in float64 on the same numbers."""
+"""Values and gradients of the kernels on the device, against plain PyTorch in float64 on the same inputs."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from tests.helpers.layer_inputs import layer_inputs, plain, run_layer
 from .. import gate
 from .case import Found, Plan
 
-TOKENS = 960  # with whole blocks, as the 96 of the gate: the same kernels
+TOKENS = 960  # whole blocks, as with the 96 of the gate: the same compiled kernels
 RECIPE = {"rank": 16, "encoder_hidden": (16,), "decoder_hidden": (128, 128, 128)}
 TINY = {"rank": 4, "encoder_hidden": (5,), "decoder_hidden": (6,)}
 
 
 def op(plan: Plan, name: str, size: dict[str, Any], dtype: str) -> Found:
-    """An op, no farther from float64 than plain PyTorch in the same dtype explains."""
+    """An op: its error against float64 is no larger than plain PyTorch in the same dtype explains."""
     tokens = 24 if plan.dry else TOKENS
     inputs = testing.INPUTS[name]((tokens,), dtype=getattr(torch, dtype), device=plan.device, **size)
     gate.check_op(name, getattr(fk, name), inputs, backend="triton")
@@ -25,7 +25,7 @@ def op(plan: Plan, name: str, size: dict[str, Any], dtype: str) -> Found:
 
 
 def layer(plan: Plan, name: str, masked: bool) -> Found:
-    """The layer at the recipe's sizes, its five results and all gradients; `name` is a dtype or "autocast"."""
+    """The layer at the recipe's sizes: five results and all gradients. `name` is a dtype or "autocast"."""
     tokens, D, M, options = (20, 12, 10, TINY) if plan.dry else (TOKENS, 768, 768, RECIPE)
     autocast = name == "autocast"
     dtype = torch.float32 if autocast else getattr(torch, name)
@@ -41,13 +41,13 @@ def layer(plan: Plan, name: str, masked: bool) -> Found:
 
 
 def _named(found: testing.Results) -> testing.Results:
-    """Results by the names that the gate knows."""
+    """Rename results for the gate."""
     names = dict(zip((f"out{i}" for i in range(5)), ("y", *gate.NATS), strict=True))
     return {names.get(name, name): value for name, value in found.items()}
 
 
 def dropout(plan: Plan) -> Found:
-    """The same seed drops the same activations, another one others, and gradients are finite."""
+    """Equal seeds drop equal activations, another seed drops others; gradients are finite."""
     D, options = (12, TINY) if plan.dry else (768, RECIPE)
     torch.manual_seed(0)
     config = fk.FVAEConfig(**options, dropout=0.1, kl_weight=2.0)

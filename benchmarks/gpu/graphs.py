@@ -1,4 +1,4 @@
-"""What a captured step does: noise anew at each replay, no allocation, no waiting of the host for the device."""
+"""Captured steps: new noise at each replay, no allocations, and a host that never waits for the device."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def _side(plan: Plan, name: str) -> sides.Side:
 
 
 def noise(plan: Plan) -> Found:
-    """Replays draw other noise each time, and a seed set before a replay decides it."""
+    """Each replay draws new noise, and a seed set before a replay repeats it."""
     side = _side(plan, "triton")
     outputs: list[torch.Tensor] = []
 
@@ -35,7 +35,7 @@ def noise(plan: Plan) -> Found:
         return outputs[0].detach().clone()
 
     for parameter in side.module.parameters():
-        parameter.data.normal_(std=0.1)  # B starts at zero, where no noise shows
+        parameter.data.normal_(std=0.1)  # B starts at zero, which would hide the noise
     found = {
         "new at each replay": not torch.equal(drawn(), drawn()),
         "follows the seed": torch.equal(drawn(1), drawn(1)),
@@ -46,7 +46,7 @@ def noise(plan: Plan) -> Found:
 
 
 def step(plan: Plan) -> Found:
-    """Forward, backward and AdamW as one graph: parameters move at each replay and stay finite."""
+    """Forward, backward and AdamW as one graph: parameters change at each replay and stay finite."""
     side = _side(plan, "triton")
     trained = [p for p in side.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, capturable=not plan.dry)
@@ -66,7 +66,7 @@ def step(plan: Plan) -> Found:
 
 
 def allocations(plan: Plan) -> Found:
-    """Allocations of a step, and memory that steps leave behind; of ours and of LoRA's."""
+    """Allocations of a step, and memory that steps leave allocated, for ours and LoRA."""
     found: Found = {}
     for name in ("triton", "lora"):
         side = _side(plan, name)
@@ -94,7 +94,7 @@ def _memory(plan: Plan) -> dict[str, int]:
 
 
 def waits(plan: Plan) -> Found:
-    """A step during which PyTorch raises where the host would wait for the device."""
+    """A step in which PyTorch raises if the host waits for the device."""
     side = _side(plan, "triton")
     side.run()
     if plan.dry:
@@ -124,5 +124,5 @@ def reduce_overhead(plan: Plan) -> Found:
 
     found = times(plan, run)
     found.pop("graph_ms", None)
-    found.pop("graph_error", None)  # it captures graphs itself
+    found.pop("graph_error", None)  # this mode captures graphs itself
     return found

@@ -1,4 +1,4 @@
-"""The device, and what it reaches: seconds of a launch, bandwidth of a copy, rates of products."""
+"""The device and its measured peaks: seconds of a launch, bandwidth of a copy, rates of products."""
 
 import torch
 
@@ -17,20 +17,20 @@ def software(plan: Plan) -> Found:
 
 
 def launch(plan: Plan) -> Found:
-    """Seconds of one operator on one number, of a hundred in a row."""
+    """Seconds of one operator on one number; mean of a hundred in a row."""
     one = torch.ones(1, device=plan.device)
     return {"seconds": milliseconds(plan, lambda: [one.add_(1) for _ in range(100)]) / 1e3 / 100}
 
 
 def bandwidth(plan: Plan) -> Found:
-    """Bytes read and written in a second by a copy of 2 GB."""
+    """Bytes per second, read and written, of a copy of 2 GB."""
     source = torch.randn((1 if plan.dry else 512) << 20, device=plan.device)
     target = torch.empty_like(source)
     return {"bytes_per_second": 2 * 4 * source.numel() / (milliseconds(plan, lambda: target.copy_(source)) / 1e3)}
 
 
 def products(plan: Plan) -> Found:
-    """FLOP in a second of a square product of random numbers, which draw more power than zeros do."""
+    """FLOP per second of a square product. Random numbers, since zeros draw less power."""
     size, rates = 16 if plan.dry else 8192, {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(size, size, device=plan.device).to(dtype) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Predicted milliseconds beyond the base layer on this device, from what part `machine` found."""
+"""Predicted milliseconds beyond the base layer on this device, from the results of part `machine`."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .case import Found, Plan
 
 
 def layer(plan: Plan, shape: Any, precision: str) -> Found:
-    """By side: ours, PEFT's LoRA, plain PyTorch."""
+    """Predictions by side: ours, PEFT's LoRA, plain PyTorch."""
     _, found = results.read(plan.folder / results.NAME)
     machine = {key.removeprefix("machine: "): one.get("found") for key, one in found.items()}
     if not all(machine.get(name) for name in ("launch", "bandwidth", "products")):

@@ -1,4 +1,4 @@
-"""The report, from the results that there are so far."""
+"""The report of the results so far."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,11 +30,11 @@ TITLES = {
     "compiled": "torch.compile of it",
     "triton": "ours, Triton",
 }
-BASELINES = ("lora", "plain")  # the first that a group has
+BASELINES = ("lora", "plain")  # ratios are to the first of these in a group
 
 
 def write(module: Any, plan: Plan, cases: dict[str, Found], wanted: Sequence[str], state: str) -> None:
-    """Write the page whole; cases that an earlier run found are on it too."""
+    """Write the whole page, with the cases of earlier runs."""
     order = dict.fromkeys((*wanted, *cases))
     found = {key: cases[key] for key in order if key in cases}
     missing = [key for key in wanted if key not in cases]
@@ -42,7 +42,7 @@ def write(module: Any, plan: Plan, cases: dict[str, Found], wanted: Sequence[str
 
 
 def failures(cases: dict[str, Found]) -> dict[str, str]:
-    """What went wrong, by case; the times of a side that computes something else stand, and say nothing."""
+    """Errors by case. A side that computes wrong results keeps its times, which then mean nothing."""
     wrong = {key: one["found"]["wrong"] for key, one in cases.items() if "wrong" in one.get("found", {})}
     return {key: one["error"] for key, one in cases.items() if "error" in one} | wrong
 
@@ -94,7 +94,7 @@ def _machine(here: dict[str, Found], _: dict[str, Found]) -> Iterator[str]:
 
 
 def _list(here: dict[str, Found], _: dict[str, Found]) -> Iterator[str]:
-    """Name and numbers, a line each."""
+    """One line for each case: name and numbers."""
     for name, one in here.items():
         numbers = ", ".join(f"{key} {_number(value)}" for key, value in one["found"].items() if key != "kernels")
         yield f"- {name}: {numbers or 'passed'} ({one['seconds']:.3g} s)"
@@ -107,7 +107,7 @@ def _number(value: Any) -> str:
 
 
 def _tables(here: dict[str, Found], _: dict[str, Found]) -> Iterator[str]:
-    """A table for each group of sides: the name of a case is that of its group, a colon, and the side."""
+    """A table for each group of sides; cases are named "group: side"."""
     groups: dict[str, dict[str, Found]] = {}
     for name, one in here.items():
         group, _, side = name.rpartition(": ")
@@ -143,7 +143,7 @@ def _ratio(a: float | None, b: float | None) -> str:
 
 
 def _beyond(found: Found, other: Found, base: Found) -> str:
-    """Ratio of what two sides take beyond the base layer: of graphs where all three have one, else of eager calls."""
+    """Ratio of two sides' times beyond the base layer: of graphs if all three have one, else of eager calls."""
     for key in ("graph_ms", "ms"):
         if all(key in one for one in (found, other, base)):
             return _ratio(found[key] - base[key], other[key] - base[key])

@@ -1,4 +1,4 @@
-"""The results file: a line of JSON for the run, then one for each case, written as soon as the case ends."""
+"""The results file: one JSON line for the run, then one for each case, written as soon as the case ends."""
 
 import hashlib
 import json
@@ -14,15 +14,15 @@ SOURCES = ("fvae_kernels", "benchmarks", "tests/helpers")
 
 
 def fingerprint(root: Path = ROOT) -> str:
-    """Of the sources that results depend on: results of other sources are not continued."""
+    """Fingerprint of the sources that results depend on: results of other sources are not continued."""
     files = sorted(path for folder in SOURCES for path in (root / folder).rglob("*.py"))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 class Results:
-    """What is known so far, by case; kept in the file after every change.
+    """Results so far, by case; the file is written after every change.
 
-    Those of an earlier run in the same folder are kept if they are of the same `identity`; else their file is renamed.
+    Results of an earlier run in the same folder are kept if `identity` is equal; else their file is renamed.
     """
 
     def __init__(self, folder: Path, identity: Found) -> None:
@@ -37,7 +37,7 @@ class Results:
             _write(self.path, [identity])
 
     def add(self, key: str, one: Found) -> None:
-        """A result or an error; on the disk when this returns."""
+        """Add a result or an error; it is on disk when this returns."""
         self.cases[key] = one
         with self.path.open("a") as file:
             file.write(json.dumps({"case": key, **one}) + "\n")
@@ -46,7 +46,7 @@ class Results:
 
 
 def read(path: Path) -> tuple[Found | None, dict[str, Found]]:
-    """The identity of a file's run and its cases; a line that was cut in the middle is left out."""
+    """The identity of a file's run, and its cases; an incomplete line is left out."""
     lines: list[Any] = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -63,7 +63,7 @@ def _write(path: Path, lines: list[Found]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, whenever this is stopped."""
+    """Write a file atomically: whole or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     os.replace(part, path)

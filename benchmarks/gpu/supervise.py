@@ -1,4 +1,4 @@
-"""Runs cases in worker processes within their limits; every result is handed on when it comes."""
+"""Runs cases in worker processes, within their time limits; passes each result on at once."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ Add = Callable[[str, Found], None]
 
 
 class Worker:
-    """One process, and the case that it is at."""
+    """One process and its current case."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
         self.log, self.started = log, 0.0
@@ -38,14 +38,14 @@ class Worker:
             )
 
     def give(self, case: Case) -> None:
-        """Start a case; the process need not be ready for it."""
+        """Start a case; the process may still be starting."""
         self.case, self.started = case, time.monotonic()
-        with contextlib.suppress(BrokenPipeError):  # it died; reading from it says so
+        with contextlib.suppress(BrokenPipeError):  # it died; reading the answer will tell
             self.process.stdin.write(case.key + "\n")
             self.process.stdin.flush()
 
     def answer(self) -> Found:
-        """What the case found, or how the process ended."""
+        """The result of the case, or how the process ended."""
         line = self.process.stdout.readline()
         if line:
             return json.loads(line)
@@ -54,7 +54,7 @@ class Worker:
         return {"error": f"the process ended with {self.process.wait()}: {last}", "broken": True}
 
     def end(self) -> None:
-        """Kill it with whatever it started."""
+        """Kill the process and all that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -77,7 +77,7 @@ class Supervisor:
     def run(self, cases: Iterable[Case], deadline: float, workers: int = 1) -> None:
         """Run cases, `workers` at a time, until they are done or `time.monotonic()` passes `deadline`.
 
-        A case that is at work then is stopped, and has no result. One that takes longer than its limit has an error.
+        A case running at the deadline is stopped and has no result. One that exceeds its limit has an error.
         """
         waiting = deque(cases)
         with selectors.DefaultSelector() as ready:
@@ -97,7 +97,7 @@ class Supervisor:
             for worker in self._busy:
                 worker.end()
             self._busy.clear()
-        while len(self._idle) > 1:  # those of a part that ran several would only hold memory
+        while len(self._idle) > 1:  # idle workers only hold memory
             self._idle.pop().end()
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""Times of an op, of a layer and of a model's step. What each side computes is checked before it is timed."""
+"""Times of an op, a layer and a model's step. Each side's results are checked before it is timed."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,11 +9,11 @@ from .. import experiments, gate, models, roofline, sides
 from .case import Found, Plan
 from .clock import Run, times
 
-COMPILER = {True: "eager", False: "inductor"}  # of torch.compile, in a dry run and in a real one
+COMPILER = {True: "eager", False: "inductor"}  # backend of torch.compile; True: a dry run
 
 
 def checked_layer(plan: Plan, shape: Any, precision: str, side: str) -> tuple[Run, Found]:
-    """A side of an adapted layer, and what the gate said of it if it did not pass: a wrong one has a time as well."""
+    """A side of an adapted layer, and the gate's error if it did not pass: wrong sides are timed too."""
     _, N, D, M = shape
     dtype, adapter, autocast = roofline.PRECISIONS[precision]
     where: dict[str, Any] = {"device": plan.device, "compiler": COMPILER[plan.dry]}
@@ -25,7 +25,7 @@ def checked_layer(plan: Plan, shape: Any, precision: str, side: str) -> tuple[Ru
 
 
 def compile_layer(plan: Plan, shape: Any, precision: str) -> Found:
-    """Launch every kernel that the layer's cases will launch, for Triton's cache on the disk."""
+    """Launch every kernel of the layer's cases once, to fill Triton's cache on disk."""
     run, _ = checked_layer(plan, shape, precision, "triton")
     run()
     return {}
@@ -46,7 +46,7 @@ def op(plan: Plan, name: str, size: dict[str, Any], dtype: str, tokens: int, sid
 
 
 def compile_step(plan: Plan, model: str) -> Found:
-    """As `compile_layer`, of a model's step."""
+    """As `compile_layer`, for a model's step."""
     checked_step(plan, model, "triton")[0]()
     return {}
 
@@ -58,7 +58,7 @@ def step(plan: Plan, model: str, side: str) -> Found:
 
 
 def checked_step(plan: Plan, model: str, side: str) -> tuple[Run, Found]:
-    """A step, the samples of its batch, and what the gate said of it if it did not pass."""
+    """A step, the number of samples of its batch, and the gate's error if it did not pass."""
     case = (models.TINY if plan.dry else models.CASES)[model]
     if not plan.dry:
         batch = {"vit": lambda: models.images(64), "roberta": lambda: models.sentences(32, 128)}[model]

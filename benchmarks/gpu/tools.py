@@ -1,4 +1,4 @@
-"""Other programs: the tests of the kernels, NVIDIA's sanitizer and its profiler, where they are installed."""
+"""Other programs: the tests of the kernels; NVIDIA's sanitizer and profiler, if they are installed."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ SMALL = [sys.executable, "-m", "benchmarks.gpu.small"]
 
 
 def tests(plan: Plan, name: str) -> Found:
-    """Triton's cases of a file of tests, on few examples of hypothesis."""
+    """The Triton cases of a test file, with few examples from hypothesis."""
     if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("hypothesis") is None:
         return {"skipped": "pytest or hypothesis is not installed"}
     select = "triton and standard_normal" if plan.dry else "triton"
@@ -39,19 +39,19 @@ def tests(plan: Plan, name: str) -> Found:
 
 
 def memcheck(plan: Plan) -> Found:
-    """Accesses outside of buffers, of one small layer."""
+    """Accesses outside buffers, in one small layer."""
     return _sanitized("memcheck")
 
 
 def racecheck(plan: Plan) -> Found:
-    """Races in shared memory."""
+    """Races in shared memory, in the same layer."""
     return _sanitized("racecheck")
 
 
 def _sanitized(tool: str) -> Found:
     if shutil.which("compute-sanitizer") is None:
         return {"skipped": "compute-sanitizer is not installed"}
-    # Without PyTorch's cache every tensor is an allocation of its own, whose ends the sanitizer knows.
+    # Without PyTorch's cache every tensor is its own allocation, and the sanitizer knows where it ends.
     command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kns=layer_", *SMALL]
     done = _run(command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", done.stdout)
@@ -61,7 +61,7 @@ def _sanitized(tool: str) -> Found:
 
 
 def ncu(plan: Plan) -> Found:
-    """The profiler's view of the layer's kernels, and its whole text in ncu.txt."""
+    """The profiler's numbers for the layer's kernels; its full output goes to ncu.txt."""
     if shutil.which("ncu") is None:
         return {"skipped": "ncu is not installed"}
     sections = [part for name in ("SpeedOfLight", "Occupancy", "LaunchStats") for part in ("--section", name)]

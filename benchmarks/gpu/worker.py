@@ -1,7 +1,7 @@
-"""A process that runs cases: their keys come in by stdin, one a line, and what they found goes out by stdout.
+"""A process that runs cases: keys come by stdin, one a line, and results go to stdout.
 
-A broken kernel leaves no CUDA context to go on with, so the process that starts this one starts another then. When
-that process is gone, or closes stdin, this one ends at once, with all that it started.
+A broken kernel leaves no usable CUDA context, so the parent process then starts another worker. When the parent is gone
+or closes stdin, this process ends at once, with all that it started.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever the cases print goes to the log
+    os.dup2(2, 1)  # output of the cases goes to the log
     asked: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_listen, args=(asked,), daemon=True).start()
     module = importlib.import_module(options.module)
@@ -49,7 +49,7 @@ def main() -> None:
 def _listen(asked: "queue.Queue[str]") -> None:
     for line in sys.stdin:
         asked.put(line.rstrip("\n"))
-    os.killpg(0, signal.SIGKILL)  # a group of its own
+    os.killpg(0, signal.SIGKILL)  # kills its own process group only
 
 
 if __name__ == "__main__":

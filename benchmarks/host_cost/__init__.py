@@ -1,15 +1,15 @@
-"""What a training step of one adapted layer costs the host, measured without a GPU: ``make host-cost``.
+"""Host time of a training step of one adapted layer, measured without a GPU: ``make host-cost``.
 
-On a GPU an eager step runs at the pace of the slower of two: the device that computes, and the host that launches. Here
-the host alone is timed. Triton compiles our kernels for sm_90 and its own launchers start them, over a CUDA driver that
-does nothing (fake_libcuda.c); everything from the module to the driver's door runs as it does on a GPU.
+On a GPU an eager step is as slow as the slower of two: the device that computes, and the host that launches. Here only
+the host is timed. Triton compiles our kernels for sm_90, and its own launchers start them over a CUDA driver that does
+nothing (fake_libcuda.c). Everything from the module down to the call of the driver runs as on a GPU.
 
 python -m benchmarks.host_cost               print it
 python -m benchmarks.host_cost --full        more tokens, and the other precisions; Triton compiles for minutes
 python -m benchmarks.host_cost --write       into benchmarks/results/host_cost.json and docs/roofline.md
 
-What is missing: the driver's own launch, of every side (2 to 4 us a kernel). What is too much: PyTorch's operators, of
-every side, compute on one token of few features where a GPU's host would launch.
+Missing, for every side: the driver's own launch (2 to 4 us a kernel). Too much, for every side: PyTorch's operators
+compute on one token of few features, where the host of a GPU would launch.
 """
 
 import importlib.util
@@ -27,26 +27,26 @@ FOUND = ROOT / "benchmarks" / "results" / "host_cost.json"
 
 
 def stored() -> dict[str, Any]:
-    """What was measured and written last."""
+    """The stored measurement."""
     found: dict[str, Any] = json.loads(FOUND.read_text())
     return found
 
 
 def compiler() -> str | None:
-    """What builds the fake driver."""
+    """The C compiler that builds the fake driver, if any."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
 def possible() -> bool:
-    """Whether it can be measured here."""
+    """True if the host cost can be measured here."""
     return sys.platform == "linux" and compiler() is not None and importlib.util.find_spec("triton") is not None
 
 
 def run(quick: bool = False) -> dict[str, Any]:
-    """Measure, in a process of its own, where no other CUDA driver is loaded.
+    """Measure in a new process, where no other CUDA driver is loaded.
 
     Raises:
-        RuntimeError: it failed, with the last line of what it said.
+        RuntimeError: it failed; with the last line of its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"

@@ -11,7 +11,7 @@ from . import FOUND, ROOT, driver
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print; with --write also where the pages read it."""
+    """Measure and print; --write also stores the numbers for the pages."""
     parser = argparse.ArgumentParser(prog="benchmarks.host_cost", description="Time the host's part of a step.")
     parser.add_argument("--quick", action="store_true", help="few calls: does it run?")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write what was found, as JSON")

@@ -1,4 +1,4 @@
-"""Triton over a CUDA driver that does nothing. `load` comes before torch is imported, which could load a real one."""
+"""Triton over a CUDA driver that does nothing. Call `load` before torch is imported: that may load a real driver."""
 
 import ctypes
 import os
@@ -40,7 +40,7 @@ def activate() -> type:
     from triton.runtime import driver
 
     class Launcher(nvidia.CudaLauncher):
-        """Triton's own, which knows its kernel's name."""
+        """Triton's own launcher, with the name of its kernel."""
 
         def __init__(self, source: Any, metadata: Any) -> None:
             super().__init__(source, metadata)

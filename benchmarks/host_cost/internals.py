@@ -1,4 +1,4 @@
-"""All that the measurement knows of the package's internals: where launchers are registered, and where parts begin."""
+"""Everything that depends on the package's internals: where launchers are registered, and where parts begin."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ PARTS = (OUTSIDE, LAYER, ADAPTER, CHECKS, FUNCTION, LAUNCHER, JIT, LAUNCH)
 
 @contextlib.contextmanager
 def pretending(wrap: Wrap = lambda part, function: function) -> Iterator[None]:
-    """In the block our Triton launchers take CPU tensors, each wrapped as the part `LAUNCHER`."""
+    """In this context our Triton launchers take CPU tensors, each wrapped as the part `LAUNCHER`."""
     from fvae_kernels._triton import launchers
     from fvae_kernels.ops import _backend, _raw
 
@@ -45,7 +45,7 @@ def _forget(backend: Any) -> None:
 
 
 def entrances(launcher: type) -> Iterator[tuple[str, Any, str]]:
-    """Part, owner and attribute of every function at which a part begins; `launcher` is the fake driver's."""
+    """Part, owner and attribute of every function where a part begins; `launcher` is the fake driver's."""
     from triton.runtime.jit import JITFunction
 
     from fvae_kernels._triton.layer import plan as steps

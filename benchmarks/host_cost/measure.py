@@ -1,4 +1,4 @@
-"""The sides of one adapted layer on one token, timed in turns, each by its quickest call."""
+"""The sides of one adapted layer on one token, timed in turns; the quickest call counts."""
 
 import contextlib
 import ctypes
@@ -17,17 +17,17 @@ from . import driver, internals, profile
 
 SIDES = ("base", "lora", "dora", "plain", "triton", "cpp")
 FEATURES = 64
-MANY = (1, 1576, 12608)  # tokens: with arguments of other sizes the host does the same
+MANY = (1, 1576, 12608)  # tokens: the host does the same work for other sizes
 FLOAT32, *OTHERS = roofline.PRECISIONS
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How often."""
+    """How often to measure."""
 
     rounds: int = 40
-    calls: int = 25  # of a side in a round, each timed
-    full: bool = False  # the other precisions, and many tokens: Triton compiles for minutes
+    calls: int = 25  # calls of a side in a round, each timed
+    full: bool = False  # also other precisions and many tokens: Triton compiles for minutes
 
 
 QUICK = Settings(2, 2)
@@ -36,7 +36,7 @@ FULL = Settings(full=True)
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """And no collection of garbage while the clock runs."""
+    """In this context: one thread, and no garbage collection."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.disable()
@@ -48,9 +48,9 @@ def one_thread() -> Iterator[None]:
 
 
 def minima(runs: Mapping[str, Callable[[], Any]], s: Settings) -> dict[str, float]:
-    """Seconds of this thread in the quickest call of each: other work on the machine only ever adds.
+    """Seconds of this thread in the quickest call of each side: other work on the machine only adds time.
 
-    Each round runs every side several times, in an order drawn anew, so that a slow minute slows all of them.
+    Each round runs every side several times, in a new random order, so that a slow minute slows all sides.
     """
     order, found = random.Random(0), dict.fromkeys(runs, float("inf"))
     for _ in range(s.rounds):
@@ -74,7 +74,7 @@ def step(name: str, precision: str, tokens: int = 1, features: int = FEATURES) -
 
 
 def without_base(tokens: int, features: int) -> Callable[[], Any]:
-    """Ours on Triton around a base layer that computes nothing: the arithmetic of many tokens does not count."""
+    """Ours on Triton with a base layer that computes nothing, so that arithmetic on many tokens does not count."""
     side, y = step("triton", FLOAT32, tokens, features), torch.zeros(tokens, features)
     base: Any = side.module.base_layer
     base.forward = lambda x: y
@@ -82,9 +82,9 @@ def without_base(tokens: int, features: int) -> Callable[[], Any]:
 
 
 def measure(fake: ctypes.CDLL, s: Settings) -> dict[str, Any]:
-    """Microseconds of every side in every precision, of ours with many tokens, and of ours by part.
+    """Microseconds of every side in every precision; of ours also with many tokens, and by part.
 
-    `fake` is the driver that was loaded; it counts the launches of a step of ours.
+    `fake` is the loaded driver; it counts the launches of one of our steps.
     """
     launcher = driver.activate()
     names = [name for name in SIDES if name != "cpp" or "cpp" in sides.kernels("layer")]

@@ -1,4 +1,4 @@
-"""What was measured, as tables and as the line that sums it up."""
+"""The measurement as tables, and as one line that sums it up."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ Found = dict[str, Any]
 
 
 def beyond(found: Found, side: str, precision: str = "float32") -> float:
-    """Microseconds of a side beyond those of the base layer."""
+    """Microseconds of a side beyond the base layer."""
     us = found["steps"][precision]
     return float(us[side] - us["base"])
 
@@ -37,7 +37,7 @@ def precisions(found: Found) -> list[str]:
 
 
 def last_line(found: Found) -> str:
-    """The numbers that count."""
+    """The most important numbers, in one line."""
     ours, lora, dora = (beyond(found, side) for side in ("triton", "lora", "dora"))
     return (
         f"host cost beyond base: ours {ours:.0f} us, LoRA {lora:.0f} us, DoRA {dora:.0f} us; "
@@ -46,7 +46,7 @@ def last_line(found: Found) -> str:
 
 
 def where(found: Found) -> str:
-    """On what."""
+    """The machine and the versions."""
     machine, versions = found["machine"], found["machine"]["versions"]
     return (
         f"{machine['cpu']}, one thread, commit {machine['commit']}; torch {versions['torch']}, "
@@ -55,7 +55,7 @@ def where(found: Found) -> str:
 
 
 def text(found: Found) -> Iterator[str]:
-    """Everything, to be read in a terminal."""
+    """All results, for a terminal."""
     yield where(found)
     yield "Eager forward and backward, one token, D = M = 64. Sides in turns, each by its quickest call, in CPU time."
     yield from ("", *table(found))
@@ -72,6 +72,6 @@ def text(found: Found) -> Iterator[str]:
 
 
 def write(found: Found) -> None:
-    """The block of docs/roofline.md."""
+    """Write the block of docs/roofline.md."""
     more = ["", *precisions(found)] if len(found["steps"]) > 1 else []
     replace_block(PAGE, "host", [f"Measured on {where(found)}.", "", *table(found), *more])

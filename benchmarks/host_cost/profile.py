@@ -1,4 +1,4 @@
-"""Where the host's time of a step of ours goes, by part; and what its launches alone would cost."""
+"""The host's time of one of our steps by part, and the time of its launches alone."""
 
 import contextlib
 import functools
@@ -17,12 +17,12 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """From zero, outside."""
+        """Start from zero, outside all parts."""
         self.seconds = dict.fromkeys(internals.PARTS, 0.0)
         self._inside, self._since = [OUTSIDE], time.perf_counter()
 
     def wrap(self, part: str, function: Function) -> Function:
-        """`function`, whose time counts as this part's."""
+        """`function`, with its time counted for this part."""
 
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -42,7 +42,7 @@ class Clock:
         self._since = now
 
     def of(self, run: Callable[[], Any]) -> dict[str, float]:
-        """Of one call."""
+        """Seconds of each part in one call."""
         self.restart()
         run()
         self._switch()
@@ -51,7 +51,7 @@ class Clock:
 
 @contextlib.contextmanager
 def watching(wrap: internals.Wrap, launcher: type) -> Iterator[None]:
-    """In the block all entrances of parts are wrapped."""
+    """In this context all functions where parts begin are wrapped."""
     with internals.pretending(wrap), contextlib.ExitStack() as stack:
         for part, owner, name in internals.entrances(launcher):
             stack.enter_context(_replaced(owner, name, functools.partial(wrap, part)))
@@ -60,7 +60,7 @@ def watching(wrap: internals.Wrap, launcher: type) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, wrap: Callable[[Function], Function]) -> Iterator[None]:
-    """In the block the owner's attribute is wrapped; static where it was, inherited again afterwards where it was."""
+    """In this context the owner's attribute is wrapped. Static and inherited attributes stay so."""
     own = vars(owner).get(name)
     found = wrap(getattr(owner, name))
     bound = isinstance(owner, type) and (own is None or isinstance(own, staticmethod)) and name != "__call__"
@@ -75,7 +75,7 @@ def _replaced(owner: Any, name: str, wrap: Callable[[Function], Function]) -> It
 
 
 def parts(run: Callable[[], Any], launcher: type, calls: int = 300) -> dict[str, float]:
-    """Seconds of each part in the quickest of so many calls. The clock itself adds about a microsecond a part."""
+    """Seconds of each part in the quickest of `calls` calls. The clock itself adds about a microsecond a part."""
     clock = Clock()
     with watching(clock.wrap, launcher):
         for _ in range(10):
@@ -84,7 +84,7 @@ def parts(run: Callable[[], Any], launcher: type, calls: int = 300) -> dict[str,
 
 
 def launches(run: Callable[[], Any], launcher: Any, calls: int = 300) -> dict[str, float]:
-    """Seconds of each launch of `run`, repeated with its arguments at hand: the least that the host can do for it."""
+    """Seconds of each launch of `run`, repeated with prepared arguments: a lower bound of the host's work."""
     recorded: list[tuple[Any, tuple[Any, ...]]] = []
 
     def record(part: str, function: Function) -> Function:
@@ -104,7 +104,7 @@ def launches(run: Callable[[], Any], launcher: Any, calls: int = 300) -> dict[st
 
 
 def quickest(run: Callable[[], Any], calls: int) -> float:
-    """Seconds of the quickest of so many calls."""
+    """Seconds of the quickest of `calls` calls."""
 
     def timed() -> float:
         start = time.perf_counter()
