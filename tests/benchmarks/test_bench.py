@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss", "igno
 
 
 def test_the_interval_of_a_median_is_the_binomial_one() -> None:
-    found = stats.estimate(list(range(1, 11)))  # n = 10: the second and the ninth value enclose with 97.9 %
+    found = stats.estimate(list(range(1, 11)))  # n = 10: the second and the ninth value enclose the median with 97.9 %
     assert (found.value, found.low, found.high) == (5.5, 2, 9)
     assert found.coverage == pytest.approx(1 - 2 * (1 + 10) / 2**10)
     few = stats.estimate([3.0, 1.0, 2.0])
@@ -58,10 +58,10 @@ def test_sides_are_timed_in_turns() -> None:
     runs = {name: (lambda name=name: calls.append(name)) for name in "abc"}
     found = stats.interleave(runs, seconds=0, minimum=30, call_seconds=0)
     assert {name: len(values) for name, values in found.items()} == {"a": 30, "b": 30, "c": 30}
-    assert "".join(calls[:6]) == "aabbcc"  # warm
+    assert "".join(calls[:6]) == "aabbcc"  # warm-up
     rounds = ["".join(calls[i : i + 3]) for i in range(6, len(calls), 3)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
-    assert len(set(rounds)) == 6  # each side follows every other one
+    assert len(set(rounds)) == 6  # each side follows every other side
 
 
 def test_counts_of_a_linear_layer() -> None:
@@ -108,7 +108,7 @@ def test_the_sides_of_every_model_start_alike_and_train(key: str) -> None:
         grads = [p.grad for p in side.module.parameters() if p.requires_grad]
         assert any(g is not None and g.abs().sum() > 0 for g in grads), name
     with torch.no_grad():
-        torch.testing.assert_close(models.output(model.eval(), batch), base)  # nobody touched the shared weights
+        torch.testing.assert_close(models.output(model.eval(), batch), base)  # the shared weights are unchanged
 
 
 def test_the_layers_have_one_rank_and_one_base() -> None:
@@ -136,7 +136,7 @@ def test_the_gate_refuses_a_wrong_op() -> None:
 
 def test_the_gate_forgives_half_precision_a_rounding_and_no_more() -> None:
     exact = {"kl": torch.tensor(100.0).double()}
-    rounded = {"kl": torch.tensor(100.0)}  # by luck
+    rounded = {"kl": torch.tensor(100.0)}  # correct by luck
     near, far = {"kl": torch.tensor(100.1)}, {"kl": torch.tensor(101.0)}
     half, full = (gate.FLOOR + gate.half_roundings(dtype) for dtype in (torch.bfloat16, torch.float32))
     gate.no_worse("layer", near, rounded, exact, half)
@@ -146,7 +146,7 @@ def test_the_gate_forgives_half_precision_a_rounding_and_no_more() -> None:
 
 
 def test_the_gate_refuses_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One gradient is off by two millionths, on the backend under test alone."""
+    """One gradient is wrong by two millionths, only on the backend under test."""
     from fvae_kernels.ops import _backend
 
     module = sides.layer_side("plain", sides.OneLinear(12, 10), torch.ones(1, 12), torch.ones(1, 10)).module

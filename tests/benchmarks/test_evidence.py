@@ -1,4 +1,4 @@
-"""The runner of the evidence: one line a finished cell, none twice, differences paired by seed."""
+"""The runner of the evidence: one line for each finished cell, none twice; differences paired by seed."""
 
 import json
 import math
@@ -90,7 +90,7 @@ def test_a_finished_cell_is_not_run_again_and_a_run_repeats(tmp_path: Path) -> N
     path = tmp_path / "runs.jsonl"
     first = run(path, "--methods", "lora,held-0", "--seeds", "0-1")
     assert [(row["seed"], row["method"]) for row in first] == [(0, "lora"), (0, "held-0"), (1, "lora"), (1, "held-0")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in first[:3]))  # killed in the last one
+    path.write_text("".join(json.dumps(row) + "\n" for row in first[:3]))  # killed during the last run
     again = run(path, "--methods", "lora,held-0", "--seeds", "0-1")
     assert again[:3] == first[:3]
     for name in ("test", "validation", "task_loss", "anatomy"):
@@ -121,7 +121,7 @@ def test_the_last_of_two_equal_cells_counts(tmp_path: Path) -> None:
 
 
 def test_interval() -> None:
-    """Student's sleep data, whose interval every textbook has."""
+    """Student's sleep data, with its textbook interval."""
     mean, low, high = report.interval([1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4])
     assert (mean, low, high) == pytest.approx((1.58, 0.70, 2.46), abs=0.005)
     assert report.interval([0.5]) == (0.5, -math.inf, math.inf)

@@ -1,4 +1,4 @@
-"""`python3 -m benchmarks.gpu`, as far as it runs without a GPU: the whole flow at tiny sizes, and its report."""
+"""`python3 -m benchmarks.gpu` without a GPU: the whole flow at tiny sizes, and its report."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ FOLDERS = ("fvae_kernels", "benchmarks", "tests")
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A checkout in which nothing was built."""
+    """A checkout without anything built."""
     for name in FOLDERS:
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -33,7 +33,7 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.mark.timeout(1500)
 def test_dry_run_of_a_plain_checkout(checkout: Path) -> None:
-    """All parts run, nothing fails, and no number is said to be a measurement."""
+    """All parts run, nothing fails, and the report calls no number a measurement."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
@@ -142,7 +142,7 @@ def test_the_prediction_is_set_against_the_measurement(tmp_path: Path) -> None:
     assert f"| {name} | ours, Triton | {expected['triton']:.3g} | - | - | - |" in text
 
 
-# other programs, played by scripts
+# scripts in place of other programs
 
 
 @pytest.fixture

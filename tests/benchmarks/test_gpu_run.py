@@ -1,4 +1,4 @@
-"""`python3 -m benchmarks.gpu` with cases that need no GPU: limits, failures, and being stopped at any moment."""
+"""`python3 -m benchmarks.gpu` with cases that need no GPU: limits, failures, and stops at any moment."""
 
 import json
 import os
@@ -24,14 +24,14 @@ BAD = {
 
 
 def start(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen:
-    """The command, in a process of its own."""
+    """The command in a new process."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(folder), *arguments]
     environment = os.environ | {"BENCHMARKS_GPU_CASES": "tests.helpers.gpu_cases"} | variables
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def run(folder: Path, *arguments: str, **variables: str) -> int:
-    """The exit status."""
+    """Exit status of the command."""
     process = start(folder, *arguments, **variables)
     said, _ = process.communicate(timeout=120)
     assert b"Traceback" not in said, said.decode()
@@ -96,7 +96,7 @@ def test_no_process_outlives_the_run(tmp_path: Path) -> None:
 
 def test_minutes_are_kept(tmp_path: Path) -> None:
     began = time.monotonic()
-    assert run(tmp_path, "--minutes", "0.15", QUICK_SECONDS="1") in (0, 1)  # 9 s, less the reserve
+    assert run(tmp_path, "--minutes", "0.15", QUICK_SECONDS="1") in (0, 1)  # 9 s minus the reserve
     assert time.monotonic() - began < 9 + 3
     page = (tmp_path / "GPU.md").read_text()
     assert "The run ran out of its time" in page

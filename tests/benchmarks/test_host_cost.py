@@ -1,4 +1,4 @@
-"""The host's part of a step: the tool runs over the fake driver, and what it prints is what it measured."""
+"""Host cost of a step: the tool runs over the fake driver and prints what it measured."""
 
 import json
 import re
@@ -42,6 +42,6 @@ def test_triton_launches_over_the_fake_driver(tmp_path: Path) -> None:
     assert list(found["launches"]) == KERNELS
     assert list(found["parts"]) == list(internals.PARTS)
     assert all(us > 0 for us in (*found["parts"].values(), *found["launches"].values()))
-    assert found["launched"] == len(KERNELS)  # what the driver itself has seen of one step
+    assert found["launched"] == len(KERNELS)  # launches of one step, counted by the driver
     steps = found["steps"]["float32"]
     assert steps["base"] < steps["lora"] < steps["triton"]

@@ -1,4 +1,4 @@
-"""The cost table and the roofline: what is counted, the formula, and that the pages say what the commands print."""
+"""The cost table and the roofline: counts, formula, and that the pages hold what the commands print."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_tensors_without_memory_count_like_others(side: str) -> None:
 
 
 def test_lora_by_hand() -> None:
-    """Forward A, B, scaling, sum; backward scaling, grad_B, grad of A x, grad_A, grad_x, sum: the base's two aside."""
+    """Forward A, B, scaling, sum; backward scaling, grad_B, grad of A x, grad_A, grad_x, sum; without the base's."""
     N, D, M, R = SMALL.N, SMALL.D, SMALL.M, sides.RANK
     moved = 4 * (
         (N * D + R * D + N * R) + (N * R + M * R + N * M) + 2 * N * M + 3 * N * M

@@ -92,7 +92,7 @@ def test_seeds_are_paired() -> None:
     seeds = [[result("lora", (100, 190, 180, 120)), result("fvae", (100, 190, 180, 120 + more))] for more in (8, 16)]
     lines = report.paired(seeds)
     assert lines[0].startswith("FVAE - LORA, paired by seed")
-    assert lines[1] == "  accuracy: +0.015 [-0.049, +0.079]"  # 0.01 and 0.02: t of one degree of freedom
+    assert lines[1] == "  accuracy: +0.015 [-0.049, +0.079]"  # of 0.01 and 0.02, t with one degree of freedom
     assert "two rare groups: +0.030" in lines[3]
     assert report.paired(seeds[:1]) == []
 
@@ -170,7 +170,7 @@ def test_defaults_in_the_help_are_the_settings(capsys: pytest.CaptureFixture[str
 
 @pytest.fixture
 def no_index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Pip without an index; the cache that it cannot fill."""
+    """Pip without an index; returns a cache that it cannot fill."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)

@@ -10,7 +10,7 @@ from examples.data import GROUPS, Snippet
 
 
 def made_up(reviews: int = 400) -> list[Snippet]:
-    """Reviews of one to five sentences, of both labels where there are several."""
+    """Reviews of one to five sentences, with both labels if there are several sentences."""
     snippets = []
     for review in range(reviews):
         source = review % 2

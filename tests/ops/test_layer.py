@@ -1,4 +1,4 @@
-"""layer: gradients, the reference, low precision; for every backend that has the op. Edges: test_layer_edges.py."""
+"""layer: gradcheck, reference, low precision; for every backend with the op. Edges: test_layer_edges.py."""
 
 import threading
 
@@ -53,7 +53,7 @@ def test_gradcheck(backend, device, options, dropout):
 
 @pytest.mark.parametrize("options", [OBJECTIVES[2] | SHAPES[0] | {"fusion": "average"}, SHAPES[1]], ids=str)
 def test_gradcheck_of_a_sum(backend, device, options):
-    """Of all outputs, along one direction of all inputs: few enough runs for interpreted kernels, noise included."""
+    """All outputs along one direction of all inputs, with noise: few enough runs for interpreted kernels."""
     inputs = layer_inputs((4,), D=5, M=4, mask=True, device=device, **options) | {"noise": None}
     leaves = testing.leaves(inputs)
     direction = {name: torch.randn_like(leaf) for name, leaf in leaves.items()}
@@ -107,7 +107,7 @@ def test_many_tiles_match_reference(backend, device, many, N, D, mask):
 
 @pytest.mark.parametrize("term", TERMS)
 def test_each_output_alone_matches_reference(backend, device, term):
-    """Whoever differentiates terms.kl alone gets its gradient, and nothing of the others'."""
+    """The gradient of terms.kl alone has nothing of the other terms."""
     inputs, which = layer_inputs(mask=True, device=device), TERMS.index(term)
     testing.assert_same(
         testing.run(lambda **args: run_layer(**args, backend=backend)[which], inputs),

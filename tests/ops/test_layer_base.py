@@ -1,4 +1,4 @@
-"""layer: the base layer's output it adds to, inputs of half precision, and noise of its own; for every backend."""
+"""layer: the base layer's output, inputs of half precision, and noise drawn by the op; for every backend."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_base_is_left_as_it_was(backend, device):
     before = base.clone()
     y, *_ = run_layer(**inputs, base=base, backend=backend)
     assert torch.equal(base, before)
-    y.relu_().sum().backward()  # y is nobody's view: the next layer may write to it
+    y.relu_().sum().backward()  # y is no view: the next layer may write to it
     assert inputs["B"].grad is not None
 
 

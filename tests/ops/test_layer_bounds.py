@@ -44,7 +44,7 @@ def test_matches_reference(backend, device, options):
 
 @pytest.mark.parametrize("options", [BOUNDED, HELD], ids=str)
 def test_the_bounds_matter(device, options):
-    """A kernel that ignored them could not pass `test_matches_reference`: results differ from those without."""
+    """Results with and without bounds differ, so a kernel that ignores them fails `test_matches_reference`."""
     bounded, free = (layer_inputs((9,), mask=True, device=device, **given) for given in (options, {}))
     with_bounds, without = testing.run(plain, bounded), testing.run(plain, free)
     assert set(with_bounds) == set(without)
@@ -53,7 +53,7 @@ def test_the_bounds_matter(device, options):
 
 
 def test_a_gradient_at_the_bound_and_none_beyond(backend, device):
-    """Log-variances are the bias alone: below, at and above the bound."""
+    """Log-variances equal the bias: below, at and above the bound."""
     inputs = layer_inputs((4,), device=device, **BOUNDED, encoder_hidden=())
     hidden, separate, w_mean, b_mean, w_logvar, _ = inputs["encoder1"]
     bias = torch.tensor([-1.0, BOUNDED["logvar1_max"], 0.5], dtype=w_mean.dtype, device=device, requires_grad=True)

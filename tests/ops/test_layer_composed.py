@@ -1,4 +1,4 @@
-"""The layer out of the smaller ops, where the fused kernel does not cover an option; on the backend of this device."""
+"""The layer composed of the smaller ops, for options outside the fused kernel; on this device's backend."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def _kernels(kernels):
 
 @pytest.fixture
 def kernels():
-    """The backend that is taken where none is named."""
+    """The backend that runs if none is named."""
     from fvae_kernels.ops._backend import resolve
 
     return resolve("layer", torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Dropout inside the layer kernels: which activations it drops, how often, and that nothing else changes."""
+"""Dropout inside the layer kernels: which activations it drops, how often; nothing else changes."""
 
 import math
 
@@ -23,7 +23,7 @@ def _kernels_alone(backend):
 
 
 def kept_by_the_book(seed, layer, tokens, width, dropout):
-    """bool [tokens, width] as csrc/philox.h says it."""
+    """bool [tokens, width], computed as csrc/philox.h defines it."""
     blocks, threshold = -(-width // 8), round((1 - dropout) * 2**16)
     rows = []
     for token in range(tokens):
@@ -93,7 +93,7 @@ def test_position_decides_not_tiles_or_threads(backend, device, threads):
     assert torch.equal(whole[:1000], part)
 
 
-# what it does to activations
+# its effect on activations
 
 
 @not_interpreted
@@ -117,7 +117,7 @@ def test_units_and_tokens_and_seeds_are_independent(backend, device):
 
 @not_interpreted
 def test_layers_drop_different_units(backend, device):
-    """A decoder of two layers that copy their input: if they dropped the same units, one would add nothing."""
+    """A decoder of two layers that copy their input: equal drops in both would have no further effect."""
     inputs = layer_inputs((4000,), 8, rank=4, encoder_hidden=(), decoder_hidden=(8, 8), device=device, prior2_mean=0.0)
     eye, zero = torch.eye(8, dtype=torch.float64, device=device), torch.zeros((), dtype=torch.float64, device=device)
     for name in ("encoder1", "encoder2"):  # z is the noise
@@ -132,7 +132,7 @@ def test_layers_drop_different_units(backend, device):
     inputs["x"].data.zero_()
     torch.manual_seed(0)
     nll = run_layer(**inputs, dropout=0.5, backend=backend)[2] - 4 * math.log(2 * math.pi)
-    # x_hat is 4 where both kept, with probability 1/4, else 0: E x_hat^2 = 4; the same units twice would give 8
+    # x_hat is 4 if both layers keep a unit (probability 1/4), else 0: E x_hat^2 = 4; equal drops would give 8
     assert abs(nll.item() - 8 * 4 / 2) < 0.5
 
 

@@ -1,4 +1,4 @@
-"""layer: edges and errors, for every backend that has the op; the other sections are in test_layer.py."""
+"""layer: edges and errors, for every backend with the op. Other sections: test_layer.py."""
 
 import math
 
@@ -121,7 +121,7 @@ def test_double_backward_says_no(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=not_interpreted)], ids=str)
 def test_autocast_rounds_the_factors_of_products_alone(backend, device, dtype):
-    """In the Triton kernels, forward and backward; C++ has no such products, and autocast does not reach it."""
+    """For the Triton kernels, forward and backward. C++ has no 16-bit products and ignores autocast."""
     if backend == "reference":
         pytest.skip("PyTorch's own matrix products do follow autocast")
     inputs = layer_inputs((12,), 64, dtype=torch.float32, device=device)
@@ -139,7 +139,7 @@ def test_autocast_rounds_the_factors_of_products_alone(backend, device, dtype):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_compiles_in_one_graph(backend, device, dropout):
-    torch.compiler.reset()  # or dropout becomes a symbol at its second value
+    torch.compiler.reset()  # else dropout becomes a symbol at its second value
     inputs = layer_inputs(mask=True, device=device)
     compiled = torch.compile(
         lambda **args: run_layer(**args, dropout=dropout, backend=backend), fullgraph=True, backend="aot_eager"

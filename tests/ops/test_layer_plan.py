@@ -1,4 +1,4 @@
-"""Plans of a layer: a planned step is the general one bit for bit, and a plan notices all that it stands on."""
+"""Plans of a layer: a planned step equals the general one bit for bit, and a plan notices every change."""
 
 import copy
 import gc
@@ -32,7 +32,7 @@ def made(dtype=torch.float32, device="cpu", **options):
 
 
 def step(adapter, backend, N=5, mask=None, planned=True, needs_x=True):
-    """y, loss and all gradients of one step, and whether a plan made them."""
+    """y, loss and all gradients of one step, and True if a plan ran it."""
     torch.manual_seed(1)
     B = adapter.B
     x = torch.randn(N, D, dtype=B.dtype, device=B.device, requires_grad=needs_x)
@@ -173,7 +173,7 @@ def test_another_backend_and_a_dispatch_mode_take_no_old_plan(device):
 
 
 def test_hooks_of_saved_tensors_give_backward_other_tensors(backend_with_plans, device):
-    """Parameters come back as copies, as from the offloading of activations, at other addresses."""
+    """Parameters come back as copies at other addresses, as with offloaded activations."""
     adapter = made(device=device)
     expected, _ = step(adapter, backend_with_plans)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):

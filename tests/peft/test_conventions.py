@@ -1,4 +1,4 @@
-"""What PEFT expects of any method beside training: status, names, switches, warnings, and a clear no."""
+"""What PEFT expects of a method apart from training: status, names, switches, warnings, clear errors."""
 
 import warnings
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_repr_names_the_layers_and_their_adapters() -> None:
     model = adapted()
     model.add_adapter("other", config_for(r=2))
     text = repr(model)
-    assert text.count("fvae.FVAELoraLinear(") == 2  # of a block, which is printed once for all
+    assert text.count("fvae.FVAELoraLinear(") == 2  # in one block; equal blocks are printed once
     assert "(default): FVAEAdapter(in_features=24, out_features=24, rank=3)" in text
     assert "(other): FVAEAdapter(in_features=24, out_features=24, rank=2)" in text
 
@@ -79,7 +79,7 @@ def test_a_second_get_peft_model_warns() -> None:
 def test_an_ordinary_life_warns_of_nothing(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "Could not find a config file")  # older PEFT, where the base has no file
+        warnings.filterwarnings("ignore", "Could not find a config file")  # older PEFT warns if the base has no file
         model = adapted(kl_weight=10.0)
         train_step(model, "bert")
         model.save_pretrained(tmp_path)

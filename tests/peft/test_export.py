@@ -1,4 +1,4 @@
-"""The export for serving: encoder 1's mean path and B alone."""
+"""The export for serving: only encoder 1's mean path and B."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_export_of_a_named_adapter_carries_the_head(tmp_path: Path) -> None:
 
 
 def test_an_export_loads_without_a_base_model_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peft.auto.check_file_exists_on_hf_hub", lambda *_, **__: False)  # of a tokenizer
+    monkeypatch.setattr("peft.auto.check_file_exists_on_hf_hub", lambda *_, **__: False)  # for the tokenizer
     build("vit").save_pretrained(tmp_path / "base")
     base = type(build("vit")).from_pretrained(tmp_path / "base")
     model = peft.get_peft_model(base, config_for("vit")).eval()

@@ -1,4 +1,4 @@
-"""Adapter files that do not fit, are spoilt or hostile. A refused call changes nothing."""
+"""Adapter files that do not fit, are damaged or hostile. A refused call changes nothing."""
 
 import pickle
 from pathlib import Path

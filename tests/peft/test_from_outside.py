@@ -1,4 +1,4 @@
-"""What PEFT's own users rely on: a signature, a dict like its file, scaling of adapters, weights that others share."""
+"""What users of PEFT rely on: a signature, a dict like its file, scaling of adapters, tied weights."""
 
 import inspect
 import json
@@ -38,7 +38,7 @@ def test_a_pickle_is_refused_before_anything_is_written(tmp_path: Path) -> None:
         model.save_pretrained(folder, safe_serialization=False)
     assert not folder.exists()
     lora = peft.get_peft_model(build("bert"), peft.LoraConfig(target_modules=["query"]))
-    lora.save_pretrained(folder, safe_serialization=False)  # another method's own affair
+    lora.save_pretrained(folder, safe_serialization=False)  # other methods may still write pickles
     assert (folder / "adapter_model.bin").exists()
 
 
@@ -107,7 +107,7 @@ def test_the_state_of_a_merged_layer_holds_the_adapter_once() -> None:
     fresh = fk.FusedFVAELinear.from_linear(nn.Linear(6, 5), fk.FVAEConfig(rank=2, **LINEAR)).eval()
     fresh.load_state_dict(merged)
     torch.testing.assert_close(fresh(x), expected)
-    layer.load_state_dict(state)  # into a merged layer, which stays merged
+    layer.load_state_dict(state)  # the layer is merged, and stays so
     assert layer.merged
     torch.testing.assert_close(layer(x), expected)
 

@@ -1,4 +1,4 @@
-"""Text generation with a trained adapter: the KV cache changes nothing, and neither does what else is in the batch."""
+"""Text generation with a trained adapter: neither the KV cache nor the rest of the batch changes anything."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ def without_peft(kind: str) -> nn.Module:
 
 
 def trained(make: Callable[[str], nn.Module], kind: str) -> nn.Module:
-    """After steps that change what the model says."""
+    """A model after steps that change its outputs."""
     torch.manual_seed(0)
     model = make(kind).train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-2)
@@ -65,7 +65,7 @@ def test_generation_with_a_cache_is_generation_without(make: Callable[[str], nn.
     assert torch.equal(generate(model, ids, True)[0], cached)  # nothing is sampled
     bare = build(kind).double().eval()
     assert not torch.equal(generate(bare, ids, True)[0], cached), "the adapter says nothing of its own"
-    for row in ids:  # nor do the rows of a batch see each other
+    for row in ids:  # rows of a batch do not affect each other
         alone, _ = generate(model, row[None], True)
         assert torch.equal(alone[0], cached[(cached[:, :5] == row).all(1)][0])
 

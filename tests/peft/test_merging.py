@@ -1,4 +1,4 @@
-"""Linear encoders merge into the base weight, others refuse; and unloading gives the base model back."""
+"""Linear encoders merge into the base weight, others refuse; unloading restores the base model."""
 
 import copy
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """transformers' own adapters (``model.add_adapter``, ``model.load_adapter``): training and saving, and broken files.
 
-transformers reads the weights itself there, after the layers are in place. So a file that does not fit leaves an error,
-or transformers' report, and not the checks before the model is touched that ``PeftModel.from_pretrained`` makes.
+transformers reads the weights itself here, after the layers are in place. So a file that does not fit gives an error or
+transformers' report, without the checks that ``PeftModel.from_pretrained`` makes before it touches the model.
 """
 
 import logging
@@ -89,7 +89,7 @@ def test_missing_weights_are_reported_by_name(saved: Path, tmp_path: Path, caplo
     edited(lambda tensors: without("layer.1.attention.self.value.fvae_adapter.B", tensors))(tmp_path / WEIGHTS)
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
-    caplog.set_level(logging.WARNING, logger=logger.name)  # the demo's tests make it quiet
+    caplog.set_level(logging.WARNING, logger=logger.name)  # the demo's tests silence it
     build("bert").load_adapter(str(tmp_path))
     logger.removeHandler(caplog.handler)
     line = next(line for line in caplog.text.splitlines() if "MISSING" in line and "fvae_adapter" in line)

@@ -1,4 +1,4 @@
-"""Where the adapters of stock PEFT are placed, with which options, and what they do at first."""
+"""Where stock PEFT places the adapters, with which options, and how they start."""
 
 from typing import Any
 

@@ -132,7 +132,7 @@ AUTO_PEFT = {"bert": peft.AutoPeftModelForSequenceClassification, "llama": peft.
 
 @pytest.mark.parametrize("kind", list(AUTO_PEFT))
 def test_auto_peft_model(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peft.auto.check_file_exists_on_hf_hub", lambda *_, **__: False)  # of a tokenizer
+    monkeypatch.setattr("peft.auto.check_file_exists_on_hf_hub", lambda *_, **__: False)  # for the tokenizer
     model = saved_base_and_adapter(kind, tmp_path)
     loaded = AUTO_PEFT[kind].from_pretrained(str(tmp_path / "adapter"))
     assert torch.equal(logits(loaded.eval(), kind), logits(model, kind))
@@ -141,7 +141,7 @@ def test_auto_peft_model(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # transformers' own adapters, without a PeftModel
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "wav2vec2"])  # its load_adapter is another thing
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "wav2vec2"])  # its load_adapter does something else
 def test_auto_model_from_an_adapter_folder(kind: str, tmp_path: Path) -> None:
     model = saved_base_and_adapter(kind, tmp_path)
     loaded = AUTO[kind].from_pretrained(tmp_path / "adapter")

@@ -1,4 +1,4 @@
-"""Several adapters in one model: switched, added up, disabled, deleted; and state dicts by hand."""
+"""Several adapters in one model: switched, combined, disabled, deleted; and state dicts by hand."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""An adapted model in use: generation, copies, half precision; and the method's registration with PEFT."""
+"""Use of an adapted model: generation, copies, half precision; and the registration with PEFT."""
 
 import copy
 import importlib
@@ -36,7 +36,7 @@ def test_generate_with_a_cache_is_generate_without(kind: str) -> None:
 def test_copies_after_a_training_step(how: str) -> None:
     model = adapted("bert")
     train_step(model, "bert")
-    model(**batch("bert"))  # a forward whose loss nobody used
+    model(**batch("bert"))  # a forward with an unused loss
     if how == "deepcopy":
         copied = copy.deepcopy(model)
     elif how == "pickle":

@@ -1,7 +1,7 @@
-"""The auxiliary loss arrives in the gradient exactly once, whatever the training loop.
+"""The auxiliary loss enters the gradient exactly once, in any training loop.
 
 Every case is compared with a direct computation of the total loss (6): the layers' terms are collected with their graph
-and added to the task loss by hand, with the weights that the loop is meant to give them.
+and added to the task loss by hand, with the weights that the loop should give them.
 """
 
 import warnings
@@ -66,7 +66,7 @@ def test_plain_loop(kind: str, steps: int) -> None:
 def test_every_task_type_and_tuple_outputs(task: str | None) -> None:
     model, inputs = adapted("bert", task=task), batch("bert")
     expected = direct(model, [(inputs, 1.0, 1.0)])
-    if task != "FEATURE_EXTRACTION":  # its PeftModel passes no labels on as a tuple
+    if task != "FEATURE_EXTRACTION":  # its PeftModel does not pass labels on in a tuple
         model(**inputs, return_dict=False)[0].backward()
         assert_same(model, expected)
         model.zero_grad()

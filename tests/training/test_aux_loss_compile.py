@@ -24,7 +24,7 @@ def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loss_of(criterion: str, model: nn.Module, called: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The loss that the model computes, one computed outside of it, or that with the auxiliary loss attached."""
+    """The model's own loss, or a loss computed outside the model, with or without the auxiliary loss attached."""
     if criterion == "inside":
         return called(**inputs).loss
     if criterion == "outside":

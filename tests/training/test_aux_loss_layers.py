@@ -1,4 +1,4 @@
-"""The auxiliary loss without PEFT: layers in any module, with and without a model that computes a loss."""
+"""The auxiliary loss without PEFT: layers in any module, with a model that computes a loss or without."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_a_bare_layer_with_attach_has_no_memory_of_earlier_steps() -> None:
         (7 * loss).backward()
         assert_same(layer, expected)
     layer.zero_grad()
-    layer(x).square().sum().backward()  # not attached: weight 1, not the 7 of the step before
+    layer(x).square().sum().backward()  # not attached: weight 1, not 7 as in the step before
     layer.zero_grad()
     loss = fk.attach_aux_loss(layer, layer(x).square().sum())
     torch.testing.assert_close(loss, total)

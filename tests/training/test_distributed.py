@@ -40,7 +40,7 @@ def torchrun(job: str, folder: Path) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
-    """Of each rank: by case, None or what went wrong."""
+    """For each rank: None or the error, by case."""
     folder = tmp_path_factory.mktemp("compare")
     status, output = torchrun("compare", folder)
     assert status == 0, output[-6000:]
@@ -66,6 +66,6 @@ def test_a_killed_rank_ends_the_job_and_leaves_its_checkpoints(tmp_path: Path) -
     logits = []
     for step in ("step-1", "step-2"):
         model = peft.PeftModel.from_pretrained(build("bert").double(), str(tmp_path / step), is_trainable=True)
-        model(**batch("bert")).loss.backward()  # it trains on
+        model(**batch("bert")).loss.backward()  # it still trains
         logits.append(model.eval()(**batch("bert")).logits)
     assert not torch.equal(*logits)

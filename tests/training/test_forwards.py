@@ -1,6 +1,6 @@
-"""Each forward owns its masks and terms: found by inner calls, checkpoints, second backwards, replicas, and no others.
+"""Each forward owns its masks and terms, with inner calls, checkpoints, second backwards and replicas.
 
-Every case is compared with the terms added by hand, graph and all, to the loss that the loop uses.
+Every case is compared with the loop's loss plus the terms, added by hand with their graph.
 """
 
 import collections
@@ -68,7 +68,7 @@ def inputs(kind: str = "bert") -> dict[str, Tensor]:
 LABELS = torch.tensor([0, 1, 2])
 
 
-# Past the model's own call
+# Calls that bypass the model's own call
 
 
 @CHECKPOINTS
@@ -90,7 +90,7 @@ def test_a_trunk_that_is_called_by_itself(reentrant: bool | None) -> None:
 @CHECKPOINTS
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_forward_method_has_masks_of_attention_alone(side: str, reentrant: bool | None) -> None:
-    """Past the hooks of the model its blocks begin a forward each; the mask is the one for attention."""
+    """Without the hooks of the model, each block begins a forward; its mask is the attention mask."""
     model = adapted("llama")
     rows = padded(sequences("llama"), side)
     keep = rows["attention_mask"][..., None]
@@ -100,7 +100,7 @@ def test_a_forward_method_has_masks_of_attention_alone(side: str, reentrant: boo
         return (states * keep).square().mean()
 
     trunk_module = model.base_model.model.model
-    value, expected = by_terms(model, lambda: trunk(trunk_module), 0.25)  # through the hooks, with the mask of tokens
+    value, expected = by_terms(model, lambda: trunk(trunk_module), 0.25)  # through the hooks, with the token mask
     if reentrant is not None:
         checkpoint_activations(model, reentrant)
     check_against(model, lambda: trunk(trunk_module.forward), value, expected)
@@ -125,7 +125,7 @@ def test_stacks_of_an_encoder_decoder_that_are_called_apart() -> None:
     before = [p.grad.clone() for p in params(model)]
     model.zero_grad()
     (0.25 * fk.attach_aux_loss(model, loss())).backward()
-    assert_same(model, before, 1e-9)  # what stands in padding changes nothing
+    assert_same(model, before, 1e-9)  # the content of padding changes nothing
 
 
 # Several forwards, several backwards
@@ -158,7 +158,7 @@ def test_a_forward_that_the_loss_does_not_depend_on_is_left_out() -> None:
         return F.cross_entropy(model(**one).logits, LABELS)
 
     value, expected = by_terms(model, loss, 0.25)
-    metric = model(**other).logits  # with a graph, and alive
+    metric = model(**other).logits  # has a graph and is kept
     with torch.no_grad():
         model(**other)
     check_against(model, loss, value, expected)
@@ -202,7 +202,7 @@ def test_labels_given_and_another_loss_used_counts_once_and_says_so(reentrant: b
 
 
 def test_gradient_cache() -> None:
-    """Embed without a graph, and again in chunks inside of the backward, each with a backward of its own."""
+    """Embed without a graph, then again in chunks inside the backward, each with its own backward."""
     model, rows = adapted("bert"), inputs()
     chunks = [{name: value[part] for name, value in rows.items()} for part in (slice(0, 2), slice(2, 3))]
 
@@ -235,7 +235,7 @@ def test_gradient_cache() -> None:
 
 
 def test_replicas_in_threads() -> None:
-    """As torch.nn.DataParallel: the loss of each replica has its own terms, and the mean their weight."""
+    """As torch.nn.DataParallel: each replica's loss has its own terms; their mean has the weight of one."""
     model, rows = adapted("bert"), {**inputs(), "labels": LABELS}
     halves = [{name: value[part] for name, value in rows.items()} for part in (slice(0, 2), slice(2, 3))]
     model.zero_grad()
@@ -265,7 +265,7 @@ def test_replicas_in_threads() -> None:
 
 
 def replicas(model: nn.Module, count: int) -> list[nn.Module]:
-    """What torch.nn.parallel.replicate does, on one device."""
+    """As torch.nn.parallel.replicate, on one device."""
     modules = list(model.modules())
     index = {module: i for i, module in enumerate(modules)}
     made = []
@@ -299,7 +299,7 @@ def test_forwards_that_no_backward_follows_are_freed() -> None:
         gc.enable()
 
 
-# What is around the layers
+# Around the layers
 
 
 def test_full_backward_hooks_on_every_module() -> None:
@@ -331,7 +331,7 @@ def test_a_recomputation_without_the_generator(kind: str, reentrant: bool, monke
 
 
 class Branches(nn.Module):
-    """A layer that the loss does not depend on, one that is called twice, and any form of output."""
+    """A layer outside the graph of the loss, a layer that is called twice, and any form of output."""
 
     def __init__(self, form: Callable[[Tensor, Tensor], Any]) -> None:
         super().__init__()
@@ -381,7 +381,7 @@ def branches(form: str) -> tuple[nn.Module, Callable[[], Any]]:
 
 @pytest.mark.parametrize("form", list(FORMS))
 def test_every_form_of_output(form: str) -> None:
-    """With no warning: the loss is found. The layer outside of it is in the loss and in the gradient."""
+    """No warning: the loss is found. The layer outside its graph is in the loss and in the gradient."""
     model, call = branches(form)
     value, expected = by_terms(model, lambda: FORMS[form][1](call()), 0.5)
     assert all(g.abs().sum() > 0 for n, g in zip(trained(model), expected, strict=True) if n != "unused.adapter.B")

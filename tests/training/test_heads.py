@@ -1,8 +1,8 @@
-"""Whether a head divides its loss by `num_items_in_batch` is observed: objective / task loss is the same either way.
+"""The objective follows what a head does with `num_items_in_batch`: objective / task loss is always the same.
 
-Trainer passes the number wherever the model takes it. A head that uses it gives a share of the step's
-loss, a head that does not gives a mean, and the objective follows. Here for every family of transformers with one of
-four heads that a recipe of tiny sizes builds.
+Trainer passes the number to every model that takes it. A head that uses it returns a share of the step's loss; other
+heads return a mean. Tested for every family of transformers that has one of four heads and can be built with tiny
+sizes.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ CONFIG = fk.FVAEConfig(
 
 
 class Ratio:
-    """In place of the meter of a log: the objective of the last forward, by its task loss."""
+    """In place of a log's meter: objective / task loss of the last forward."""
 
     value: float | None = None
 
@@ -34,7 +34,7 @@ class Ratio:
 
 
 def adapted(kind: str, head: str) -> nn.Module:
-    """One linear layer of the trunk adapted; skipped where transformers cannot build or run the model."""
+    """A model with one adapted linear layer in its trunk. Skips if transformers cannot build or run it."""
     try:
         model = tiny(kind, head).train()
         assert model(**example(head)).loss.isfinite()
@@ -64,7 +64,7 @@ def test_the_objective_follows_the_head(kind: str, head: str, monkeypatch: pytes
 
 
 def test_both_kinds_of_heads_are_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head that divides (Llama's, in a class of another name too), and heads that do not."""
+    """Heads that divide (Llama's, also under another class name), and heads that do not."""
     from transformers import LlamaForCausalLM
 
     class Mine(LlamaForCausalLM):

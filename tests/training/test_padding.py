@@ -37,7 +37,7 @@ def shares(counts: list[float]) -> list[float]:
 
 
 def without_padding(model: nn.Module, kind: str, rows: list[Batch], tokens: str = "input_ids") -> list[Tensor]:
-    """The gradient of the padded batch's total loss, from each sequence alone: means over rows, labels and tokens."""
+    """Gradient of the padded batch's total loss, from single sequences: means over rows, labels and tokens."""
     counts = [float(row[tokens].shape[1]) if tokens in row else frames(row["input_values"].shape[1]) for row in rows]
     labels = {"llama": [n - 1.0 for n in LENGTHS], "t5": [float(n) for n in LENGTHS]}.get(kind, [1.0] * len(rows))
     if kind == "t5":
@@ -46,7 +46,7 @@ def without_padding(model: nn.Module, kind: str, rows: list[Batch], tokens: str 
 
 
 def frames(samples: int) -> float:
-    """Of the tiny Wav2Vec2: kernels 4 and 3, both with stride 2."""
+    """Number of frames in the tiny Wav2Vec2: kernels 4 and 3, both with stride 2."""
     return float(((samples - 4) // 2 + 1 - 3) // 2 + 1)
 
 
@@ -114,14 +114,14 @@ def test_compiled_model(recompute: bool) -> None:
     expected = without_padding(model, "bert", rows)
     if recompute:
         checkpoint_activations(model, False)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=not recompute)  # transformers logs at the latter
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=not recompute)  # recomputing, transformers logs
     compiled(**padded(rows)).loss.backward()
     assert_same(model, expected)
     torch._dynamo.reset()
 
 
 class BreaksTheGraph(nn.Module):
-    """A checkpointed layer between two graph breaks: it is compiled alone, and so is its recomputation."""
+    """A checkpointed layer between two graph breaks: it and its recomputation are compiled alone."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which tokens of a layer count, for every way in which a model is told of padding."""
+"""Which tokens of a layer count, for every way to pass padding to a model."""
 
 import re
 import warnings
@@ -38,7 +38,7 @@ def forward_of(model: nn.Module, *args: Any, **inputs: Any) -> dict[str, tuple[A
 
 
 def assert_counted(layer: Any, x: Tensor, flags: Tensor | None) -> None:
-    """The layer's last terms are those of the tokens that `flags` keeps; None stands for all of them."""
+    """The layer's last terms are those of the tokens that `flags` keeps; None: all tokens."""
     adapter = layer.fvae_adapter["default"] if hasattr(layer, "fvae_adapter") else layer.adapter
     assert torch.allclose(adapter(x, mask=flags)[1].loss, layer.last_terms.loss, rtol=1e-10)
     if flags is not None:
@@ -70,7 +70,7 @@ def test_embedded_inputs_with_a_prefix() -> None:
 
 
 class Wrapper(nn.Module):
-    """A model of somebody's own around one of transformers; it takes its batch as one mapping."""
+    """A user's model around one of transformers; it takes its batch as one mapping."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Whole models in mixed and low precision: no gradient is further from float64 than that of plain PyTorch is.
+"""Whole models in mixed and low precision: errors of gradients are no larger than those of plain PyTorch.
 
-For each setting three gradients are compared on the same parameters: the exact one, in float64; plain PyTorch in the
-setting's dtypes, the terms added up by hand; and what a training step gives, the objective injected and kernels used.
+For each setting three gradients are compared on equal parameters: the exact one in float64; plain PyTorch in the
+setting's dtypes, with the terms added by hand; and that of a training step, with kernels and the hooks on the model.
 """
 
 import copy
@@ -38,7 +38,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def total_by_hand(model: nn.Module, inputs: dict[str, Tensor], setting: Setting | None) -> dict[str, Tensor]:
-    """In plain PyTorch."""
+    """Gradient of the total loss in plain PyTorch."""
     precision = nullcontext() if setting is None else setting.precision()
     with precision, fk.use_backend("reference"), by_hand(model) as terms:
         task = model(**inputs).loss
@@ -48,13 +48,13 @@ def total_by_hand(model: nn.Module, inputs: dict[str, Tensor], setting: Setting 
 
 
 def exact(model: nn.Module, style: str) -> dict[str, Tensor]:
-    """The parameters as they are, and all else in float64."""
+    """Gradient in float64, from the same parameter values."""
     model = copy.deepcopy(model).double()
     return total_by_hand(model, inputs_for(style, torch.float64), None)
 
 
 def step(model: nn.Module, inputs: dict[str, Tensor], setting: Setting) -> dict[str, Tensor]:
-    """What a training loop does."""
+    """Gradient of a step as a training loop makes it."""
     with setting.precision():
         loss = model(**inputs).loss
     if setting.scale is None:
@@ -91,10 +91,10 @@ def test_no_worse_than_plain_pytorch(style: str, name: str, checkpoint: bool | N
 
 
 def assert_no_worse(actual: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
-    """As a whole, and that no tensor lacks a part.
+    """Compare the gradient as a whole; and no tensor may lack a part.
 
-    One layer's y is rounded once, and not twice as in plain PyTorch. All that follows is then rounded elsewhere, and
-    chance decides on single tensors, which cancel to a varying degree.
+    A layer's y is rounded once, not twice as in plain PyTorch. Everything after it is then rounded differently, and
+    for single tensors chance decides, since their sums cancel to different degrees.
     """
     everything = ({"all": torch.cat([g.double().flatten() for g in side.values()])} for side in (actual, plain, truth))
     testing.assert_no_worse(*everything)

@@ -1,4 +1,4 @@
-"""Lambda, beta and the noise follow the optimizer step, and a resumed run follows on; the task loss is logged apart."""
+"""Lambda, beta and the noise follow the optimizer step, also after a resume; the task loss is logged apart."""
 
 import json
 from pathlib import Path

@@ -32,7 +32,7 @@ def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
 def test_causal_model_with_num_items_in_batch(tmp_path: Path, checkpointing: bool | None) -> None:
-    """The task loss is sum / tokens of the step; the auxiliary loss of a micro-batch has its share of the tokens."""
+    """The task loss is sum / tokens of the step; a micro-batch's auxiliary loss is weighted by its share of tokens."""
     model, rows = adapted("llama", "CAUSAL_LM"), Rows("llama", torch.float64)
     counts = [int(b["labels"][:, 1:].ne(-100).sum()) for b in rows.batches]
     assert len(set(counts)) > 1, "equal shares would prove nothing"
@@ -49,7 +49,7 @@ def test_causal_model_with_num_items_in_batch(tmp_path: Path, checkpointing: boo
 
 
 def test_model_that_takes_the_mean(tmp_path: Path) -> None:
-    """BERT's head takes the mean and ignores num_items_in_batch: aux has the factor that Trainer gives the task."""
+    """BERT's head takes the mean and ignores num_items_in_batch: the auxiliary loss gets the task's factor."""
     model, rows = adapted("bert", "SEQ_CLS"), Rows("bert", torch.float64)
     pairs = [terms_of(model, b) for b in rows.batches]
     got = train_one_step(adapted("bert", "SEQ_CLS"), rows, tmp_path)

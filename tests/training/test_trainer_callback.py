@@ -76,7 +76,7 @@ def test_each_logging_step_has_a_line_with_every_layer(make: Any, tmp_path: Path
 
 
 def test_values_are_those_of_the_two_posteriors(tmp_path: Path) -> None:
-    """Against a plain computation on what went into one layer, at the parameters of that step."""
+    """Compared with a plain computation on one layer's input, with the parameters of that step."""
     path, model = tmp_path / "layers.jsonl", replaced()
     name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, AuxLossLayer))
     expected: list[dict[str, float]] = []
@@ -189,7 +189,7 @@ def test_what_it_cannot_log_is_refused(tmp_path: Path) -> None:
 
 
 def test_it_sees_the_tokens_that_the_objective_sees(tmp_path: Path) -> None:
-    """Without dropout the closed form of Gamma is that of the training forward, of padded batches as well."""
+    """Without dropout the closed form of Gamma equals that of the training forward, also for padded batches."""
     path, rows = tmp_path / "layers.jsonl", Rows("bert", torch.float64)
     for k, row in enumerate(rows.rows):
         row["attention_mask"] = (torch.arange(6) < 2 + k % 5).long()

@@ -1,4 +1,4 @@
-"""Two processes under a Trainer that computes the task loss outside of the model: the step is that of one process."""
+"""Two processes and a Trainer that computes the task loss outside the model: the step equals that of one process."""
 
 import os
 import subprocess

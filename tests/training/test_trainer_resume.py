@@ -1,4 +1,4 @@
-"""What a Trainer keeps on disk: a killed run goes on as if it had not been killed, and the best adapter comes back."""
+"""What a Trainer keeps on disk: a killed run continues bit for bit, and the best adapter is loaded at the end."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def log(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.compat("Trainers", "killed in a step and resumed: bit for bit the uninterrupted run")
 def test_a_killed_process_resumes_bit_for_bit(tmp_path: Path) -> None:
-    """kill -9 half-way through a random step; a fresh process goes on from the last checkpoint."""
+    """kill -9 half-way through a random step; a new process continues from the last checkpoint."""
     kill_at = random.Random().randint(3, 8)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(-signal.SIGKILL, whole, 0, killed, kill_at)
@@ -69,14 +69,14 @@ def test_the_state_of_the_noise_is_in_the_checkpoint(lost: bool, tmp_path: Path)
     if lost:
         (checkpoint / "rng_state.pth").unlink()
     resumed = shuffled_run(tmp_path, max_steps=4)
-    torch.rand(100)  # not a new seed: the order of the data hangs on it
+    torch.rand(100)  # not a new seed: the order of the data depends on it
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert losses(resumed)[:2] == losses(whole)[:2]
     assert (losses(resumed)[2:] == losses(whole)[2:]) is not lost
 
 
 def scripted_run(folder: Path, scores: list[float], patience: int) -> Any:
-    """A run whose evaluations come out as `scores`."""
+    """A run with these `scores` at its evaluations."""
     remaining = iter(scores)
     trainer = shuffled_run(
         folder,
@@ -111,7 +111,7 @@ def test_early_stopping_and_the_best_adapter(tmp_path: Path) -> None:
 
 
 def test_a_saved_model_is_an_adapter_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """save_model writes the adapter alone, without a connection to anywhere."""
+    """save_model writes only the adapter, without any connection."""
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", None)
     trainer = shuffled_run(tmp_path, max_steps=2)
     trainer.train()

@@ -1,7 +1,7 @@
-"""Trainers that compute the task loss outside of the model: `prepare_trainer` makes a step that of the total loss (6).
+"""Trainers that compute the task loss outside the model: with `prepare_trainer` a step uses the total loss (6).
 
-Each case computes its micro-batches' task losses by hand as the trainer does, and adds the layers' terms with the
-weight that the micro-batch has in the step.
+Each case computes its micro-batches' task losses by hand, as the trainer does, and adds the layers' terms with the
+weight of the micro-batch in the step.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_unprobed_term(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No term may enter the gradient with the weight 1 of one that nobody attached."""
+    """No term may enter the gradient with weight 1, as unattached terms do."""
 
     def refuse() -> None:
         raise AssertionError("a term entered the gradient without a weight")
@@ -55,13 +55,13 @@ def no_unprobed_term(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def counts(kind: str, rows: Rows) -> list[int]:
-    """Labelled tokens (labels, where there are no tokens) of each micro-batch, as Trainer counts them."""
+    """Labelled tokens (or labels, without tokens) of each micro-batch, as Trainer counts them."""
     labels = [b["labels"][:, 1:] if kind == "llama" else b["labels"] for b in rows.batches]
     return [int(x.ne(-100).sum()) for x in labels]
 
 
 def objective(kind: str, rows: Rows, task: Criterion, shared: bool) -> tuple[nn.Module, Tensor]:
-    """The total loss of the step: tasks that are shares or means, and the terms with the weight that goes with it."""
+    """Total loss of the step: task losses that are shares or means, and terms with the same weight."""
     model, items = adapted(kind, TASKS[kind]), counts(kind, rows)
     total = torch.zeros((), dtype=torch.float64)
     for inputs, n in zip(rows.batches, items, strict=True):
@@ -122,7 +122,7 @@ def test_compute_loss_func(kind: str, tmp_path: Path) -> None:
 
 
 class MeanTrainer(InOrder):
-    """An own loss, a mean, and says so as transformers asks for; a forward for a metric follows."""
+    """Its own loss, a mean, declared as transformers asks for. A forward for a metric follows."""
 
     loss_is_scaled_for_ga = False
 
@@ -141,7 +141,7 @@ class MixedTrainer(fk.FVAETrainerMixin, MeanTrainer):
 
 
 class OwnTrainer(fk.FVAETrainerMixin, InOrder):
-    """The mixin reaches a compute_loss that is written below it as well."""
+    """The mixin also reaches a compute_loss in the class itself."""
 
     loss_is_scaled_for_ga = False
     compute_loss = MeanTrainer.compute_loss
@@ -164,7 +164,7 @@ def test_own_compute_loss(cls: type, checkpointing: bool | None, tmp_path: Path)
 
 
 class SharedTrainer(fk.FVAETrainerMixin, InOrder):
-    """A share of the whole step, and says so; nobody counts tokens (as in reinforcement learning)."""
+    """Its own loss, declared as a share of the whole step. No tokens are counted (as in reinforcement learning)."""
 
     loss_is_scaled_for_ga = True
 
@@ -196,7 +196,7 @@ def test_a_loss_that_the_model_computed_counts_once(kind: str, tmp_path: Path) -
 
 
 class ScaledTrainer(InOrder):
-    """Uses the model's loss, and multiplies it; two forwards enter it."""
+    """Uses the model's loss of two forwards, multiplied."""
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -81,7 +81,7 @@ def trainer_of(cls: type, folder: Path, kind: str = "llama", **options: Any) -> 
 
 
 def log_probs(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Of each next token."""
+    """Log-probability of each next token."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     return F.log_softmax(logits, -1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
 

@@ -1,4 +1,4 @@
-"""The callback's warnings: each once, after the warm-up, with what to do; none where all is well."""
+"""The callback's warnings: each once, after the warm-up, with advice; none if all is well."""
 
 import math
 import warnings
@@ -58,7 +58,7 @@ def test_an_update_of_rank_one_may_have_one_direction() -> None:
 @pytest.mark.parametrize("labels", [[0, 1, 0, 1], [0, 0, 0, 1]])
 @pytest.mark.parametrize("learned", [False, True])
 def test_a_task_loss_at_chance(labels: list[int], learned: bool) -> None:
-    """Chance is what the frequencies of the labels alone give."""
+    """Chance is the loss of predicting the label frequencies."""
     watch, y = Watch(), torch.tensor(labels)
     share = y.double().mean()
     logits = torch.stack([(1 - share).log(), share.log()]).expand(4, 2) + 3.0 * learned * torch.eye(2)[y]
@@ -94,7 +94,7 @@ def test_when_a_run_has_settled(step: int, settled: bool) -> None:
 
 
 def test_a_trainer_hears_of_all_three(tmp_path: Path) -> None:
-    """A mean that is the same for every token, with a learning rate that moves nothing."""
+    """The mean is equal for all tokens, and the learning rate changes nothing."""
     model = adapted("bert", "SEQ_CLS")
     for adapter in (m for m in model.modules() if isinstance(m, FVAEAdapter)):
         torch.nn.init.zeros_(adapter.encoder1_mean_weight)

@@ -1,4 +1,4 @@
-"""Whole models: torch.export of the inference path, and what a step keeps for backward."""
+"""Whole models: torch.export of the inference path, and bytes that a step saves for backward."""
 
 import io
 from pathlib import Path
@@ -58,11 +58,11 @@ def test_one_layer_exported_is_eager() -> None:
     assert not torch.equal(layer(x), layer.base_layer(x))
 
 
-# What a training step keeps for backward
+# Bytes that a training step saves for backward
 
 
 def kept(model: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """Bytes that the forward keeps beyond parameters: each storage once."""
+    """Bytes that the forward saves apart from parameters; each storage counts once."""
     storages: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def kept(model: nn.Module, inputs: dict[str, Tensor]) -> int:
 
 
 def bytes_per_token_and_layer(backend: str) -> float:
-    """What an adapted ViT keeps beyond the same ViT without adapters, at the recipe, apart from the layers' inputs."""
+    """What an adapted ViT saves beyond the ViT without adapters, at the recipe, without the layers' inputs."""
     samples, tokens, layers = 32, 32 * 5, 4
     inputs = {"pixel_values": torch.randn(samples, 3, 8, 8), "labels": torch.zeros(samples, dtype=torch.long)}
     counts = []
@@ -87,7 +87,7 @@ def bytes_per_token_and_layer(backend: str) -> float:
                 len(fk.replace_linears(model, fk.FVAEConfig.preset("paper"), target_modules=["q_proj", "v_proj"]))
                 == layers
             )
-        model.requires_grad_(True)  # so that the plain model keeps the inputs of its layers as well
+        model.requires_grad_(True)  # so that the plain model also saves the inputs of its layers
         with fk.use_backend(backend):
             counts.append(kept(model.train(), inputs))
     return (counts[1] - counts[0]) / (tokens * layers)
