@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..config import FVAEConfig
 from ..ops._backend import resolve
@@ -167,6 +168,8 @@ class FVAEAdapter(nn.Module):
 
         Only the loss carries a graph, no other term. In backward `loss_gradient` is added to its gradient.
         """
+        if self._is_watched():
+            return None
         parameters: list[Tensor | None] = [self._parameters.get(name) for name in self._order]  # type: ignore[arg-type]
         dropout = self.config.dropout if self.training else 0.0
         plan = self.plans.fitting(parameters, x, self.training_config, dropout, mask, base)
@@ -178,6 +181,11 @@ class FVAEAdapter(nn.Module):
         seed = draw_seed(x.device) if dropout > 0 or noise is None else None
         y, loss, terms = run_plan(plan, parameters, x, base, mask, noise, seed, loss_gradient)
         return y, Terms(loss, *terms.unbind()[1:])
+
+    def _is_watched(self) -> bool:
+        """Whether somebody wants to see or replace the module's own call, which a plan passes by."""
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return bool(hooks) or "forward" in self.__dict__ or _has_any_global_hook()
 
     def _new_plan(
         self, parameters: list[Tensor | None], x: Tensor, dropout: float, mask: Tensor | None, base: Tensor

@@ -41,6 +41,7 @@ def test_triton_launches_over_the_fake_driver(tmp_path: Path) -> None:
     assert re.fullmatch(r"host cost beyond base: ours \d+ us, .* ours / DoRA \d+\.\d\d", done.stdout.splitlines()[-1])
     assert list(found["launches"]) == KERNELS
     assert list(found["parts"]) == list(internals.PARTS)
+    assert found["parts"].pop(internals.JIT) == 0, "a plan launches without Triton's own road"
     assert all(us > 0 for us in (*found["parts"].values(), *found["launches"].values()))
     assert found["launched"] == len(KERNELS)  # launches of one step, counted by the driver
     steps = found["steps"]["float32"]

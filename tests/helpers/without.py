@@ -1,5 +1,9 @@
-"""A pytest plugin, ``-p tests.helpers.without``: packages that the suite can do without are not found."""
+"""A pytest plugin, ``-p tests.helpers.without``: packages that the suite can do without are not found.
 
+It hides them where FVAE_WITHOUT is set, and does nothing where a test imports it.
+"""
+
+import os
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
@@ -19,4 +23,5 @@ class Without(PathFinder):
         return None if name.partition(".")[0] in OPTIONAL else super().find_spec(name, *arguments)
 
 
-sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+if os.environ.get("FVAE_WITHOUT"):
+    sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]

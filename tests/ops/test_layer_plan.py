@@ -138,6 +138,21 @@ def test_weights_with_gaps_take_the_general_road(backend_with_plans, device):
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
+def test_hooks_and_another_forward_take_the_general_road(backend_with_plans, device):
+    adapter, seen = made(device=device), []
+    step(adapter, backend_with_plans)
+    handle = adapter.register_forward_hook(lambda *_: seen.append("hook"))
+    _, by_plan = step(adapter, backend_with_plans)
+    assert not by_plan
+    handle.remove()
+    adapter.forward = adapter.forward
+    _, by_plan = step(adapter, backend_with_plans)
+    assert not by_plan
+    del adapter.forward
+    _, by_plan = step(adapter, backend_with_plans)
+    assert by_plan
+
+
 def test_other_tokens_masks_and_needs_share_a_plan(backend_with_plans, device):
     adapter = made(device=device)
     step(adapter, backend_with_plans)
