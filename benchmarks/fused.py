@@ -137,13 +137,14 @@ def launches(layer: Layer) -> list[Launch]:
     made = (0, *layer.config.decoder_hidden)[:-1]
     again = e["output"] + D + e["t"] + (e["hidden"] + sum(made) if len(made) > 1 else 0)
     sums = layer.tiles * STATISTICS * wide
+    missing = 0 if layer.config.encoder_hidden else layer.config.rank  # a bias that is not there is read as zeros
     moved = {
         "seed": seed,
-        "layer_fwd": y + x + layer.parameters * p + seed + y + state + sums,
+        "layer_fwd": y + x + (layer.parameters + missing) * p + seed + y + state + sums,
         "layer_mean": sums + D * p + 4 * wide,
-        "layer_bwd": y + x + state + (decoder + e["encoders"] + e["B"]) * p + seed + wide + state + (1 + deep) * last,
-        "layer_grads": x + y + 2 * state + (1 + deep) * last + (again + e["input"]) * p + seed + wide
-        + x + layer.chunks * layer.parameters * wide,
+        "layer_bwd": y + x + state + (decoder + e["encoders"] + e["B"]) * p + seed + 2 * wide + state + (1 + deep) * last,
+        "layer_grads": x + y + 2 * state + (1 + deep) * last + (again + e["input"]) * p + seed + 2 * wide
+        + x + layer.chunks * (layer.parameters + missing) * wide,
         "layer_reduce": layer.chunks * layer.parameters * wide + layer.parameters * p,
     }  # fmt: skip
     products = {

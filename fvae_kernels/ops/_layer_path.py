@@ -1,7 +1,7 @@
 """Which implementation runs an adapted layer, decided once for the op, its plans and `explain`."""
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from ..config import FVAEConfig
 from . import _backend
 from ._backend import BackendUnavailable, resolve
 from ._raw import triton_part
+
+tables: Any = triton_part("tables")  # what the registers of a GPU hold
 
 
 class Path(NamedTuple):
@@ -69,7 +71,6 @@ def uncovered(
 
 
 def _too_wide(config: FVAEConfig, tensors: Mapping[str, Tensor | None]) -> str | None:
-    tables = triton_part("tables")
     if config.rank > tables.WIDEST:
         return f"a rank above {tables.WIDEST} (it is {config.rank})"
     for name, t in tensors.items():
