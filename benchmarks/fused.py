@@ -142,7 +142,7 @@ def launches(layer: Layer) -> list[Launch]:
         "seed": seed,
         "layer_fwd": y + x + (layer.parameters + missing) * p + seed + y + state + sums,
         "layer_mean": sums + D * p + 4 * wide,
-        "layer_bwd": y + x + state + (decoder + e["encoders"] + e["B"]) * p + seed + 2 * wide + state + (1 + deep) * last,
+        "layer_bwd": y + x + 2 * state + (decoder + e["encoders"] + e["B"]) * p + seed + 2 * wide + (1 + deep) * last,
         "layer_grads": x + y + 2 * state + (1 + deep) * last + (again + e["input"]) * p + seed + 2 * wide
         + x + layer.chunks * (layer.parameters + missing) * wide,
         "layer_reduce": layer.chunks * layer.parameters * wide + layer.parameters * p,
