@@ -25,6 +25,7 @@ FILES = {
     "ops/test_layer_bounds": 1,
     "ops/test_layer_dropout": 1,
     "ops/test_layer_edges": 2,
+    "ops/test_layer_plan": 1,
     "ops/test_contract": 1,
     "ops/test_no_waiting": 1,
     "triton/test_checks": 2,
