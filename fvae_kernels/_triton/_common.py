@@ -32,11 +32,6 @@ def on_amd() -> bool:
     return not interpreting() and driver.active.get_current_target().backend == "hip"
 
 
-def by_vendor(table: Table, amd: Table) -> Table:
-    """`table`, with the entries of `amd` in it on AMD."""
-    return table | amd if on_amd() else table
-
-
 def triton_dtype(wide: torch.dtype) -> tl.dtype:
     """Of sums, which are taken in float32 at least."""
     return tl.float64 if wide == torch.float64 else tl.float32

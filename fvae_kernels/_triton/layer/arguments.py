@@ -73,12 +73,6 @@ def first_units(S):
 
 
 @triton.constexpr_function
-def latent_size(S):
-    """Number of inputs of the decoder."""
-    return S.R if S.average else 2 * S.R
-
-
-@triton.constexpr_function
 def decoder_inputs(S, layer):
     """Number of inputs of the decoder's layer `layer`; the output layer comes after the hidden layers."""
     return S.decoder[layer - 1] if layer > 0 else (S.R if S.average else 2 * S.R)
