@@ -12,7 +12,7 @@ from .nn.linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
 from .ops._backend import BackendUnavailable, available_backends, use_backend
 from .training import schedules
-from .training.aux_loss import attach_aux_loss
+from .training.attach import attach_aux_loss
 from .training.hooks import external_loss, token_mask
 from .training.schedules import ObjectiveSchedule
 from .training.trainer import FVAETrainerMixin, prepare_trainer

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fvae_kernels as fk
-from fvae_kernels.training import aux_loss
+from fvae_kernels.training import warn
 from fvae_kernels.training.forward import PENDING
 from tests.helpers.gradients import OPTIONS, adapted, assert_same, checkpoint_activations, grads, params
 from tests.helpers.padded_batches import padded, sequences
@@ -31,7 +31,7 @@ CHECKPOINTS = pytest.mark.parametrize("reentrant", [None, True, False], ids=["pl
 @pytest.fixture(autouse=True)
 def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     fix_noise(monkeypatch)
-    monkeypatch.setattr(aux_loss, "_unprobed_warned", False)
+    monkeypatch.setattr(warn, "said", set())
 
 
 def by_terms(model: nn.Module, loss: Loss, weight: float = 1.0) -> tuple[Tensor, list[Tensor]]:
@@ -478,7 +478,7 @@ def test_a_frozen_adapter_has_no_objective_and_draws_nothing() -> None:
 
 
 def test_training_in_eval_mode_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aux_loss, "_eval_warned", False)
+    monkeypatch.setattr(warn, "said", set())
     model, call = branches("alone")
     model.eval()
     with pytest.warns(UserWarning, match=r"eval mode.*model\.train\(\)"):

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import fvae_kernels as fk
-from fvae_kernels.training import aux_loss
+from fvae_kernels.training import warn
 from tests.helpers.peft_models import SMALL
 from tests.helpers.tiny_models import TARGETS, VOCAB, build
 from tests.helpers.total_loss import by_hand, fix_noise
@@ -152,7 +152,7 @@ def test_sft_trains_saves_and_loads(kind: str, tmp_path: Path, monkeypatch: pyte
 
 
 def test_without_prepare_trainer_a_warning_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aux_loss, "_unprobed_warned", False)
+    monkeypatch.setattr(warn, "said", set())
     trainer = trainer_of(SFT, tmp_path, **ONE_STEP)
     del trainer.compute_loss
     with pytest.warns(UserWarning, match=r"prepare_trainer\(trainer\)"):
