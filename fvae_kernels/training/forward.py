@@ -34,6 +34,7 @@ class Forward:
         self.pending: list[Term] = []  # terms, while it runs
         self.left: list[weakref.ref[Term]] = []  # terms, afterwards; the graph owns them
         self.values: list[Value] = []  # of calls without a graph: it will be made in a recomputation
+        self.ends: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by output of a block: the values before it
         self.compiled = False  # some of its layers are compiled
         self.recomputed = False  # some of its calls are inside a checkpoint
         self.state = State()
@@ -71,9 +72,7 @@ class Forward:
         for tensor in outputs:
             if tensor.grad_fn is not None:
                 earlier = [t for t, number in zip(self.pending, numbers, strict=True) if number < _number(tensor)]
-                marks = _marks(tensor)
-                _, values = marks.get(self, ((), len(self.values)))  # set by `recall` at the end of a block
-                marks[self] = earlier, values
+                _marks(tensor)[self] = earlier, self._values_before(tensor)
         self.left = [weakref.ref(term) for term in self.pending]
         self.pending = []
         PENDING.add(self)
@@ -83,9 +82,20 @@ class Forward:
         if self.recomputed and start < len(self.calls):
             region = Region(self, start, len(self.calls))
             for tensor in outputs:
+                self.ends[id(tensor)] = weakref.ref(tensor), self._values_before(tensor)
                 if tensor.grad_fn is not None:
                     tensor.grad_fn.register_prehook(region.enter)
-                    _marks(tensor).setdefault(self, ((), len(self.values)))
+
+    def _values_before(self, output: Tensor) -> int:
+        """How many values were made before this output: as noted for it, or by the order of the nodes."""
+        noted, end = self.ends.get(id(output), (None, 0))
+        if noted is not None and noted() is output:
+            return end
+        number = _number(output)
+        known = [(_number(t), count) for reference, count in self.ends.values() if (t := reference()) is not None]
+        if number < 0 or not any(other > number for other, _ in known):
+            return len(self.values)
+        return max((count for other, count in known if other <= number), default=0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Forward":
         return Forward(self.grad)
