@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fvae_kernels as fk
-from tests.helpers.gradients import OPTIONS, adapted, assert_same, checkpoint_activations, grads
+from tests.helpers.gradients import adapted, assert_same, checkpoint_activations, grads
 from tests.helpers.padded_batches import padded, sequences
 from tests.helpers.total_loss import by_hand, fix_noise
 

@@ -12,16 +12,15 @@ pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import fvae_kernels as fk
 from fvae_kernels.training import warn
 from tests.helpers.peft_models import SMALL
-from tests.helpers.tiny_models import TARGETS, VOCAB, build
+from tests.helpers.texts import tokenizer, words
+from tests.helpers.tiny_models import TARGETS, build
 from tests.helpers.total_loss import by_hand, fix_noise
 from tests.helpers.trainer_tools import ONE_STEP, QUIET, SIZE, STEPS, assert_step, params, step_of
 
@@ -31,18 +30,6 @@ pytestmark = [
 ]
 PLAIN: dict[str, Any] = {"bf16": False, "save_strategy": "no"}
 RTOL = 2e-6  # TRL's log-probabilities are float32
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCAB - 3))]
-    model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    model.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=model, **names)
-
-
-def words(start: int, count: int) -> str:
-    return " ".join(f"w{(start + 5 * k) % (VOCAB - 3)}" for k in range(count))
 
 
 TEXTS = [{"text": words(i, 2 + i % 5)} for i in range(SIZE * STEPS)]  # of unequal length, so that some are padded
