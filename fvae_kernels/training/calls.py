@@ -1,6 +1,5 @@
 """One call of an adapted layer in training, and its term of the loss."""
 
-
 import torch
 from torch import Tensor
 
