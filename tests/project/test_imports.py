@@ -40,7 +40,6 @@ EXCEPTIONS: set[tuple[str, str]] = {
 }
 CYCLES: set[frozenset[str]] = {
     frozenset({"peft.config", "peft.files"}),
-    frozenset({"training.aux_loss", "training.forward", "training.recompute"}),
 }
 
 # Third parties, and the parts that may import them at all, or at import (not only inside of functions).
