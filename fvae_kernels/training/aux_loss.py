@@ -38,6 +38,18 @@ class AuxLossLayer:
     def _init_aux_loss(self) -> None:
         self.aux_key, self.last_terms, self.last_forward = LayerKey(), None, 0
 
+    def adapters(self) -> dict[str, Any]:
+        """The layer's adapters by name."""
+        raise NotImplementedError
+
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each adapter's loss, by the adapter's name."""
+        raise NotImplementedError
+
+    def set_loss_weights(self, weights: dict[str, float]) -> None:
+        """Set the weights of these adapters; others are left out."""
+        raise NotImplementedError
+
     def train_call(self, adapter: Any, x: Tensor, base: Tensor, loss_weight: float) -> Tensor:
         """The output of `adapter` added to `base` in training. The objective will enter the gradient."""
         repeats = repeated_call(self.aux_key, x.device)
