@@ -1,6 +1,6 @@
 """Layers that run after the outputs that a loss depends on: neither in the loss nor in the gradient.
 
-With a loss that the model computes, every layer of the forward takes part (`test_every_form_of_output`).
+With a loss that the model computes, every layer of the forward takes part (`test_outputs.py`).
 """
 
 from typing import Any
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import fvae_kernels as fk
+from tests.helpers.forwards import CHECKPOINTS
 from tests.helpers.gradients import adapted, assert_same, checkpoint_activations, grads
 from tests.helpers.padded_batches import padded, sequences
 from tests.helpers.total_loss import by_hand, fix_noise
-
-CHECKPOINTS = pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +21,7 @@ def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     fix_noise(monkeypatch)
 
 
-def trunk(linear: bool = True) -> tuple[nn.Module, dict[str, Tensor]]:
+def trunk() -> tuple[nn.Module, dict[str, Tensor]]:
     rows = padded(sequences("bert"))
     rows.pop("labels")
     return adapted("bert", task=None, target_modules="all-linear"), rows
