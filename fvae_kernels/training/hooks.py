@@ -17,7 +17,7 @@ from .aux_loss import AuxLossLayer, aux_loss_layers
 from .cached import inherited, keep_values, take_values
 from .forward import Forward, local, region
 from .inject import InjectAuxLossOnce, InjectInTransform, Keep, transformed
-from .outputs import names_given, replaced, task_loss, tensors
+from .outputs import given, replaced, task_loss, tensors
 from .padding import ARGUMENTS, PaddingRules, mask_argument
 from .recompute import in_backward
 from .token_share import observe_items, token_share
@@ -130,12 +130,13 @@ class Scope:
             return None
         if self.hooks.external:
             return self._leave(forward, output) if outermost else None
-        loss = task_loss(output, names_given(args, kwargs, self.rules.positional)) if forward.grad else None
+        named = given(args, kwargs, self.rules.positional) if forward.grad else {}
+        loss = task_loss(output, named) if forward.grad else None
         if loss is None:
             return self._leave(forward, output) if outermost else None
         if not (forward.pending or forward.values):
             return None
-        total = attach_forward(forward, loss, token_share(module, kwargs, loss), forward.pending, forward.values)
+        total = attach_forward(forward, loss, token_share(module, named), forward.pending, forward.values)
         if self.hooks.meter is not None and not compiling:
             self.hooks.meter.add(loss, total)
         return replaced(output, loss, total)

@@ -6,13 +6,13 @@ that forward, and each layer asks for the flags that fit its own input.
 
 import inspect
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import warn
+from .outputs import given
 
 ARGUMENTS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
 STACK = re.compile(r"(?:^|\.)\w*(encoder|decoder)\.")
@@ -32,11 +32,8 @@ class PaddingRules:
 
     def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Padding":
         """The masks among the arguments of a forward, or in a batch passed as one mapping."""
-        given = {**dict(zip(self.positional, args, strict=False)), **kwargs}
-        for value in args:
-            if isinstance(value, Mapping):
-                given = {**value, **given}
-        return Padding({name: given[name] for name in ARGUMENTS if given.get(name) is not None}, self.audio, self.root)
+        named = given(args, kwargs, self.positional)
+        return Padding({name: named[name] for name in ARGUMENTS if name in named}, self.audio, self.root)
 
 
 class Found(NamedTuple):
@@ -64,8 +61,8 @@ NOTHING, ALL = Found(False), Found(True)
 class Padding:
     """The masks of one forward by argument, and the model that knows the length of its audio frames."""
 
-    def __init__(self, given: dict[str, Any], audio: Any = None, root: bool = True) -> None:
-        self.masks = {name: mask.ne(0) if _is_flat(mask) else mask for name, mask in given.items()}
+    def __init__(self, masks: dict[str, Any], audio: Any = None, root: bool = True) -> None:
+        self.masks = {name: mask.ne(0) if _is_flat(mask) else mask for name, mask in masks.items()}
         self.audio = audio
         self.root = root  # True unless an outer model may have turned a token mask into an attention mask
         self.frames: dict[tuple[str, int], Tensor] = {}
