@@ -127,7 +127,7 @@ def product(a, b, sums, PRECISION: tl.constexpr):
     return tl.dot(a, b, sums, input_precision=of_float32, out_dtype=sums.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def reduce_kernel(
     parts_ptr,  # [P, L]
     total_ptr,  # [L]
@@ -152,6 +152,6 @@ def reduced(parts: Tensor, dtype: torch.dtype) -> Tensor:
     P, L = parts.shape[0], total.numel()
     if L > 0:
         reduce_kernel[(triton.cdiv(L, 64),)](
-            parts, total, P, L, accumulator(parts), BLOCK_P=min(padded(P), 32), BLOCK_L=64, num_warps=4
+            parts, total, P, L, accumulator(parts), BLOCK_P=32, BLOCK_L=64, num_warps=4
         )
     return total

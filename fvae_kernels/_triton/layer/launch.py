@@ -29,7 +29,7 @@ class Launch:
     def __call__(self, grid: tuple[int, int], arguments: tuple[Any, ...], key: Hashable, stream: int | None) -> None:
         """Launch. Arguments that Triton specialises differently have another `key`. No stream: the general way.
 
-        With a stream, pointers must be divisible by 16, and arguments with one key must be specialised alike.
+        With a stream, arguments with one key must be specialised alike.
         """
         known = None if stream is None else self.compiled.get(key)
         if known is not None:

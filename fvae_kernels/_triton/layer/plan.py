@@ -11,8 +11,8 @@ from ...ops._layer_inputs import Arriving, Needs, Networks, Options, Tensors
 from .. import tables
 from .._common import precision
 from .launch import stream_of, why_general
-from .prepared import Case, Prepared, numbers_of, prepared, zeros
-from .steps import Given, backward, by_rows, forward
+from .prepared import Case, Prepared, numbers_of, prepared
+from .steps import Given, backward, by_rows, forward, given_of, named, packed_networks
 
 
 class TritonSteps:
@@ -21,20 +21,16 @@ class TritonSteps:
     def __init__(self, parameters: Sequence[Tensor | None], options: Options, detach_target: bool) -> None:
         self.options, self.detach_target, self.numbers = options, detach_target, numbers_of(options)
         self.there = tuple(p is not None for p in parameters)
-        self.aligned = all(p is None or p.data_ptr() % 16 == 0 for p in parameters)
-        B = parameters[-1]
-        assert B is not None
-        units = max(weight.shape[0] for weight in parameters[:-2:2] if weight is not None)
-        self.nothing = zeros(B.dtype, B.device, units)
+        self.given = [p for p in parameters if p is not None]
         self.parameters = parameters
-        self.networks = self._named(parameters)
+        self.networks = named(parameters, options.encoder_hidden)
         self._of_case: dict[Any, Prepared] = {}
 
     def forward(self, base: Tensor | None, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
         """y [N, M], the terms [4], the state, and what backward reuses."""
         given, base = _given(tensors), None if base is None else by_rows(base)
-        ready = self._ready(tensors)
-        return *forward(base, given, self.networks, ready, self.numbers, self._stream(given.x, base)), ready
+        ready, networks = self._ready(tensors), self._networks(tensors.parameters)
+        return *forward(base, given, networks, ready, self.numbers, self._stream(given.x, networks)), ready
 
     def backward(
         self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs, kept: Prepared
@@ -44,8 +40,7 @@ class TritonSteps:
         The parameters are those of forward, or as autograd's saved-tensor hooks returned them.
         """
         grad_y = None if arriving.grad_y is None else by_rows(arriving.grad_y)
-        same = all(map(operator.is_, tensors.parameters, self.parameters))
-        networks = self.networks if same else self._named(tensors.parameters)
+        given, networks = _given(tensors), self._networks(tensors.parameters)
 
         def together(plan: Any) -> Sequence[Tensor]:
             flat = state.new_empty(sum(plan.entries), dtype=networks.B.dtype)
@@ -55,7 +50,7 @@ class TritonSteps:
 
         return backward(
             Arriving(grad_y, *arriving[1:]),
-            given := _given(tensors),
+            given,
             networks,
             state,
             needs,
@@ -64,12 +59,15 @@ class TritonSteps:
             kept,
             self.numbers,
             together,
-            self._stream(given.x, grad_y) if same else None,
+            self._stream(given.x, networks),
         )
 
-    def _named(self, parameters: Sequence[Tensor | None]) -> Networks:
-        entries = [self.nothing if p is None else p for p in parameters]
-        return Networks.of(entries, self.options.encoder_hidden)
+    def _networks(self, parameters: Sequence[Tensor | None]) -> Networks:
+        """The plan's own parameters, or others; as copies where their data no longer start at multiples of 16 bytes."""
+        own = all(map(operator.is_, parameters, self.parameters))
+        if own and not any(p.data_ptr() % 16 for p in self.given):
+            return self.networks
+        return packed_networks(parameters, self.options.encoder_hidden)
 
     def _ready(self, tensors: Tensors) -> Prepared:
         x, masked, networks = tensors.x, tensors.mask is not None, self.networks
@@ -85,12 +83,10 @@ class TritonSteps:
             found = self._of_case[key] = prepared(case, tables.changes())
         return found
 
-    def _stream(self, x: Tensor, other: Tensor | None) -> int | None:
-        """The stream for direct launches; None where Triton must launch, because of how data are aligned."""
-        if not self.aligned or x.data_ptr() % 16 or (other is not None and other.data_ptr() % 16):
-            return None
-        return stream_of(x.device.index or 0) if why_general() is None else None
+    def _stream(self, x: Tensor, networks: Networks) -> int | None:
+        """The stream for direct launches; None where Triton must launch."""
+        return stream_of(x.device.index or 0) if networks is self.networks and why_general() is None else None
 
 
 def _given(tensors: Tensors) -> Given:
-    return Given(by_rows(tensors.x), None, None, tensors.mask, tensors.seed)
+    return given_of(tensors.x, None, None, tensors.mask, tensors.seed)

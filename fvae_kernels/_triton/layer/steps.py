@@ -36,7 +36,7 @@ def forward(
     state = x.new_empty((N, ready.state_width), dtype=ready.wide)
     if N == 0:
         return y, x.new_zeros(4, dtype=ready.wide), state
-    layer, key = _layer(given, networks, ready), (x.dtype, x.stride(0), *_kind(base))
+    layer, key = _layer(given, networks, ready), (x.dtype, None if base is None else base.dtype)
     programs = -(-N // ready.fwd.constants["BLOCK_N"])
     statistics = x.new_empty((programs, 16), dtype=ready.wide)
     of_latents = numbers.scaling, numbers.prior2_mean, numbers.logvar1_low, numbers.logvar1_high
@@ -74,13 +74,13 @@ def backward(
     if N == 0 or not any(needs):
         return grad_x.zero_(), [grad.zero_() for grad in gradients]
 
-    layer, wide = _layer(given, networks, ready), ready.wide
+    layer, wide, state = _layer(given, networks, ready), ready.wide, packed(state)
     grad_state = x.new_empty((N, ready.state_width), dtype=wide) if plan.latents else None
     inputs = x.new_empty((N, ready.output_inputs), dtype=wide) if plan.inputs else None
     grad_hidden = x.new_empty((N, ready.output_inputs), dtype=wide) if plan.hidden else None
     grad_y, nothing = arriving.grad_y, zeros(wide, x.device, 1)
-    term_grads = TermGrads(*(nothing if grad is None else grad for grad in arriving[1:]))
-    key = x.dtype, x.stride(0), *_kind(grad_y)
+    term_grads = TermGrads(*(nothing if grad is None else aligned(grad) for grad in arriving[1:]))
+    key = x.dtype, None if grad_y is None else grad_y.dtype
     arrives = layer, grad_y, _row(grad_y), term_grads
     bounds = numbers.logvar1_low, numbers.logvar1_high
     if plan.latents or plan.inputs:
@@ -106,7 +106,7 @@ def _layer(given: Given, networks: Networks, ready: Prepared) -> Layer:
     x, nothing = given.x, zeros(torch.int64, given.x.device, 1)
     return Layer(
         x,
-        x.stride(0),
+        _row(x),
         networks,
         x if given.noise1 is None else given.noise1,
         x if given.noise2 is None else given.noise2,
@@ -117,39 +117,57 @@ def _layer(given: Given, networks: Networks, ready: Prepared) -> Layer:
 
 
 def _row(t: Tensor | None) -> int:
-    """Stride from row to row; 0 without a tensor."""
-    return 0 if t is None else t.stride(0)
+    """Stride from row to row; that of a single row may be anything. 0 without a tensor."""
+    return 0 if t is None else t.stride(0) if t.shape[0] > 1 else t.shape[1]
 
 
-def _kind(t: Tensor | None) -> tuple[Any, int]:
-    return (None, 0) if t is None else (t.dtype, t.stride(0))
+# Triton compiles another kernel, for seconds, where a pointer or a stride is divisible by 16 and was not before, or the
+# other way round. So all inputs come in one form, and the few that do not have it are copied.
+
+
+def aligned(t: Tensor) -> Tensor:
+    """t, or a copy if it does not start at a multiple of 16 bytes."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 def by_rows(t: Tensor) -> Tensor:
-    """t [N, D] with contiguous rows; copied if they are not."""
-    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+    """t [N, D] with contiguous rows, aligned, whose stride is D or divisible by 16 exactly if D is; else a copy."""
+    D, stride = t.shape[1], _row(t)
+    alike = stride == D or (1 not in (stride, D) and (stride % 16 == 0) == (D % 16 == 0))
+    if alike and (t.stride(1) == 1 or D <= 1) and t.data_ptr() % 16 == 0:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def packed(t: Tensor) -> Tensor:
+    """t, contiguous and aligned; a copy if it is not."""
+    return aligned(t.contiguous())
 
 
 def given_of(
     x: Tensor, noise1: Tensor | None, noise2: Tensor | None, mask: Tensor | None, seed: Tensor | None
 ) -> Given:
     """The inputs in the layout that kernels read."""
-    noise1, noise2, mask = (None if t is None else t.contiguous() for t in (noise1, noise2, mask))
-    return Given(by_rows(x), noise1, noise2, mask, seed)
+    return Given(by_rows(x), *(None if t is None else packed(t) for t in (noise1, noise2, mask, seed)))
 
 
-def contiguous(parameters: Sequence[Tensor | None], encoder_hidden: int) -> Networks:
-    """Contiguous parameters, with zeros for a missing bias."""
+def named(parameters: Sequence[Tensor | None], encoder_hidden: int) -> Networks:
+    """The parameters, with zeros for a missing bias."""
     B = parameters[-1]
     assert B is not None
     units = max((weight.shape[0] for weight in parameters[:-2:2] if weight is not None), default=1)
     nothing = zeros(B.dtype, B.device, units)
-    return Networks.of([nothing if p is None else p.contiguous() for p in parameters], encoder_hidden)
+    return Networks.of([nothing if p is None else p for p in parameters], encoder_hidden)
+
+
+def packed_networks(parameters: Sequence[Tensor | None], encoder_hidden: int) -> Networks:
+    """`named`, in the layout that kernels read."""
+    return named([None if p is None else packed(p) for p in parameters], encoder_hidden)
 
 
 def _all_of(tensors: Tensors, options: Options) -> tuple[Given, Networks, Prepared, Numbers]:
     x, parameters, noise1, noise2, mask, seed = tensors
-    networks, given = contiguous(parameters, options.encoder_hidden), given_of(x, noise1, noise2, mask, seed)
+    networks, given = packed_networks(parameters, options.encoder_hidden), given_of(x, noise1, noise2, mask, seed)
     case = Case.of(networks, options, noise1 is not None, mask is not None, seed is not None, x.shape[0])
     return given, networks, prepared(case, tables.changes()), numbers_of(options)
 
@@ -175,7 +193,7 @@ def layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
         return [B.new_empty(shape) for shape, flag in zip(plan.shapes, plan.flags, strict=True) if flag]
 
     grad_x, grads = backward(
-        arriving, given, networks, state.contiguous(), Needs(*needs), detach_target, there, ready, numbers, apart
+        arriving, given, networks, state, Needs(*needs), detach_target, there, ready, numbers, apart
     )
     left, flags = iter(grads), Needs(*needs).flags(there, options.encoder_hidden)
     return grad_x, [next(left) if flag else B.new_empty(0) for flag in flags]
