@@ -61,6 +61,7 @@ ROWS = {
     "Triton 3.6": Row(("triton==3.6.0",), COMPILE),
     "Triton 3.7": Row(("triton==3.7.1",), COMPILE),
 }
+SETTINGS = {"HYPOTHESIS_PROFILE": "few", "OMP_NUM_THREADS": "1"}  # three examples of a property: versions differ in more
 SHOWN = ("torch", "triton", "transformers", "peft", "numpy")
 VERSIONS = f"""
 import json, platform
@@ -140,7 +141,7 @@ def run(name: str, arguments: Sequence[str]) -> dict[str, str]:
         python, checkout, path = overlay(folder, wanted.packages)
     else:
         python, checkout, path = environment(folder, wanted.packages, wanted.python)
-    where = {"cwd": checkout, "env": os.environ | {"PYTHONPATH": path}}
+    where = {"cwd": checkout, "env": os.environ | SETTINGS | {"PYTHONPATH": path}}
     versions = json.loads(subprocess.run([python, "-c", VERSIONS], check=True, **where, **_TEXT).stdout)
     done = subprocess.run([python, "-m", "pytest", "-q", "--tb=short", *wanted.tests, *arguments], **where, **_TEXT)
     (folder / "pytest.log").write_text(done.stdout + done.stderr)
