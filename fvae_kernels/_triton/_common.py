@@ -2,6 +2,7 @@
 
 # mypy: allow-untyped-defs
 
+import os
 from typing import Any
 
 import torch
@@ -27,9 +28,18 @@ def blocks(kernel: Any, table: Table, t: Tensor, **limits: int) -> dict[str, Any
     return options | {name: min(options[name], padded(size)) for name, size in limits.items()}
 
 
-def on_amd() -> bool:
-    """Whether kernels are compiled for AMD; the interpreter has no target."""
-    return not interpreting() and driver.active.get_current_target().backend == "hip"
+_targets: dict[Any, str] = {}  # by active driver, which takes long to tell
+
+
+def target() -> str:
+    """What kernels are compiled for: "cuda" or "hip"; "" if they are interpreted."""
+    if interpreting():
+        return ""
+    active = driver.active
+    found = _targets.get(active)
+    if found is None:
+        found = _targets[active] = active.get_current_target().backend
+    return found
 
 
 def triton_dtype(wide: torch.dtype) -> tl.dtype:
@@ -155,3 +165,6 @@ def reduced(parts: Tensor, dtype: torch.dtype) -> Tensor:
             parts, total, P, L, accumulator(parts), BLOCK_P=32, BLOCK_L=64, num_warps=4
         )
     return total
+
+
+os.register_at_fork(after_in_child=_targets.clear)

@@ -24,7 +24,7 @@ from fvae_kernels.compile import compile_ahead, models
 from fvae_kernels.compile.steps import FEW_AND_MANY, launches, layers_of, steps_of
 from tests.helpers.peft_models import adapted
 from tests.helpers.tiny_models import batch
-from tests.tools.triton.compile_all import calls
+from tests.tools.triton.compile_all import calls, layer_calls
 
 LAYER = {"layer_fwd", "layer_mean", "layer_bwd", "layer_grads", "layer_reduce"}
 HOPPER = ahead.target_of("cuda:90")
@@ -87,7 +87,8 @@ def test_other_tokens_strides_and_alignments_need_no_other_kernels():
     for name, run, expected in (
         *((f"{N} tokens", lambda N=N: step(layer, inputs(N)), few) for N in (1, 2, 33, 8191)),
         ("rows of x apart", lambda: step(layer, torch.zeros(64, 2 * D)[:, :D].requires_grad_()), few),
-        ("odd rows of x", lambda: step(layer, odd(64, D).requires_grad_()), few),
+        ("odd rows of x", lambda: step(layer, torch.zeros(64, D + 1)[:, :D].requires_grad_()), few),
+        ("odd rows of x, unaligned", lambda: step(layer, odd(64, D).requires_grad_()), few),
         ("one row of x", lambda: step(layer, torch.zeros(9, 5 * D + 1)[3:4, :D].requires_grad_()), few),
         ("columns of x", lambda: step(layer, torch.zeros(D, 64).t().requires_grad_()), few),
         ("odd grad_y", lambda: step(layer, inputs(), grad=odd(64, M)), few),
@@ -114,6 +115,19 @@ def test_parameters_may_lie_anywhere():
 def test_a_layer_of_other_sizes_shares_kernels():
     """Sizes that are divisible by 16 are alike; so a model has one set of kernels, or a few."""
     assert kernels_of(lambda: step(made(M=160), inputs())) == kernels_of(lambda: step(made(M=48), inputs()))
+
+
+def test_each_vendor_gets_its_own_blocks():
+    """Also where one process compiles for both, one after the other."""
+
+    def blocks(name):
+        with ahead.active(ahead.target_of(name)), ahead.recording() as found:
+            for launcher, arguments in layer_calls(8192, torch.bfloat16):
+                LAUNCHERS[launcher](*arguments)
+            return [(one.options["num_warps"], one.options.get("BLOCK_N")) for one in found]
+
+    first = blocks("cuda:90")
+    assert blocks("hip:gfx942") != first == blocks("cuda:90")
 
 
 def test_the_smaller_ops_do_not_depend_on_the_number_of_tokens():

@@ -80,7 +80,7 @@ class TritonSteps:
         found = self._of_case.get(key)
         if found is None:
             case = Case.of(networks, self.options, False, masked, True, x.shape[0])
-            found = self._of_case[key] = prepared(case, tables.changes())
+            found = self._of_case[key] = prepared(case)
         return found
 
     def _stream(self, x: Tensor, networks: Networks) -> int | None:

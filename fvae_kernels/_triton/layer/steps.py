@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ...ops._layer_inputs import Arriving, Needs, Networks, Options, Tensors
-from .. import tables
 from .arguments import Layer
 from .objective import TermGrads
 from .prepared import Case, Numbers, Prepared, numbers_of, prepared, zeros
@@ -169,7 +168,7 @@ def _all_of(tensors: Tensors, options: Options) -> tuple[Given, Networks, Prepar
     x, parameters, noise1, noise2, mask, seed = tensors
     networks, given = packed_networks(parameters, options.encoder_hidden), given_of(x, noise1, noise2, mask, seed)
     case = Case.of(networks, options, noise1 is not None, mask is not None, seed is not None, x.shape[0])
-    return given, networks, prepared(case, tables.changes()), numbers_of(options)
+    return given, networks, prepared(case), numbers_of(options)
 
 
 def layer_fwd(base: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
