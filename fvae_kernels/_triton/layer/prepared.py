@@ -11,7 +11,7 @@ from torch import Tensor
 from ...ops._layer_inputs import Encoder, Linear, Needs, Networks, Objective, Options
 from ...ops._raw import wide_dtype_of
 from .. import tables
-from .._common import on_amd, precision, triton_dtype
+from .._common import precision, target, triton_dtype
 from .arguments import Sizes
 from .features import EncoderTiles, Made, layer_grads_kernel, layer_reduce_kernel
 from .forward import layer_fwd_kernel, layer_mean_kernel
@@ -108,7 +108,7 @@ class Prepared:
         """A kernel of the layer with its row of the table; blocks of features are cut to the features there are."""
         # products of 16-bit factors need at least 16 inner entries, so wide layers take smaller blocks
         narrow = self.size == tables.WIDE and self.case.precision in ("bfloat16", "float16")
-        row = tables.layer_row(name, 2 if narrow else self.case.dtype.itemsize, self.size, on_amd())
+        row = tables.layer_row(name, 2 if narrow else self.case.dtype.itemsize, self.size, target() == "hip")
         chosen = {
             "BLOCK_N": row.N,
             "BLOCK_D": row.D,
@@ -238,9 +238,13 @@ def threshold(dropout: float) -> int | None:
     return min(max(round((1 - dropout) * 2**16), 1), 2**16) if dropout > 0 else None
 
 
+def prepared(case: Case) -> Prepared:
+    """The `Prepared` of a case, shared by its layers; another target or an override of blocks makes a new one."""
+    return _prepared(case, target(), tables.changes())
+
+
 @functools.lru_cache(maxsize=512)
-def prepared(case: Case, changes: int) -> Prepared:
-    """The `Prepared` of a case, shared by its layers. `changes` is `tables.changes()`: an override makes a new one."""
+def _prepared(case: Case, target: str, changes: int) -> Prepared:
     return Prepared(case)
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ...ops._layer_inputs import Arriving, Needs, Networks, Options, Tensors
-from .. import tables
 from .arguments import Layer
 from .objective import TermGrads
 from .prepared import Case, Numbers, Prepared, numbers_of, prepared, zeros
@@ -35,12 +34,6 @@ class Weights(NamedTuple):
     tensors: Networks  # the same ones, named
     addresses: Networks | None  # cost the host less than tensors, but only a direct launch takes them
 
-    @classmethod
-    def of(cls, flat: Sequence[Tensor], encoder_hidden: int, addresses: Sequence[int] | None = None) -> "Weights":
-        """`flat`, named; `addresses` are those of its tensors."""
-        named = None if addresses is None else Networks.of(addresses, encoder_hidden)
-        return cls(flat, Networks.of(flat, encoder_hidden), named)
-
 
 def forward(
     base: Tensor | None, given: Given, weights: Weights, ready: Prepared, numbers: Numbers, stream: int | None = None
@@ -51,7 +44,7 @@ def forward(
     state = x.new_empty((N, ready.state_width), dtype=ready.wide)
     if N == 0:
         return y, x.new_zeros(4, dtype=ready.wide), state
-    key = x.dtype, x.stride(0), *_kind(base)
+    key = x.dtype, None if base is None else base.dtype
     direct = stream is not None and ready.fwd.knows(key) and ready.mean.knows(None)
     networks = weights.addresses if direct and weights.addresses else weights.tensors
     layer = _layer(given, networks)
@@ -90,14 +83,14 @@ def backward(
     if N == 0 or not any(needs):
         return grad_x.zero_(), [grad.zero_() for grad in gradients]
 
-    grad_y, nothing = arriving.grad_y, zeros(ready.wide, x.device, 1)
-    key = x.dtype, x.stride(0), *_kind(grad_y)
+    grad_y, nothing, state = arriving.grad_y, zeros(ready.wide, x.device, 1), packed(state)
+    key = x.dtype, None if grad_y is None else grad_y.dtype
     direct = stream is not None and plan.knows(key)
     layer = _layer(given, weights.addresses if direct and weights.addresses else weights.tensors)
     chunks = plan.chunks(N)
     memory = x.new_empty(sum(sizes := plan.scratch(N, chunks)), dtype=ready.wide)
     grad_state, inputs, grad_hidden, parts = _split(memory, sizes, direct)
-    term_grads = TermGrads(*[nothing if grad is None else grad for grad in arriving[1:]])
+    term_grads = TermGrads(*[nothing if grad is None else aligned(grad) for grad in arriving[1:]])
     arrives = layer, grad_y, _row(grad_y), term_grads
     bounds = numbers.logvar1_low, numbers.logvar1_high
     if plan.latents or plan.inputs:
@@ -131,7 +124,7 @@ def _layer(given: Given, networks: Networks) -> Layer:
     x, nothing = given.x, zeros(torch.int64, given.x.device, 1)
     return Layer(
         x,
-        x.stride(0),
+        _row(x),
         networks,
         x if given.noise1 is None else given.noise1,
         x if given.noise2 is None else given.noise2,
@@ -142,41 +135,55 @@ def _layer(given: Given, networks: Networks) -> Layer:
 
 
 def _row(t: Tensor | None) -> int:
-    """Stride from row to row; 0 without a tensor."""
-    return 0 if t is None else t.stride(0)
+    """Stride from row to row; that of a single row may be anything. 0 without a tensor."""
+    return 0 if t is None else t.stride(0) if t.shape[0] > 1 else t.shape[1]
 
 
-def _kind(t: Tensor | None) -> tuple[Any, int]:
-    return (None, 0) if t is None else (t.dtype, t.stride(0))
+# Triton compiles another kernel, for seconds, where a pointer or a stride is divisible by 16 and was not before, or the
+# other way round. So all inputs come in one form, and the few that do not have it are copied.
+
+
+def aligned(t: Tensor) -> Tensor:
+    """t, or a copy if it does not start at a multiple of 16 bytes."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 def by_rows(t: Tensor) -> Tensor:
-    """t [N, D] with contiguous rows; copied if they are not."""
-    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+    """t [N, D] with contiguous rows, aligned, whose stride is D or divisible by 16 exactly if D is; else a copy."""
+    D, stride = t.shape[1], _row(t)
+    alike = stride == D or (1 not in (stride, D) and (stride % 16 == 0) == (D % 16 == 0))
+    if alike and (t.stride(1) == 1 or D <= 1) and t.data_ptr() % 16 == 0:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def packed(t: Tensor) -> Tensor:
+    """t, contiguous and aligned; a copy if it is not."""
+    return aligned(t.contiguous())
 
 
 def given_of(
     x: Tensor, noise1: Tensor | None, noise2: Tensor | None, mask: Tensor | None, seed: Tensor | None
 ) -> Given:
     """The inputs in the layout that kernels read."""
-    noise1, noise2, mask = (None if t is None else t.contiguous() for t in (noise1, noise2, mask))
-    return Given(by_rows(x), noise1, noise2, mask, seed)
+    return Given(by_rows(x), *(None if t is None else packed(t) for t in (noise1, noise2, mask, seed)))
 
 
-def contiguous(parameters: Sequence[Tensor | None], encoder_hidden: int) -> Weights:
-    """The parameters as the kernels read them."""
+def packed_weights(parameters: Sequence[Tensor | None], encoder_hidden: int) -> Weights:
+    """The parameters in the layout that kernels read."""
     B = parameters[-1]
     assert B is not None
     units = max((weight.shape[0] for weight in parameters[:-2:2] if weight is not None), default=1)
     nothing = zeros(B.dtype, B.device, units)
-    return Weights.of([nothing if p is None else p.contiguous() for p in parameters], encoder_hidden)
+    flat = [nothing if p is None else packed(p) for p in parameters]
+    return Weights(flat, Networks.of(flat, encoder_hidden), None)
 
 
 def _all_of(tensors: Tensors, options: Options) -> tuple[Given, Weights, Prepared, Numbers]:
     x, parameters, noise1, noise2, mask, seed = tensors
-    weights, given = contiguous(parameters, options.encoder_hidden), given_of(x, noise1, noise2, mask, seed)
+    weights, given = packed_weights(parameters, options.encoder_hidden), given_of(x, noise1, noise2, mask, seed)
     case = Case.of(weights.tensors, options, noise1 is not None, mask is not None, seed is not None, x.shape[0])
-    return given, weights, prepared(case, tables.changes()), numbers_of(options)
+    return given, weights, prepared(case), numbers_of(options)
 
 
 def layer_fwd(base: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,9 +202,7 @@ def layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     given, weights, ready, numbers = _all_of(tensors, options)
     arriving = Arriving(None if grad_y is None else by_rows(grad_y), *grad_terms)
     there = tuple(p is not None for p in tensors.parameters)
-    grad_x, grads = backward(
-        arriving, given, weights, state.contiguous(), Needs(*needs), detach_target, there, ready, numbers
-    )
+    grad_x, grads = backward(arriving, given, weights, state, Needs(*needs), detach_target, there, ready, numbers)
     left, flags = iter(grads), Needs(*needs).flags(there, options.encoder_hidden)
     return grad_x, [next(left) if flag else weights.tensors.B.new_empty(0) for flag in flags]
 
