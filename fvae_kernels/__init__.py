@@ -12,7 +12,7 @@ from .nn.linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
 from .ops._backend import BackendUnavailable, available_backends, use_backend
 from .training import schedules
-from .training.aux_loss import attach_aux_loss
+from .training.attach import attach_aux_loss
 from .training.hooks import external_loss, token_mask
 from .training.schedules import ObjectiveSchedule
 from .training.trainer import FVAETrainerMixin, prepare_trainer
@@ -20,7 +20,7 @@ from .training.trainer import FVAETrainerMixin, prepare_trainer
 if TYPE_CHECKING or _find_spec("peft") is not None:
     from .peft import FVAELoraConfig, FVAELoraModel, export_for_inference
 if TYPE_CHECKING:
-    from .training.callback import FVAELoggingCallback, FVAEScheduleCallback
+    from .callbacks import FVAELoggingCallback, FVAEScheduleCallback
 
 
 def __getattr__(name: str) -> Any:
@@ -32,9 +32,9 @@ def __getattr__(name: str) -> Any:
             raise ImportError(
                 f"fvae_kernels.{name} needs transformers, which is not installed: pip install 'fvae_kernels[peft]'"
             )
-        from .training import callback
+        from . import callbacks
 
-        return getattr(callback, name)
+        return getattr(callbacks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

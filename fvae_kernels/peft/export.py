@@ -1,0 +1,72 @@
+"""export_for_inference: the parts of an adapter that serving needs, in a file of their own."""
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from ..nn.adapter import is_served
+from .config import FVAELoraConfig
+from .files import CONTAINER, WEIGHTS
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """Result of `export_for_inference`: sizes of the adapter's own tensors, in bytes."""
+
+    folder: str
+    full_bytes: int
+    served_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder}: {self.served_bytes / 1e3:,.1f} kB instead of {self.full_bytes / 1e3:,.1f} kB, "
+            f"{self.full_bytes / self.served_bytes:.1f} times smaller"
+        )
+
+
+def export_for_inference(model: Any, folder: str | Path, adapter_name: str = "default") -> ExportReport:
+    """Save the parts of an adapter that serving needs: encoder 1's mean path, B, and the modules_to_save.
+
+    `PeftModel.from_pretrained` loads the folder. The adapter then has the outputs of the full one in eval mode, and
+    cannot be trained.
+
+    Args:
+        model: a PeftModel.
+        folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
+        adapter_name: the adapter to export.
+
+    Returns:
+        An ExportReport; ``print`` it to see how much smaller the export is.
+
+    Raises:
+        ValueError: if the model has no such FVAE-LoRA adapter, or it samples at inference.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, FVAELoraConfig):
+        known = sorted(getattr(model, "peft_config", {}))
+        raise ValueError(f"the model has no FVAE-LoRA adapter {adapter_name!r}; its adapters are {known}")
+    config = copy.deepcopy(config)
+    if config.sample_at_inference:
+        raise ValueError("sample_at_inference=True needs encoder 1's logvar too: save the whole adapter instead")
+    config.inference_only = config.inference_mode = True
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    method = config.to_fvae_config()
+    own = {key: key.rpartition(f"{CONTAINER}.")[2] for key in state if f".{CONTAINER}." in key}
+    served = {
+        key: t.detach().cpu().contiguous() for key, t in state.items() if key not in own or is_served(own[key], method)
+    }
+    os.makedirs(folder, exist_ok=True)
+    save_file(served, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
+    base = type(model.get_base_model()) if hasattr(model, "get_base_model") else type(model)
+    auto_mapping = {
+        "base_model_class": base.__name__,
+        "parent_library": base.__module__,
+    }  # as PeftModel.save_pretrained
+    config.save_pretrained(str(folder), auto_mapping_dict=auto_mapping if config.task_type is None else None)
+    sizes = {key: state[key].numel() * state[key].element_size() for key in own}
+    return ExportReport(str(folder), sum(sizes.values()), sum(size for key, size in sizes.items() if key in served))
