@@ -11,6 +11,7 @@ from .nn.explain import explain
 from .nn.linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
 from .ops._backend import BackendUnavailable, available_backends, use_backend
+from .serving.lora import export_as_lora
 from .training import schedules
 from .training.aux_loss import attach_aux_loss
 from .training.hooks import external_loss, token_mask
@@ -58,6 +59,7 @@ __all__ = [
     "divergence",
     "encode",
     "explain",
+    "export_as_lora",
     "export_for_inference",
     "external_loss",
     "interop",
