@@ -15,7 +15,7 @@ from .files import read_adapter
 
 METHOD = "fvae"
 DEFAULT = FVAEConfig()
-TABLES = ("loss_weight", "rank_pattern", "alpha_pattern")
+TABLES = ("loss_weight", "rank_pattern", "alpha_pattern", "encoder_hidden_pattern")
 
 
 def _option(name: str) -> Any:
@@ -39,6 +39,8 @@ class FVAELoraConfig(PeftConfig):
         modules_to_save: other modules to train and save, for example a classification head.
         rank_pattern: rank by module name pattern, if it differs from `r`.
         alpha_pattern: alpha by module name pattern, if it differs from `alpha`.
+        encoder_hidden_pattern: sizes of the encoders' hidden layers by module name pattern, if they differ from
+            `encoder_hidden`.
         init_weights: False starts from random heads, for tests: the adapter then changes the output from the start.
         inference_only: the adapter holds only encoder 1's mean path and B (`export_for_inference` writes it).
 
@@ -77,6 +79,9 @@ class FVAELoraConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "other modules to train and save"})
     rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "rank by module name pattern"})
     alpha_pattern: dict[str, float] | None = field(default_factory=dict, metadata={"help": "alpha by name pattern"})
+    encoder_hidden_pattern: dict[str, tuple[int, ...]] | None = field(
+        default_factory=dict, metadata={"help": "sizes of the encoders' hidden layers by module name pattern"}
+    )
     init_weights: bool = field(default=True, metadata={"help": "False: random heads, for tests"})
     inference_only: bool = field(default=False, metadata={"help": "hold the inference path alone"})
 
@@ -120,12 +125,14 @@ class FVAELoraConfig(PeftConfig):
         validated = self.to_fvae_config()
         for name in ("encoder_hidden", "decoder_hidden", "gamma_weight"):
             setattr(self, name, getattr(validated, name))
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name in ("rank_pattern", "alpha_pattern", "encoder_hidden_pattern"):
             setattr(self, name, getattr(self, name) or {})
         for rank in self.rank_pattern.values():  # type: ignore[union-attr]
             self.to_fvae_config(rank=rank)
         for alpha in self.alpha_pattern.values():  # type: ignore[union-attr]
             self.to_fvae_config(alpha=alpha)
+        for pattern, sizes in self.encoder_hidden_pattern.items():  # type: ignore[union-attr]
+            self.encoder_hidden_pattern[pattern] = self.to_fvae_config(hidden=sizes).encoder_hidden  # type: ignore[index]
         if self.inference_only and self.sample_at_inference:
             raise ValueError(
                 "inference_only=True keeps the mean path alone; it does not go with sample_at_inference=True"
@@ -141,11 +148,15 @@ class FVAELoraConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where the blocks are; give their indices in layers_to_transform too")
 
-    def to_fvae_config(self, rank: int | None = None, alpha: float | None = None) -> FVAEConfig:
+    def to_fvae_config(
+        self, rank: int | None = None, alpha: float | None = None, hidden: tuple[int, ...] | None = None
+    ) -> FVAEConfig:
         """The options of one layer, validated."""
         options = {name: getattr(self, name) for name in FIELDS if name != "rank"}
         if alpha is not None:
             options["alpha"] = alpha
+        if hidden is not None:
+            options["encoder_hidden"] = hidden
         return FVAEConfig(rank=self.r if rank is None else rank, **options)
 
     def to_dict(self) -> dict[str, Any]:

@@ -220,7 +220,9 @@ def _adapters(layer: Any) -> set[str]:
 
 def _layer_config(config: FVAELoraConfig, name: str) -> FVAEConfig:
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    hidden = config.encoder_hidden_pattern or {}
     return config.to_fvae_config(
         rank=ranks.get(get_pattern_key(list(ranks), name), config.r),
         alpha=alphas.get(get_pattern_key(list(alphas), name), config.alpha),
+        hidden=hidden.get(get_pattern_key(list(hidden), name)),
     )

@@ -25,7 +25,7 @@ class Statistics:
         products: ``[D + 1, R]``, sum of ``[x, 1] m^T``; None unless it was asked for.
         latents: ``[R, R]``, sum of ``m m^T``.
         latents2: ``[R]`` and ``[R]``, sums of mean_2 and of its squares; None unless it was asked for.
-        fired: for each hidden layer of encoder 1, the number of tokens for which each unit is above zero.
+        fired: for each hidden layer of encoder 1, the number of all tokens for which each unit is above zero.
     """
 
     def __init__(self, adapter: FVAEAdapter, inputs: bool = False, second: bool = False) -> None:
@@ -52,6 +52,7 @@ class Statistics:
         self.examples += len(x)
         aside = aside.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
         real = torch.ones_like(aside) if mask is None else mask.bool()
+        self._count_fired(x[real])
         if self.aside_tokens < ASIDE_TOKENS:
             rows = x[real & aside][: ASIDE_TOKENS - self.aside_tokens]
             self.aside.append((rows, self.adapter._mean(1, rows)))
@@ -59,11 +60,13 @@ class Statistics:
             real = real & ~aside
         self._sum(x[real])
 
-    def _sum(self, x: Tensor) -> None:
-        adapter = self.adapter
-        hidden = adapter._hidden("encoder1")
+    def _count_fired(self, x: Tensor) -> None:
+        hidden = self.adapter._hidden("encoder1")
         for i, counts in enumerate(self.fired):
             counts += (mlp(x, hidden[: i + 1]) > 0).sum(0).to(self.device)
+
+    def _sum(self, x: Tensor) -> None:
+        adapter = self.adapter
         m = wide(adapter._mean(1, x))
         self.tokens += len(x)
         self.latents += m.T @ m

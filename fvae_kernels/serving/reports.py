@@ -14,6 +14,7 @@ class ExportedLayer:
         lost: share of the update's energy that is lost, from 0 to 1: ``sum |u - served|^2 / sum |u|^2`` over tokens.
         bytes_before: of the adapter's tensors.
         bytes: of the exported ones.
+        hidden: sizes of the encoder's hidden layers that are served.
     """
 
     name: str
@@ -22,10 +23,12 @@ class ExportedLayer:
     lost: float
     bytes_before: int
     bytes: int
+    hidden: tuple[int, ...] = ()
 
     def __str__(self) -> str:
+        hidden = f", hidden layers {self.hidden}" if self.hidden else ""
         return (
-            f"{self.name}: rank {self.rank_before} -> {self.rank}, {self.lost:.2e} of the energy lost, "
+            f"{self.name}: rank {self.rank_before} -> {self.rank}{hidden}, {self.lost:.2e} of the energy lost, "
             f"{self.bytes_before:,} -> {self.bytes:,} bytes"
         )
 
