@@ -12,6 +12,7 @@ from .nn.linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
 from .ops._backend import BackendUnavailable, available_backends, use_backend
 from .serving.lora import export_as_lora
+from .serving.ranks import suggest_ranks, trim
 from .training import schedules
 from .training.aux_loss import attach_aux_loss
 from .training.hooks import external_loss, token_mask
@@ -68,7 +69,9 @@ __all__ = [
     "reference",
     "replace_linears",
     "schedules",
+    "suggest_ranks",
     "token_mask",
+    "trim",
     "tuning",
     "use_backend",
 ]
