@@ -12,6 +12,7 @@ from .nn.linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
 from .ops._backend import BackendUnavailable, available_backends, use_backend
 from .serving.lora import export_as_lora
+from .serving.plain import load_adapters, restore_linears, save_adapters
 from .serving.ranks import suggest_ranks, trim
 from .training import schedules
 from .training.aux_loss import attach_aux_loss
@@ -64,10 +65,13 @@ __all__ = [
     "export_for_inference",
     "external_loss",
     "interop",
+    "load_adapters",
     "prepare_trainer",
     "reconstruct",
     "reference",
     "replace_linears",
+    "restore_linears",
+    "save_adapters",
     "schedules",
     "suggest_ranks",
     "token_mask",

@@ -11,7 +11,7 @@ from peft.config import PeftConfig
 
 from ..config import FIELDS, FVAEConfig
 from ..presets import preset
-from .files import read_adapter
+from ..serving.saved import read_adapter
 
 METHOD = "fvae"
 DEFAULT = FVAEConfig()

@@ -13,9 +13,9 @@ from ..config import FVAEConfig
 from ..nn.adapter import is_served, parameter_shapes
 from ..nn.linear import is_attention, linear_shape
 from ..nn.quantised import refuse_merge
+from ..serving.saved import Shapes, check_complete, check_fits
 from ..training.hooks import install_hooks, remove_hooks
 from .config import FVAELoraConfig
-from .files import Shapes, check_complete, check_fits
 from .layer import FVAELoraLayer, FVAELoraLinear
 
 QUERY_VALUE, Q_V = ["query", "value"], ["q_proj", "v_proj"]

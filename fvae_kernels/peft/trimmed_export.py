@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from ..serving.calibration import Statistics, calibrate
-from ..serving.layers import CONTAINER, AdaptedLayer, adapted_layers, exact_pattern
+from ..serving.folders import CONTAINER
+from ..serving.layers import AdaptedLayer, adapted_layers, exact_pattern
 from ..serving.options import check_tolerance
 from ..serving.reports import ExportedLayer
+from ..serving.saved import plain_name
 from ..serving.trimmed import TrimmedPath, trim_path
 
 
@@ -30,7 +32,11 @@ def trim_export(
     if calibration is not None:
         sums = calibrate(model, layers, calibration, adapter_name)
     paths = {layer.name: trim_path(layer, sums.get(layer.name), tolerance) for layer in layers}
-    prefixes = {_plain_layer(key): key.rpartition(".")[0] for key in served if f".{CONTAINER}." in key}
+    prefixes = {
+        plain_name(key.partition(f".{CONTAINER}.")[0]): key.rpartition(".")[0]
+        for key in served
+        if f".{CONTAINER}." in key
+    }
     for name, path in paths.items():
         for parameter, tensor in path.tensors.items():
             served[f"{prefixes[name]}.{parameter}"] = tensor.cpu().contiguous()
@@ -39,11 +45,6 @@ def trim_export(
     if config.encoder_hidden:
         config.encoder_hidden_pattern = {exact_pattern(name): path.hidden for name, path in paths.items()}
     return tuple(_row(layer, paths[layer.name]) for layer in layers)
-
-
-def _plain_layer(key: str) -> str:
-    module = key.partition(f".{CONTAINER}.")[0]
-    return next((module[len(p) :] for p in ("base_model.model.", "base_model.") if module.startswith(p)), module)
 
 
 def _alpha(layer: AdaptedLayer, rank: int) -> float:

@@ -5,13 +5,16 @@ from typing import Any
 from torch import Tensor
 
 from ..nn.adapter import FVAEAdapter
-from .layers import CONTAINER, PREFIX, peft_config
+from .folders import CONTAINER, PREFIX
+from .layers import peft_config
+
+LOADED = "_fvae_loaded_modules"  # on a model: modules whose values came with an adapter folder
 
 
 def trained_heads(model: Any, adapter_name: str) -> tuple[dict[str, Tensor], list[str] | None]:
     """Tensors beside the adapter as PEFT's files have them, and the modules_to_save; None if there are none.
 
-    Without PEFT these are the modules that are trained beside the adapted layers.
+    Without PEFT these are the modules that are trained beside the adapted layers, or were loaded with them.
 
     Raises:
         ValueError: a trained parameter that belongs to the model itself, or to a module with adapted layers in it.
@@ -25,7 +28,7 @@ def trained_heads(model: Any, adapter_name: str) -> tuple[dict[str, Tensor], lis
         return {_prefixed(key): t for key, t in others.items()}, config.modules_to_save or None
     adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FVAEAdapter))
     trained = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith(adapters)]
-    owners = sorted({name.rpartition(".")[0] for name in trained})
+    owners = sorted({name.rpartition(".")[0] for name in trained} | set(vars(model).get(LOADED, ())))
     around = [owner for owner in owners if not owner or any(name.startswith(f"{owner}.") for name in adapters)]
     if around:
         raise ValueError(

@@ -10,9 +10,7 @@ from torch import nn
 
 from ..nn.adapter import FVAEAdapter, is_served
 from ..nn.linear import FusedFVAELinear
-
-CONTAINER = "fvae_adapter"
-PREFIX = "base_model.model."  # in PEFT, before the name of a module of the base model
+from .folders import CONTAINER, PREFIX
 
 
 @dataclass(frozen=True)

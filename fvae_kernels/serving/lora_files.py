@@ -8,9 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .folders import CONFIG, PREFIX, WEIGHTS, write_folder
 from .heads import base_class, trained_heads
-from .layers import PREFIX, AdaptedLayer, exact_pattern, peft_config
-from .safe_files import CONFIG, WEIGHTS, write_folder
+from .layers import AdaptedLayer, exact_pattern, peft_config
 
 
 def write_lora(

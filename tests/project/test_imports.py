@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "serving": {"reference", "config", "training", "nn"},
     "peft": {"presets", "config", "training", "nn", "serving"},
     "_official": {"config", "nn"},
-    "interop": {"_official", "config", "nn", "peft"},
+    "interop": {"_official", "config", "nn", "serving", "peft"},
     "env": {"__init__", "ops"},
     "__init__": {"reference", "config", "ops", "tuning", "training", "nn", "diagnostics", "serving", "peft", "interop"},
 }
@@ -40,7 +40,6 @@ EXCEPTIONS: set[tuple[str, str]] = {
     ("training.schedules", "nn"),
 }
 CYCLES: set[frozenset[str]] = {
-    frozenset({"peft.config", "peft.files"}),
     frozenset({"training.aux_loss", "training.forward", "training.recompute"}),
 }
 

@@ -233,7 +233,7 @@ def test_padding_stays_out_of_the_calibration(tmp_path: Path) -> None:
         torch.testing.assert_close(states[1][key].abs(), tensor.abs(), rtol=1e-3, atol=1e-4)
 
 
-def test_without_peft(tmp_path: Path) -> None:
+def test_without_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of replace_linears is exported with the modules that are trained beside its layers."""
     model = build("bert")
     config = fk.FVAEConfig(rank=3, alpha=5.0, start="authors")
@@ -243,7 +243,9 @@ def test_without_peft(tmp_path: Path) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    fk.export_as_lora(model, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)
+        fk.export_as_lora(model, tmp_path)
     assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] == ["classifier"]
     assert_serves(model.eval(), tmp_path, "bert")
     model.bert.embeddings.word_embeddings.requires_grad_(True)

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONTAINER = "fvae_adapter"  # in an adapted layer of PEFT's: its adapters
+PREFIX = "base_model.model."  # in PEFT, before the name of a module of the base model
 
 
 def write_folder(folder: Path, files: Mapping[str, Any]) -> None:
