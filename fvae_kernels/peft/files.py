@@ -81,7 +81,9 @@ def export_for_inference(
     method = config.to_fvae_config()
     own = {key: key.rpartition(f"{CONTAINER}.")[2] for key in state if f".{CONTAINER}." in key}
     served = {
-        key: t.detach().cpu().contiguous() for key, t in state.items() if key not in own or is_served(own[key], method)
+        key: t.detach().cpu().contiguous().clone()
+        for key, t in state.items()
+        if key not in own or is_served(own[key], method)
     }
     rows: tuple[ExportedLayer, ...] = ()
     full = sum(state[key].numel() * state[key].element_size() for key in own)

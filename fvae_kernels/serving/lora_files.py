@@ -40,6 +40,7 @@ def write_lora(
     config = {
         **_identity(model, adapter_name),
         **_fixed(),
+        **_beside(model, adapter_name),
         "r": highest,
         "lora_alpha": _whole(alpha),
         "rank_pattern": ranks,
@@ -53,7 +54,7 @@ def write_lora(
 
 
 def _fixed() -> dict[str, Any]:
-    options = {"bias": "none", "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "init_lora_weights": True}
+    options = {"lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "init_lora_weights": True}
     return {"peft_type": "LORA", "inference_mode": True, **options}
 
 
@@ -67,6 +68,14 @@ def _identity(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     found = {name: getattr(config, name, None) for name in names}
     found["task_type"] = getattr(found["task_type"], "value", found["task_type"])
     return {**found, "auto_mapping": base_class(model) if config.task_type is None else None}
+
+
+def _beside(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """What the adapter trained beside its layers, by LoRA's names."""
+    config = peft_config(model, adapter_name)
+    bias, tokens = getattr(config, "bias", "none"), getattr(config, "trainable_token_indices", None)
+    found = {"bias": "lora_only" if bias.endswith("_only") else bias}
+    return found if tokens is None else {**found, "trainable_token_indices": tokens}
 
 
 def _whole(number: float) -> int | float:

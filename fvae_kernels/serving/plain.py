@@ -15,7 +15,7 @@ from .folders import CONFIG, CONTAINER, PREFIX, WEIGHTS, write_folder
 from .heads import LOADED, base_class, trained_heads
 from .layers import AdaptedLayer, adapted_layers
 from .lora_files import target_modules
-from .saved import SavedAdapter, check_fits, plain_name, read_adapter
+from .saved import Beside, SavedAdapter, check_fits, plain_name, read_adapter
 from .settings import Settings, config_of
 
 
@@ -194,7 +194,7 @@ def _check(
                 f"{settings.folder} has other options for {layer.name!r} than the layer: {config} and {found}. Call "
                 "restore_linears(model) first to get the folder's"
             )
-    check_fits(saved, shapes, settings.values.get("modules_to_save") or (), model)
+    check_fits(saved, shapes, Beside(tuple(settings.values.get("modules_to_save") or ())), model)
 
 
 def _replace(model: nn.Module, settings: Settings, names: list[str]) -> None:

@@ -15,6 +15,7 @@ from .layers import AdaptedLayer, exact_pattern
 
 METHOD = "FVAE"
 TABLES = ("loss_weight", "rank_pattern", "alpha_pattern", "encoder_hidden_pattern")  # pairs in the file: order counts
+BESIDE = ("bias", "trainable_token_indices")
 PLACED = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 BY_LAYER = ("rank", "alpha", "encoder_hidden")
 OF_PEFT = (
@@ -62,12 +63,17 @@ class Settings:
         values = json.loads(path.read_text())
         if values.get("peft_type") != METHOD:
             raise ValueError(f"{folder} holds an adapter of the method {values.get('peft_type')}, not of {METHOD}")
-        known = {*FIELDS, *TABLES, *PLACED, *OF_PEFT, "r"} - {"rank"}
+        known = {*FIELDS, *TABLES, *PLACED, *BESIDE, *OF_PEFT, "r"} - {"rank"}
         unknown = sorted(set(values) - known)
         if unknown:
             raise TypeError(
                 f"{path} has no option {unknown} that this version knows: check the spelling, or update fvae_kernels. "
                 f"It knows: {sorted(known)}"
+            )
+        beside = {name: values[name] for name in BESIDE if values.get(name) not in (None, "none")}
+        if beside:
+            raise ValueError(
+                f"{path} has {beside}, which only PEFT can load: peft.PeftModel.from_pretrained(model, folder)"
             )
         for name in TABLES:
             if isinstance(values.get(name), list):
