@@ -8,6 +8,7 @@ from .config import FVAEConfig
 from .diagnostics import collect_terms
 from .nn.adapter import bound_noise
 from .nn.explain import explain
+from .nn.generate import generate_features
 from .nn.linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
 from .ops._backend import BackendUnavailable, available_backends, use_backend
@@ -64,6 +65,7 @@ __all__ = [
     "export_as_lora",
     "export_for_inference",
     "external_loss",
+    "generate_features",
     "interop",
     "load_adapters",
     "prepare_trainer",
