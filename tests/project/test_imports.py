@@ -26,13 +26,14 @@ ALLOWED: dict[str, set[str]] = {
     "nn": {"reference", "config", "ops", "training"},
     "diagnostics": {"reference", "ops", "training", "nn"},
     "callbacks": {"training", "nn", "diagnostics"},
-    "peft": {"presets", "config", "training", "nn"},
+    "serving": {"reference", "config", "training", "nn"},
+    "peft": {"presets", "config", "training", "nn", "serving"},
     "_official": {"config", "nn"},
-    "interop": {"_official", "config", "nn", "peft"},
+    "interop": {"_official", "config", "nn", "serving", "peft"},
     "env": {"__init__", "ops"},
     "__init__": {
         *("reference", "config", "ops", "tuning", "training"),
-        *("nn", "diagnostics", "callbacks", "peft", "interop"),
+        *("nn", "diagnostics", "callbacks", "serving", "peft", "interop"),
     },
 }
 
