@@ -20,9 +20,9 @@ from .sides import Side, adapters, backend_of, environment, without_dropout
 FACTOR, FLOOR, COMPILED = 2.0, 2.0, 0.1
 TOKENS = 96  # for the check of an adapter
 # Terms of the objective are small differences of large sums, whose roundings stay when the sums cancel: nll adds
-# log(2 pi) / 2 = 0.9 for each feature, kl -1/2 for each latent entry and its logvar / 2 back, gamma half the square of
-# a mean less 1.5. With two features and two latent entries the summands of each are one nat or more together, at every
-# size that is measured far more. So one nat in place of a smaller result errs on the strict side, and it stays.
+# log(2 pi) / 2 = 0.9 for each feature, kl -1/2 for each latent entry, gamma half of (mean - 1.5)^2 + variance for each.
+# At the sizes that are measured the summands are well over one nat together, so one nat in place of a smaller result is
+# strict.
 NATS = ("loss", "nll", "kl", "gamma")
 
 
