@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"reference", "config"},
     "_triton": {"reference", "ops"},
     "tuning": {"ops", "_triton"},
+    "compile": {"presets", "config", "ops", "nn", "peft"},
     "testing": {"reference", "ops"},
     "training": {"reference", "config", "ops"},
     "nn": {"reference", "config", "ops", "training"},
