@@ -8,9 +8,13 @@ from .config import FVAEConfig
 from .diagnostics import collect_terms
 from .nn.adapter import bound_noise
 from .nn.explain import explain
+from .nn.generate import generate_features
 from .nn.linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
 from .ops._backend import BackendUnavailable, available_backends, use_backend
+from .serving.lora import export_as_lora
+from .serving.plain import load_adapters, restore_linears, save_adapters
+from .serving.ranks import suggest_ranks, trim
 from .training import schedules
 from .training.attach import attach_aux_loss
 from .training.hooks import external_loss, token_mask
@@ -58,15 +62,22 @@ __all__ = [
     "divergence",
     "encode",
     "explain",
+    "export_as_lora",
     "export_for_inference",
     "external_loss",
+    "generate_features",
     "interop",
+    "load_adapters",
     "prepare_trainer",
     "reconstruct",
     "reference",
     "replace_linears",
+    "restore_linears",
+    "save_adapters",
     "schedules",
+    "suggest_ranks",
     "token_mask",
+    "trim",
     "tuning",
     "use_backend",
 ]

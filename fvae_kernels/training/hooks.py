@@ -254,3 +254,13 @@ def external_loss(model: nn.Module) -> Iterator[None]:
     finally:
         for hooks in roots:
             hooks.external = False
+
+
+@contextmanager
+def masks_noted() -> Iterator[None]:
+    """In this context adapted layers can ask for the mask of their tokens in eval mode too."""
+    local.stack.append((Forward(grad=False), 0))
+    try:
+        yield
+    finally:
+        local.stack.pop()

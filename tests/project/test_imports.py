@@ -21,18 +21,20 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"reference", "config"},
     "_triton": {"reference", "ops"},
     "tuning": {"ops", "_triton"},
+    "compile": {"presets", "config", "ops", "nn", "peft"},
     "testing": {"reference", "ops"},
     "training": {"reference", "config", "ops"},
     "nn": {"reference", "config", "ops", "training"},
     "diagnostics": {"reference", "ops", "training", "nn"},
     "callbacks": {"training", "nn", "diagnostics"},
-    "peft": {"presets", "config", "training", "nn"},
+    "serving": {"reference", "config", "training", "nn"},
+    "peft": {"presets", "config", "training", "nn", "serving"},
     "_official": {"config", "nn"},
-    "interop": {"_official", "config", "nn", "peft"},
+    "interop": {"_official", "config", "nn", "serving", "peft"},
     "env": {"__init__", "ops"},
     "__init__": {
         *("reference", "config", "ops", "tuning", "training"),
-        *("nn", "diagnostics", "callbacks", "peft", "interop"),
+        *("nn", "diagnostics", "callbacks", "serving", "peft", "interop"),
     },
 }
 
