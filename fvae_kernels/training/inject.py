@@ -13,7 +13,7 @@ class InjectAuxLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, loss: Tensor, call: Call) -> Tensor:
-        """The same memory, but no view: the next module may write to it in place (relu_), even with hooks."""
+        """The same memory, but no view: the next module may write to it in place (relu_)."""
         ctx.call, ctx.like = call, (loss.dtype, loss.device)
         return out.detach()
 
