@@ -16,7 +16,7 @@ from .serving.lora import export_as_lora
 from .serving.plain import load_adapters, restore_linears, save_adapters
 from .serving.ranks import suggest_ranks, trim
 from .training import schedules
-from .training.aux_loss import attach_aux_loss
+from .training.attach import attach_aux_loss
 from .training.hooks import external_loss, token_mask
 from .training.schedules import ObjectiveSchedule
 from .training.trainer import FVAETrainerMixin, prepare_trainer
@@ -24,7 +24,7 @@ from .training.trainer import FVAETrainerMixin, prepare_trainer
 if TYPE_CHECKING or _find_spec("peft") is not None:
     from .peft import FVAELoraConfig, FVAELoraModel, export_for_inference
 if TYPE_CHECKING:
-    from .training.callback import FVAELoggingCallback, FVAEScheduleCallback
+    from .callbacks import FVAELoggingCallback, FVAEScheduleCallback
 
 
 def __getattr__(name: str) -> Any:
@@ -36,9 +36,9 @@ def __getattr__(name: str) -> Any:
             raise ImportError(
                 f"fvae_kernels.{name} needs transformers, which is not installed: pip install 'fvae_kernels[peft]'"
             )
-        from .training import callback
+        from . import callbacks
 
-        return getattr(callback, name)
+        return getattr(callbacks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

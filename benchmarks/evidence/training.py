@@ -12,8 +12,8 @@ import fvae_kernels as fk
 from examples.data import batches
 from examples.train import linear_schedule
 from fvae_kernels import diagnostics
+from fvae_kernels.callbacks.observe import active_adapter
 from fvae_kernels.training.aux_loss import AuxLossLayer
-from fvae_kernels.training.callback import active_adapter
 
 from .methods import Method
 from .tasks import Recipe, Splits, Task

@@ -11,6 +11,8 @@ from . import compiler
 SOURCE = Path(__file__).parent / "fake_libcuda.c"
 NAME = "libcuda.so.1"
 
+compiled: list[str] = []  # kernels that Triton compiled, not finding them in its cache on disk
+
 
 def load(folder: Path) -> ctypes.CDLL:
     """Build the driver in the folder and load it under the name of the real one.
@@ -36,6 +38,7 @@ def activate() -> type:
     """Make Triton compile for sm_90 and launch through the fake driver, with CPU tensors; returns its launcher."""
     import torch
     import triton.backends.nvidia.driver as nvidia
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -60,5 +63,10 @@ def activate() -> type:
         def get_active_torch_device(self) -> torch.device:
             return torch.device("cpu")
 
+    def note(*, metadata: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            compiled.append(metadata["name"])
+
+    knobs.compilation.listener = note
     driver.set_active(FakeDriver())
     return Launcher

@@ -105,6 +105,7 @@ def measure(fake: ctypes.CDLL, s: Settings) -> dict[str, Any]:
             found["launched"] = fake.launches() - before
         calls = s.rounds * s.calls // 3 + 1
         found["parts"] = _us(profile.parts(ours, launcher, calls))
+        found["compiled"] = list(driver.compiled)
         found["launches"] = _us(profile.launches(ours, launcher, calls))
     return found
 

@@ -2,6 +2,7 @@
 
 # mypy: allow-untyped-defs
 
+import os
 from typing import Any
 
 import torch
@@ -27,9 +28,18 @@ def blocks(kernel: Any, table: Table, t: Tensor, **limits: int) -> dict[str, Any
     return options | {name: min(options[name], padded(size)) for name, size in limits.items()}
 
 
-def on_amd() -> bool:
-    """Whether kernels are compiled for AMD; the interpreter has no target."""
-    return not interpreting() and driver.active.get_current_target().backend == "hip"
+_targets: dict[Any, str] = {}  # by active driver, which takes long to tell
+
+
+def target() -> str:
+    """What kernels are compiled for: "cuda" or "hip"; "" if they are interpreted."""
+    if interpreting():
+        return ""
+    active = driver.active
+    found = _targets.get(active)
+    if found is None:
+        found = _targets[active] = active.get_current_target().backend
+    return found
 
 
 def triton_dtype(wide: torch.dtype) -> tl.dtype:
@@ -127,7 +137,7 @@ def product(a, b, sums, PRECISION: tl.constexpr):
     return tl.dot(a, b, sums, input_precision=of_float32, out_dtype=sums.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def reduce_kernel(
     parts_ptr,  # [P, L]
     total_ptr,  # [L]
@@ -152,6 +162,9 @@ def reduced(parts: Tensor, dtype: torch.dtype) -> Tensor:
     P, L = parts.shape[0], total.numel()
     if L > 0:
         reduce_kernel[(triton.cdiv(L, 64),)](
-            parts, total, P, L, accumulator(parts), BLOCK_P=min(padded(P), 32), BLOCK_L=64, num_warps=4
+            parts, total, P, L, accumulator(parts), BLOCK_P=32, BLOCK_L=64, num_warps=4
         )
     return total
+
+
+os.register_at_fork(after_in_child=_targets.clear)

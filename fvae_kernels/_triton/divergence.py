@@ -51,7 +51,7 @@ def posterior(posteriors, posterior_strides, FIRST: tl.constexpr, rows, cols, co
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def divergence_fwd_kernel(
     posteriors,  # mean1, logvar1, mean2, logvar2 [N, R]
     posterior_strides,
@@ -90,7 +90,7 @@ def divergence_fwd_kernel(
     tl.store(parts_ptr + 2 * program + 1, 0.5 * tl.sum(gamma))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "N"])
 def divergence_mean_kernel(
     parts_ptr,  # [P, 2]
     kept_ptr,  # int64 [] or None
@@ -162,7 +162,7 @@ def divergence_fwd(
     return kl, gamma
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def divergence_bwd_kernel(
     grad_kl_ptr,  # [] or None, like grad_gamma
     grad_gamma_ptr,

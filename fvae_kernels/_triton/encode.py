@@ -30,7 +30,7 @@ TABLE_BWD: Table = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def encode_fwd_kernel(
     x_ptr,  # [N, D]
     w_mean_ptr,  # [R, D]
@@ -121,7 +121,7 @@ def encode_fwd(
     return mean, logvar, z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def encode_bwd_kernel(
     grad_mean_ptr,  # [N, R] or None, as grad_logvar and grad_z
     grad_logvar_ptr,

@@ -19,7 +19,7 @@ from ._common import counting, kept_tokens
 from .divergence import posterior, sums_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def geometry_fwd_kernel(
     posteriors,  # mean1, logvar1, mean2, logvar2 [N, R]
     posterior_strides,

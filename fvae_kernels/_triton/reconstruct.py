@@ -63,7 +63,7 @@ def residual(
     return tl.where(counts, (x_hat - x) * inverse[None, :], 0), inverse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def reconstruct_fwd_kernel(
     inputs,  # as in residual
     input_strides,
@@ -94,7 +94,7 @@ def reconstruct_fwd_kernel(
     tl.store(parts_ptr + chunk.to(tl.int64) * D + cols, tl.sum(squares, 0), mask=cols < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "N"])
 def reconstruct_mean_kernel(
     parts_ptr,  # [P, D]
     scale_ptr,  # [D]

@@ -29,7 +29,7 @@ BY_FEATURES: Table = BY_TOKENS | {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def reconstruct_bwd_tokens_kernel(
     grad_nll_ptr,  # []
     inputs,  # as in residual
@@ -75,7 +75,7 @@ def reconstruct_bwd_tokens_kernel(
         tl.store(tile(grad_g_ptr, rows, hidden, (H, 1)), (s * grad_g).to(grad_g_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def reconstruct_bwd_features_kernel(
     grad_nll_ptr,  # []
     inputs,  # as in residual

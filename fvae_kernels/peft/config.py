@@ -99,16 +99,19 @@ class FVAELoraConfig(PeftConfig):
     inference_only: bool = field(default=False, metadata={"help": "hold the inference path alone"})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "FVAELoraConfig":
-        """Refuse unknown options. PEFT would drop them from a file with a warning and load a different model."""
+        """Refuse unknown options, in Python's own words: PEFT then drops them from a file of a newer version.
+
+        It warns with their names. Weights that do not fit without such an option are still refused (`files`).
+        """
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(kwargs) - known)
         for name in REFUSED.keys() & kwargs.keys():
             if kwargs[name]:
                 raise TypeError(f"{name} is not supported: {REFUSED[name]}")
         if unknown:
-            raise TypeError(  # worded unlike Python's own error: PEFT catches that one and drops the option
-                f"FVAELoraConfig has no option {unknown}: check the spelling, or update fvae_kernels and peft if the "
-                f"file comes from newer ones. It has: {sorted(known)}"
+            raise TypeError(
+                f"FVAELoraConfig got an unexpected keyword argument: it has no option {unknown}. Check the spelling. "
+                f"It has: {sorted(known)}"
             )
         return super().__new__(cls)
 

@@ -12,23 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .aux_loss import (
-    AuxLossLayer,
-    InjectAuxLossOnce,
-    InjectInTransform,
-    Keep,
-    attach_forward,
-    aux_loss_layers,
-    inherited,
-    keep_values,
-    take_values,
-    transformed,
-    weighted_sum,
-)
-from .forward import Forward, local
+from .attach import attach_forward, weighted_sum
+from .aux_loss import AuxLossLayer, aux_loss_layers
+from .cached import inherited, keep_values, take_values
+from .forward import Forward, local, region
+from .inject import InjectAuxLossOnce, InjectInTransform, Keep, transformed
 from .outputs import names_given, replaced, task_loss, tensors
 from .padding import ARGUMENTS, PaddingRules, mask_argument
-from .recompute import in_backward, region
+from .recompute import in_backward
 from .token_share import observe_items, token_share
 
 
@@ -144,7 +135,7 @@ class Scope:
             return self._leave(forward, output) if outermost else None
         if not (forward.pending or forward.values):
             return None
-        total = attach_forward(forward, loss, token_share(module, kwargs, loss))
+        total = attach_forward(forward, loss, token_share(module, kwargs, loss), forward.pending, forward.values)
         if self.hooks.meter is not None and not compiling:
             self.hooks.meter.add(loss, total)
         return replaced(output, loss, total)
@@ -154,9 +145,9 @@ class Scope:
         if not forward.grad:
             keep_values(forward.values)
             return None
-        compiled = [(term.weight, term.loss) for term in forward.pending if term.call is None]
+        compiled = [term for term in forward.pending if term.call is None]
         if self.hooks.external and compiled:
-            local.compiled.append(weighted_sum(compiled))
+            local.compiled.append(weighted_sum(compiled, []))
         if compiled:
             forward.pending = [term for term in forward.pending if term.call is not None]
         if not (torch.compiler.is_compiling() or transformed()) and (forward.pending or forward.values):
@@ -166,11 +157,11 @@ class Scope:
             forward.own(tensors(output))
         inject = compiled and not self.hooks.external
         if transformed() and forward.pending:
-            compiled, inject = [(term.weight, term.loss) for term in forward.pending], True
+            compiled, inject = forward.pending, True
         carrier = next((t for t in tensors(output, 1) if t.is_floating_point()), None) if inject else None
         if carrier is None:
             return output
-        loss = weighted_sum(compiled)
+        loss = weighted_sum(compiled, [])
         injected = InjectInTransform.apply(carrier, loss, 1.0) if transformed() else _once(carrier, loss)
         return replaced(output, carrier, injected)
 

@@ -6,12 +6,13 @@ that forward, and each layer asks for the flags that fit its own input.
 
 import inspect
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from . import warn
 
 ARGUMENTS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
 STACK = re.compile(r"(?:^|\.)\w*(encoder|decoder)\.")
@@ -172,9 +173,6 @@ def _frames(audio: Any, samples: Any) -> Any:
     return lengths(samples, **({"add_adapter": False} if "add_adapter" in lengths.__code__.co_varnames else {}))
 
 
-_warned: set[tuple[str, str]] = set()
-
-
 def _unfit(mask: Tensor, x: Tensor) -> str:
     return f"has shape {tuple(mask.shape)}, and an adapted layer's input has tokens {tuple(x.shape[:-1])}"
 
@@ -184,13 +182,11 @@ def _fault(argument: str, what: str) -> Found:
 
 
 def _warn(argument: str, what: str, layer: str) -> None:
-    kind = argument, layer.rpartition(".")[2]
-    if torch.compiler.is_compiling() or kind in _warned:
+    if torch.compiler.is_compiling():
         return
-    _warned.add(kind)
-    warnings.warn(
-        f"FVAE: {argument} {what}{f' ({layer})' if layer else ''}. All tokens of such layers enter the objective, "
+    warn.once(
+        (argument, layer.rpartition(".")[2]),
+        f"{argument} {what}{f' ({layer})' if layer else ''}. All tokens of such layers enter the objective, "
         "padding too. State the mask of their tokens with `with fvae_kernels.token_mask(mask):`. With "
         "mask_padding=False all tokens count in every layer, and this warning is off.",
-        stacklevel=2,
     )

@@ -61,6 +61,7 @@ ROWS = {
     "Triton 3.6": Row(("triton==3.6.0",), COMPILE),
     "Triton 3.7": Row(("triton==3.7.1",), COMPILE),
 }
+SETTINGS = {"HYPOTHESIS_PROFILE": "few", "OMP_NUM_THREADS": "1"}  # few examples: versions differ in other things
 SHOWN = ("torch", "triton", "transformers", "peft", "numpy")
 VERSIONS = f"""
 import json, platform
@@ -103,12 +104,19 @@ def environment(folder: Path, packages: Sequence[str], version: str) -> tuple[st
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name)
-    for library in before.glob("fvae_kernels/*.so"):
+    sources = max(path.stat().st_mtime for path in (source / "setup.py", *source.glob("csrc/*")))
+    library = next(before.glob("fvae_kernels/_C*.so"), None)
+    if library is not None and library.stat().st_mtime > sources:
         shutil.copy2(library, source / "fvae_kernels")
-    built = subprocess.run([str(python), "setup.py", "-q", "build_ext", "--inplace"], cwd=source, check=False, **_TEXT)
-    (folder / "build.log").write_text(built.stdout + built.stderr)
-    built.check_returncode()
+    else:
+        _build(str(python), source, folder / "build.log")
     return str(python), source, str(source)
+
+
+def _build(python: str, source: Path, log: Path) -> None:
+    built = subprocess.run([python, "setup.py", "-q", "build_ext", "--inplace"], cwd=source, check=False, **_TEXT)
+    log.write_text(built.stdout + built.stderr)
+    built.check_returncode()
 
 
 _TEXT = {"text": True, "capture_output": True}
@@ -140,7 +148,7 @@ def run(name: str, arguments: Sequence[str]) -> dict[str, str]:
         python, checkout, path = overlay(folder, wanted.packages)
     else:
         python, checkout, path = environment(folder, wanted.packages, wanted.python)
-    where = {"cwd": checkout, "env": os.environ | {"PYTHONPATH": path}}
+    where = {"cwd": checkout, "env": os.environ | SETTINGS | {"PYTHONPATH": path}}
     versions = json.loads(subprocess.run([python, "-c", VERSIONS], check=True, **where, **_TEXT).stdout)
     done = subprocess.run([python, "-m", "pytest", "-q", "--tb=short", *wanted.tests, *arguments], **where, **_TEXT)
     (folder / "pytest.log").write_text(done.stdout + done.stderr)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fvae_kernels as fk
-from fvae_kernels.training import padding
+from fvae_kernels.training import padding, warn
 from fvae_kernels.training.aux_loss import AuxLossLayer
 from tests.helpers.gradients import OPTIONS, adapted
 from tests.helpers.padded_batches import Batch, forget_position, padded, sequences
@@ -109,7 +109,7 @@ def test_flattened_tokens_pooled_rows_and_images() -> None:
     assert masks.flags("attention_mask", torch.zeros(2, 4)) is None
     assert masks.flags(None, torch.zeros(2, 3, 4)) is None
     assert masks.flags("decoder_attention_mask", torch.zeros(2, 3, 4)) is None
-    assert not padding._warned
+    assert not warn.said
     model = build("vit")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert {padding.mask_argument(model, name) for name in names} == {None}

@@ -10,9 +10,9 @@ if interpreting():
 
 from triton import knobs
 
-from fvae_kernels._triton.layer import launch
+from fvae_kernels._triton.ahead import active
 from fvae_kernels._triton.layer.launch import Launch, why_general
-from tests.tools.triton.gpu_compile import TARGETS, FakeDriver
+from tests.tools.triton.gpu_compile import TARGETS
 
 
 class Kernel:
@@ -65,8 +65,9 @@ def test_without_a_stream_the_road_is_tritons_and_nothing_is_kept(kernel, launch
 
 
 @pytest.fixture
-def _cuda(monkeypatch):
-    monkeypatch.setattr(launch, "driver", type("Drivers", (), {"active": FakeDriver(TARGETS["sm_90"])}))
+def _cuda():
+    with active(TARGETS["sm_90"]):
+        yield
 
 
 @pytest.mark.usefixtures("_cuda")
@@ -91,6 +92,6 @@ def test_debugging_takes_tritons_road(monkeypatch):
     assert why_general() == "Triton's debugging is on"
 
 
-def test_amd_takes_tritons_road(monkeypatch):
-    monkeypatch.setattr(launch, "driver", type("Drivers", (), {"active": FakeDriver(TARGETS["gfx942"])}))
-    assert why_general() == "the target is hip"
+def test_amd_takes_tritons_road():
+    with active(TARGETS["gfx942"]):
+        assert why_general() == "the target is hip"

@@ -5,14 +5,13 @@ The general way is Triton's: it looks at every argument, and finds or compiles t
 that Triton specialises alike, and costs 10 us.
 """
 
-import os
 from collections.abc import Hashable
 from typing import Any
 
 from triton import knobs
 from triton.runtime import driver
 
-from .._common import INTERPRET
+from .._common import INTERPRET, target
 
 Constants = dict[str, Any]
 
@@ -26,10 +25,14 @@ class Launch:
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
         self.compiled: dict[Hashable, tuple[Any, Any, Any]] = {}
 
+    def knows(self, key: Hashable) -> bool:
+        """True if a launch with this key can go directly, so that its pointers may be given as addresses."""
+        return key in self.compiled
+
     def __call__(self, grid: tuple[int, int], arguments: tuple[Any, ...], key: Hashable, stream: int | None) -> None:
         """Launch. Arguments that Triton specialises differently have another `key`. No stream: the general way.
 
-        With a stream, pointers must be divisible by 16, and arguments with one key must be specialised alike.
+        With a stream, arguments with one key must be specialised alike.
         """
         known = None if stream is None else self.compiled.get(key)
         if known is not None:
@@ -51,26 +54,12 @@ def why_general() -> str | None:
             return "a launch hook is set, as profilers do"
     if runtime.debug or knobs.compilation.instrumentation_mode:
         return "Triton's debugging is on"
-    if _target() != "cuda":
-        return f"the target is {_target()}"
+    if target() != "cuda":
+        return f"the target is {target()}"
     return None
-
-
-_targets: dict[Any, str] = {}  # by active driver
-
-
-def _target() -> str:
-    active = driver.active
-    found = _targets.get(active)
-    if found is None:
-        found = _targets[active] = active.get_current_target().backend
-    return found
 
 
 def stream_of(device: int) -> int | None:
     """The current stream of a device; None if another device is current, since Triton launches on that one."""
     active = driver.active
     return active.get_current_stream(device) if active.get_current_device() == device else None
-
-
-os.register_at_fork(after_in_child=_targets.clear)

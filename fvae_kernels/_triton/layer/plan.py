@@ -1,18 +1,16 @@
 """The layer's steps as a plan runs them: what `steps` needs is prepared once, and launches go direct."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...ops._layer_inputs import Arriving, Needs, Networks, Options, Tensors
 from .. import tables
 from .._common import precision
 from .launch import stream_of, why_general
-from .prepared import Case, Prepared, numbers_of, prepared, zeros
-from .steps import Given, backward, by_rows, forward
+from .prepared import Case, Prepared, numbers_of, prepared
+from .steps import Given, backward, by_rows, forward, given_of, packed_weights
 
 
 class TritonSteps:
@@ -21,58 +19,55 @@ class TritonSteps:
     def __init__(self, parameters: Sequence[Tensor | None], options: Options, detach_target: bool) -> None:
         self.options, self.detach_target, self.numbers = options, detach_target, numbers_of(options)
         self.there = tuple(p is not None for p in parameters)
-        self.aligned = all(p is None or p.data_ptr() % 16 == 0 for p in parameters)
-        B = parameters[-1]
-        assert B is not None
-        units = max(weight.shape[0] for weight in parameters[:-2:2] if weight is not None)
-        self.nothing = zeros(B.dtype, B.device, units)
         self.parameters = parameters
-        self.networks = self._named(parameters)
+        self._note(self._addresses(parameters))
         self._of_case: dict[Any, Prepared] = {}
 
     def forward(self, base: Tensor | None, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
         """y [N, M], the terms [4], the state, and what backward reuses."""
         given, base = _given(tensors), None if base is None else by_rows(base)
+        addresses = self._addresses(self.parameters)
+        if addresses != self.addresses:
+            self._note(addresses)
         ready = self._ready(tensors)
-        return *forward(base, given, self.networks, ready, self.numbers, self._stream(given.x, base)), ready
+        return *forward(base, given, self.weights, ready, self.numbers, _stream(given.x)), ready
 
     def backward(
         self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs, kept: Prepared
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """grad_x [N, D], and the gradients of the parameters, one after the other in one buffer.
+        """grad_x [N, D], and the gradients of the parameters that exist and need one.
 
         The parameters are those of forward, or as autograd's saved-tensor hooks returned them.
         """
         grad_y = None if arriving.grad_y is None else by_rows(arriving.grad_y)
-        same = all(map(operator.is_, tensors.parameters, self.parameters))
-        networks = self.networks if same else self._named(tensors.parameters)
-
-        def together(plan: Any) -> Sequence[Tensor]:
-            flat = state.new_empty(sum(plan.entries), dtype=networks.B.dtype)
-            pairs = zip(tensors.parameters, plan.flags, strict=True)
-            needed = [p for p, flag in pairs if flag and p is not None]
-            return torch._C._nn.unflatten_dense_tensors(flat, needed)
-
+        given, known = _given(tensors), self._addresses(tensors.parameters) == self.addresses
         return backward(
             Arriving(grad_y, *arriving[1:]),
-            given := _given(tensors),
-            networks,
+            given,
+            self.weights if known else packed_weights(tensors.parameters, self.options.encoder_hidden),
             state,
             needs,
             self.detach_target,
             self.there,
             kept,
             self.numbers,
-            together,
-            self._stream(given.x, grad_y) if same else None,
+            _stream(given.x),
         )
 
-    def _named(self, parameters: Sequence[Tensor | None]) -> Networks:
-        entries = [self.nothing if p is None else p for p in parameters]
-        return Networks.of(entries, self.options.encoder_hidden)
+    def _addresses(self, parameters: Sequence[Tensor | None]) -> list[int]:
+        return [p.data_ptr() for p in parameters if p is not None]
+
+    def _note(self, addresses: list[int]) -> None:
+        """Prepare what kernels take; again when the parameters have moved in memory."""
+        self.weights, self.addresses = packed_weights(self.parameters, self.options.encoder_hidden), addresses
+        if any(address % 16 for address in addresses):
+            self.addresses = []  # kernels read copies, and each step makes them anew
+            return
+        flat = [p.data_ptr() for p in self.weights.flat]
+        self.weights = self.weights._replace(addresses=Networks.of(flat, self.options.encoder_hidden))
 
     def _ready(self, tensors: Tensors) -> Prepared:
-        x, masked, networks = tensors.x, tensors.mask is not None, self.networks
+        x, masked, networks = tensors.x, tensors.mask is not None, self.weights.tensors
         key = (
             masked,
             x.shape[0] >= tables.FEW_TOKENS,
@@ -82,15 +77,14 @@ class TritonSteps:
         found = self._of_case.get(key)
         if found is None:
             case = Case.of(networks, self.options, False, masked, True, x.shape[0])
-            found = self._of_case[key] = prepared(case, tables.changes())
+            found = self._of_case[key] = prepared(case)
         return found
 
-    def _stream(self, x: Tensor, other: Tensor | None) -> int | None:
-        """The stream for direct launches; None where Triton must launch, because of how data are aligned."""
-        if not self.aligned or x.data_ptr() % 16 or (other is not None and other.data_ptr() % 16):
-            return None
-        return stream_of(x.device.index or 0) if why_general() is None else None
+
+def _stream(x: Tensor) -> int | None:
+    """The stream for direct launches; None where Triton must launch."""
+    return stream_of(x.device.index or 0) if why_general() is None else None
 
 
 def _given(tensors: Tensors) -> Given:
-    return Given(by_rows(tensors.x), None, None, tensors.mask, tensors.seed)
+    return given_of(tensors.x, None, None, tensors.mask, tensors.seed)

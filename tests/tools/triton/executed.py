@@ -25,7 +25,8 @@ except ImportError as error:
         "pip install --no-deps --ignore-requires-python ttsem==0.1.0"
     ) from error
 
-from tests.tools.triton.gpu_compile import TARGETS, FakeDriver
+from fvae_kernels._triton.ahead import TargetDriver
+from tests.tools.triton.gpu_compile import TARGETS
 from tests.tools.triton.strict import patch
 
 _CODES: dict[tuple[Any, ...], str] = {}  # compiled before
@@ -50,7 +51,7 @@ def executed(target: str, stage: str) -> Iterator[dict[str, str]]:
         return run
 
     with contextlib.ExitStack() as stack:
-        patch(stack, driver, "_active", lambda _: FakeDriver(TARGETS[target]))
+        patch(stack, driver, "_active", lambda _: TargetDriver(TARGETS[target]))
         patch(stack, JITFunction, "run", launch)
         yield ran
 

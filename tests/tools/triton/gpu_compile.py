@@ -14,54 +14,26 @@ from typing import Any
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default that Triton 3.9 announces to change
 
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+
+from fvae_kernels._triton import ahead
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    name: ahead.target_of(target)
+    for name, target in {"sm_80": "cuda:80", "sm_90": "cuda:90", "sm_100": "cuda:100", "gfx942": "hip:gfx942"}.items()
 }
 
 NVIDIA_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 
 
-class FakeDriver:
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return str(self.target.arch)
-
-    def get_current_stream(self, device: Any = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
 @contextlib.contextmanager
 def compiling(target: str) -> Iterator[list[Any]]:
-    """Launches in the block compile for `target` and do not run; yields the list of compiled kernels."""
+    """Launches in the block do not run; at its end the list that it yields holds them, compiled for `target`."""
     compiled: list[Any] = []
-    before, run = driver._active, JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
-
-    driver.set_active(FakeDriver(TARGETS[target]))
-    JITFunction.run = compile_only
-    try:
-        yield compiled
-    finally:
-        driver._active, JITFunction.run = before, run
+    with ahead.active(TARGETS[target]):
+        with ahead.recording() as launched:
+            yield compiled
+        compiled.extend(one.compile() for one in launched)
 
 
 def metrics(kernel: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The export of an adapter's inference path."""
+"""export_for_inference: the parts of an adapter that serving needs, in a file of their own."""
 
 import copy
 import os
@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from ..nn.adapter import is_served
 from ..serving.folders import CONTAINER, WEIGHTS
 from ..serving.reports import ExportedLayer
+from .config import FVAELoraConfig
+from .trimmed_export import trim_export
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,6 @@ def export_for_inference(
             tolerance; a tolerance out of range; data that does not reach every layer. Nothing is written then.
         TypeError: calibration data that is no iterable of batches.
     """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    from ..nn.adapter import is_served
-    from .config import FVAELoraConfig
-    from .trimmed_export import trim_export
-
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, FVAELoraConfig):
         known = sorted(getattr(model, "peft_config", {}))
