@@ -205,6 +205,15 @@ def test_a_bias_loses_less(tmp_path: Path) -> None:
     assert distance[1] < distance[0]
 
 
+def test_a_bias_beside_linear_layers(tmp_path: Path) -> None:
+    model = adapted("bert", encoder_hidden_pattern={"query": ()}).eval()
+    fk.export_as_lora(model, tmp_path, batches(), bias=True)
+    state = load_file(tmp_path / WEIGHTS)
+    biases = {key: bool(t.any()) for key, t in state.items() if key.endswith("lora_B.bias")}
+    assert [biases[key] for key in sorted(biases)] == [False, True] * 2
+    served(tmp_path)
+
+
 def test_the_metric_is_of_what_is_served(tmp_path: Path) -> None:
     model, data = adapted("bert").train(), batches()
 
