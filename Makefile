@@ -56,5 +56,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PIP) --no-build-isolation --editable '.[dev,triton]'
 	# PEFT imports these wherever it finds them, slowly and with a lot to say: one test alone looks in this folder
 	$(PIP) --no-deps --upgrade --target $(VENV)/quantised torchao hqq einops termcolor
+	# the oldest Triton that the kernels compile with, for one test, which is skipped without it
+	-$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target $(VENV)/oldest triton==3.6.0
 	$(PIP) --no-deps --ignore-requires-python ttsem  # says that it needs a newer Python and an older Triton; it does not
 	@touch $@

@@ -10,7 +10,7 @@ from typing import Any
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from ..nn.adapter import is_served
+from ..nn.parameters import is_served
 from ..serving.folders import CONTAINER, WEIGHTS
 from ..serving.reports import ExportedLayer
 from .config import FVAELoraConfig

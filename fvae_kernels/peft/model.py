@@ -11,8 +11,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..config import FVAEConfig
-from ..nn.adapter import is_served, parameter_shapes
 from ..nn.linear import is_attention, linear_shape
+from ..nn.parameters import is_served, parameter_shapes
 from ..nn.quantised import refuse_merge
 from ..serving.saved import Beside, Shapes, check_complete, check_fits
 from ..training.hooks import install_hooks, remove_hooks

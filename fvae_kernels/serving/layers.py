@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn.adapter import FVAEAdapter, is_served
+from ..nn.adapter import FVAEAdapter
 from ..nn.linear import FusedFVAELinear
+from ..nn.parameters import is_served
 from .folders import CONTAINER, PREFIX
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn.adapter import FVAEAdapter, is_served, parameter_shapes
+from ..nn.adapter import FVAEAdapter
 from ..nn.linear import FusedFVAELinear, linear_shape
+from ..nn.parameters import is_served, parameter_shapes
 from ..nn.quantised import refuse_merge
 from ..training.hooks import install_hooks, remove_hooks
 from .folders import CONFIG, CONTAINER, PREFIX, WEIGHTS, write_folder

@@ -23,7 +23,6 @@ from .cached import inherited, keep_values
 from .calls import Call, LayerKey, Term
 from .forward import Forward, current, local, region
 from .inject import InjectAuxLoss, InjectAuxLossOnce, InjectInTransform, transformed
-from .padding import stated_flags
 from .recompute import generator_state, in_backward, inside_checkpoint, noise_of, repeated_call
 
 
@@ -87,12 +86,10 @@ class AuxLossLayer:
         """Which tokens of x ``[..., D]`` enter the objective; None: all."""
         if not config.mask_padding:
             return None
-        if local.masks:
-            return stated_flags(local.masks[-1], x, self.aux_key)
         forward = current()
-        if forward is None and _in_traced_checkpoint():
+        if forward is None and (local.masks or _in_traced_checkpoint()):
             forward = Forward(grad=True)
-            forward.scopes.extend(local.traced)
+            forward.scopes.extend(local.traced if _in_traced_checkpoint() else [])
         return None if forward is None else forward.token_mask(self.aux_key, x)
 
     def inject(self, out: Tensor, terms: Terms, loss_weight: float) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .calls import Call, State, Term
-from .padding import Padding
+from .padding import Padding, Stated
 
 MARK = "fvae_kernels.forward"  # in the metadata of graph nodes: what each forward had done when it made their tensor
 KEPT = 32  # regions kept for a thread: of nested backwards, and of some that have ended
@@ -42,8 +42,14 @@ class Forward:
         self.inherited: Tensor | None = None  # the same, if it runs inside the backward of its loss
 
     def token_mask(self, key: Any, x: Tensor) -> Tensor | None:
-        """The mask of x: from the module nearest to the layer that got one that fits."""
+        """The mask of x: one that the user stated, or from the module nearest to the layer that got one that fits."""
         problem = None
+        if local.masks:
+            outermost = next((arguments for arguments, _ in self.scopes if key in arguments), {})
+            stated = local.masks[-1].find(outermost.get(key), x)
+            if stated.settled:
+                return stated.flags
+            problem = stated.problem
         for certain in (True, False):  # attention masks [batch, 1, tokens, tokens] come last
             for arguments, padding in reversed(self.scopes):
                 argument = arguments.get(key)
@@ -135,7 +141,7 @@ class Local(threading.local):
 
     def __init__(self) -> None:
         self.stack: list[Any] = []  # for each running module with hooks: its Forward and the calls so far, or None
-        self.masks: list[Tensor | None] = []  # of `token_mask`
+        self.masks: list[Stated] = []  # of `token_mask`
         self.compiled: list[Tensor] = []  # weighted losses of compiled forwards, inside `external_loss`
         self.traced: list[tuple[Any, Padding]] = []  # masks of the last forward, if a part of it was compiled
         self.regions: dict[int, tuple[Any, int, int]] = {}  # the last one that each backward has reached

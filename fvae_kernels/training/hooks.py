@@ -17,8 +17,8 @@ from .aux_loss import AuxLossLayer, aux_loss_layers
 from .cached import inherited, keep_values, take_values
 from .forward import Forward, local, region
 from .inject import InjectAuxLossOnce, InjectInTransform, Keep, transformed
-from .outputs import names_given, replaced, task_loss, tensors
-from .padding import ARGUMENTS, PaddingRules, mask_argument
+from .outputs import given, replaced, task_loss, tensors
+from .padding import ARGUMENTS, PaddingRules, Stated, mask_argument
 from .recompute import in_backward
 from .token_share import observe_items, token_share
 
@@ -130,12 +130,13 @@ class Scope:
             return None
         if self.hooks.external:
             return self._leave(forward, output) if outermost else None
-        loss = task_loss(output, names_given(args, kwargs, self.rules.positional)) if forward.grad else None
+        named = given(args, kwargs, self.rules.positional) if forward.grad else {}
+        loss = task_loss(output, named) if forward.grad else None
         if loss is None:
             return self._leave(forward, output) if outermost else None
         if not (forward.pending or forward.values):
             return None
-        total = attach_forward(forward, loss, token_share(module, kwargs, loss), forward.pending, forward.values)
+        total = attach_forward(forward, loss, token_share(module, named), forward.pending, forward.values)
         if self.hooks.meter is not None and not compiling:
             self.hooks.meter.add(loss, total)
         return replaced(output, loss, total)
@@ -220,20 +221,35 @@ def hooks_of(model: nn.Module) -> list[AuxLossHooks]:
 
 
 @contextmanager
-def token_mask(mask: Tensor | None) -> Iterator[None]:
+def token_mask(mask: Tensor | None = None, **arguments: Tensor) -> Iterator[None]:
     """In this context `mask` says which tokens enter the objective, in place of the masks among the arguments.
 
     For masks that the package cannot find: packed sequences, tokens ``[T, B]``, a decoder masked by its labels, a mask
     under another name.
 
-        with fk.token_mask(labels != -100):
+        with fk.token_mask(keep):
             loss = model(inputs, labels)
+        with fk.token_mask(decoder_attention_mask=labels != -100):
+            loss = model(input_ids, attention_mask=attention_mask, labels=labels).loss
+
+    It holds for this thread: replicas of DataParallel do not see it.
 
     Args:
         mask: one entry for each token ``[...]`` of the adapted layers' inputs, True or non-zero if it counts; None
-            counts all. If an input has another shape, all of its tokens count, and a warning says so once.
+            counts all. A layer with other tokens takes its mask among the arguments; if there is none, all of its
+            tokens count, and a warning says so once.
+        arguments: masks by the name of an argument, as if the model had got them, for the objective alone; for the
+            layers that this argument masks: attention_mask, decoder_attention_mask or encoder_attention_mask.
+
+    Raises:
+        TypeError: for another argument, or both kinds of masks.
     """
-    local.masks.append(None if mask is None else mask.ne(0))
+    unknown = sorted(set(arguments) - set(ARGUMENTS))
+    if unknown or (arguments and mask is not None):
+        what = f"an argument {unknown[0]!r}" if unknown else "a mask for all layers and masks by argument"
+        raise TypeError(f"token_mask got {what}; expected a mask, or masks by name, of {list(ARGUMENTS)}")
+    flags = {name: value.ne(0) for name, value in arguments.items()}
+    local.masks.append(Stated(None if mask is None else mask.ne(0), flags))
     try:
         yield
     finally:

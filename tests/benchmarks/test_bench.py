@@ -1,5 +1,6 @@
 """The benchmarks: their statistics, their sides, their gate, and a tiny report from end to end."""
 
+import contextlib
 import json
 import math
 import subprocess
@@ -143,6 +144,16 @@ def test_the_gate_forgives_half_precision_a_rounding_and_no_more() -> None:
     for found, floor in ((near, full), (far, half)):
         with pytest.raises(gate.WrongKernel, match="layer differs from the reference: kl"):
             gate.no_worse("layer", found, rounded, exact, floor)
+
+
+def test_the_gate_knows_that_the_terms_are_differences_of_larger_sums() -> None:
+    """A KL of 0.01 nat may be wrong by two roundings of one nat. A gradient of that size may not."""
+    near, far = 0.01 + 2e-7, 0.01 + 4e-7
+    for name, found, passes in (("kl", near, True), ("kl", far, False), ("grad_B", near, False)):
+        exact, rounded = ({name: torch.tensor(0.01, dtype=torch.float64)} for _ in range(2))
+        actual = {name: torch.tensor(found, dtype=torch.float64)}
+        with contextlib.nullcontext() if passes else pytest.raises(gate.WrongKernel):
+            gate.no_worse("layer", actual, rounded, exact, gate.FLOOR)
 
 
 def test_the_gate_refuses_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:

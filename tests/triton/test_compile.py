@@ -4,12 +4,18 @@ Here each kernel is compiled once or twice for each target; ``python -m tests.to
 entry of the tables.
 """
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from fvae_kernels.ops import _versions
 from fvae_kernels.ops._backend import interpreting
+from tests import ROOT
 
 pytest.importorskip("triton")
 if interpreting():
@@ -144,3 +150,23 @@ def test_another_triton_compiles_in_a_process_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "triton").mkdir()
     assert compile_all.main(arguments) == 1
     assert ran == [(["sm_90", "--dtypes", "bfloat16"], str(tmp_path))]
+
+
+OLDEST = Path(sys.prefix) / "oldest"  # as `make` unpacks it
+
+
+@pytest.mark.skipif(not (OLDEST / "triton").is_dir(), reason="the oldest Triton is not unpacked beside: make test")
+def test_the_oldest_triton_compiles_a_sample():
+    path = os.pathsep.join([str(OLDEST), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "tests.tools.triton.sample"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {_versions.parsed(kernel["triton"]) for kernel in found} == {_versions.TRITON}
+    compiled = [(kernel["of"], kernel["kernel"].removesuffix("_kernel")) for kernel in found]
+    names = ["layer_fwd", "layer_mean", "layer_bwd", "layer_grads", "layer_reduce"]
+    assert compiled == [("recipe", name) for name in names[:2]] + [("bare", name) for name in names]
+    assert all(kernel["spills"] == 0 for kernel in found)
+    assert all(kernel["tensor_core"] > 0 for kernel in found if kernel["kernel"] == "layer_fwd_kernel")

@@ -13,9 +13,10 @@ from ...ops._raw import wide_dtype_of
 from .. import tables
 from .._common import precision, target, triton_dtype
 from .arguments import Sizes
-from .features import EncoderTiles, Made, layer_grads_kernel, layer_reduce_kernel
+from .features import EncoderTiles, Made, layer_grads_kernel
 from .forward import layer_fwd_kernel, layer_mean_kernel
 from .launch import Launch
+from .sums import layer_reduce_kernel
 from .tokens import layer_bwd_kernel
 
 
