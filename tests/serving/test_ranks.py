@@ -41,6 +41,8 @@ def test_ranks_are_those_in_use() -> None:
     assert all(use.by_energy > 1 for use in fk.suggest_ranks(model, data, tolerance=0.0).layers)
     still = fk.suggest_ranks(model, data, tolerance=0.0, threshold=1e9)
     assert [(use.active, use.suggested) for use in still.layers] == [(0, 1)] * 4
+    whole = fk.suggest_ranks(adapted("bert").eval(), data, tolerance=0.0)
+    assert [(use.by_energy, use.suggested) for use in whole.layers] == [(3, 3)] * 4, "the energy alone decides"
 
 
 @pytest.mark.parametrize("options", [{}, {**LINEAR, "rslora": True, "logvar1_held": True, "logvar1_start": -4.0}])
