@@ -49,7 +49,7 @@ def export_as_lora(
     A linear encoder is LoRA: the folder holds ``A = M_1`` and B, bit for bit, with the scale as lora_alpha. An encoder
     with hidden layers is not linear in x. Then A is the ridge regression of mean_1 on the layer's calibration inputs,
     and the report says which share of the update's energy ``sum |s B mean_1|^2`` is lost, measured on tokens that are
-    kept out of the fit (one example of eight, up to 4096 tokens of each layer).
+    kept out of the fit (one example of eight, up to 2048 tokens of each layer).
 
     A smaller `rank` truncates the fitted update in the metric of the inputs' covariance (reduced-rank regression). That
     loses less than truncating its matrix, as `peft.convert_to_lora` does. Without `calibration` only a linear encoder
