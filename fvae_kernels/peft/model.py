@@ -71,7 +71,8 @@ class FVAELoraModel(BaseTuner):
             return
         if saved.found:
             beside = Beside(tuple(peft_config.modules_to_save or ()), peft_config.bias, peft_config.token_counts())
-            check_fits(saved, shapes, beside, model)
+            if not getattr(model, "_checkpoint_conversion_mapping", None):  # PEFT renames the keys of such a model
+                check_fits(saved, shapes, beside, model)
         elif peft_config.inference_mode:  # a config without weights can start a training, but cannot serve
             raise ValueError(f"{saved.folder} has a config and no adapter_model.safetensors: no adapter to load")
 

@@ -42,7 +42,7 @@ def trim_export(
             served[f"{prefixes[name]}.{parameter}"] = tensor.cpu().contiguous()
     config.rank_pattern = {exact_pattern(name): path.rank for name, path in paths.items()}
     config.alpha_pattern = {exact_pattern(layer.name): _alpha(layer, paths[layer.name].rank) for layer in layers}
-    if config.encoder_hidden:
+    if config.encoder_hidden or config.encoder_hidden_pattern:
         config.encoder_hidden_pattern = {exact_pattern(name): path.hidden for name, path in paths.items()}
     return tuple(_row(layer, paths[layer.name]) for layer in layers)
 

@@ -49,7 +49,7 @@ def export_as_lora(
     A linear encoder is LoRA: the folder holds ``A = M_1`` and B, bit for bit, with the scale as lora_alpha. An encoder
     with hidden layers is not linear in x. Then A is the ridge regression of mean_1 on the layer's calibration inputs,
     and the report says which share of the update's energy ``sum |s B mean_1|^2`` is lost, measured on tokens that are
-    kept out of the fit (one example of eight, up to 4096 tokens of each layer).
+    kept out of the fit (one example of eight, up to 2048 tokens of each layer).
 
     A smaller `rank` truncates the fitted update in the metric of the inputs' covariance (reduced-rank regression). That
     loses less than truncating its matrix, as `peft.convert_to_lora` does. Without `calibration` only a linear encoder
@@ -91,16 +91,16 @@ def export_as_lora(
     check_tolerance(tolerance)
     if isinstance(rank, Mapping):
         check_patterns(rank, layers)
-    _check(layers, calibration, rank, bias, ridge)
+    ranks = {layer.name: rank_of(rank, layer) for layer in layers}
+    _check(layers, calibration, bias, ridge)
     if metric is not None:
         check_served(layers, adapter_name, "the metric")
-    needed = [layer for layer in layers if _is_hidden(layer) or rank is not None or tolerance > 0]
+    needed = [layer for layer in layers if _is_hidden(layer) or ranks[layer.name] is not None or tolerance > 0]
     sums: dict[str, Statistics] = {}
     if calibration is not None and needed:
         sums = calibrate(model, needed, calibration, adapter_name, inputs=_is_hidden)
     factors = {
-        layer.name: _factors(layer, sums.get(layer.name), rank_of(rank, layer), tolerance, bias, ridge)
-        for layer in layers
+        layer.name: _factors(layer, sums.get(layer.name), ranks[layer.name], tolerance, bias, ridge) for layer in layers
     }
     before, after = (None, None) if metric is None else _measure(model, layers, factors, metric)
     write_lora(model, Path(folder), layers, factors, uniform_rank, adapter_name)
@@ -112,7 +112,7 @@ def _is_hidden(layer: AdaptedLayer) -> bool:
     return bool(layer.adapter.config.encoder_hidden)
 
 
-def _check(layers: list[AdaptedLayer], calibration: Any, rank: Any, bias: bool, ridge: float | None) -> None:
+def _check(layers: list[AdaptedLayer], calibration: Any, bias: bool, ridge: float | None) -> None:
     if any(layer.adapter.config.sample_at_inference for layer in layers):
         raise ValueError(
             "sample_at_inference=True makes the update random; LoRA can serve the mean only: set it to False"

@@ -25,6 +25,7 @@ def write_lora(
     highest = max(len(f.A) for f in factors.values())
     scales = {layer.name: layer.adapter.config.scaling for layer in layers}
     scale = next(iter(scales.values())) if len(set(scales.values())) == 1 else None  # else it is folded into B
+    biased = any(found.bias is not None for found in factors.values())
     state: dict[str, Tensor] = {}
     for name, found in factors.items():
         folded = 1.0 if scale is not None else scales[name]
@@ -32,8 +33,9 @@ def write_lora(
         key = f"{PREFIX}{name}.lora_"
         state[f"{key}A.weight"] = F.pad(found.A, (0, 0, 0, missing))
         state[f"{key}B.weight"] = F.pad(folded * found.B, (0, missing))
-        if found.bias is not None:
-            state[f"{key}B.bias"] = folded * found.bias
+        if biased:  # PEFT gives every layer a bias then
+            bias = found.B.new_zeros(len(found.B)) if found.bias is None else found.bias
+            state[f"{key}B.bias"] = folded * bias
     alpha = (1.0 if scale is None else scale) * highest
     ranks = {exact_pattern(name): len(f.A) for name, f in factors.items() if len(f.A) != highest and not uniform_rank}
     heads, modules_to_save = trained_heads(model, adapter_name)
@@ -48,7 +50,7 @@ def write_lora(
         "target_modules": target_modules(model, [layer.name for layer in layers]),
         "modules_to_save": modules_to_save,
         "fan_in_fan_out": any(layer.transposed for layer in layers),
-        "lora_bias": any(f.bias is not None for f in factors.values()),
+        "lora_bias": biased,
     }
     write_folder(folder, {WEIGHTS: {**state, **heads}, CONFIG: json.dumps(config, indent=2, sort_keys=True)})
 

@@ -113,7 +113,6 @@ def load_adapters(model: nn.Module, folder: str | Path, trainable: bool = False)
     Raises:
         ValueError: a folder that is damaged, a pickle, another method's, or of another base model or other options; an
             inference-only adapter that is to be trained; a model with adapters of PEFT's.
-        TypeError: an unknown option in the config.
         ImportError: safetensors is not installed. The model is unchanged in all these cases.
     """
     settings, saved = _read(Path(folder))

@@ -15,6 +15,8 @@ from .layers import AdaptedLayer, adapted_layers, exact_pattern, peft_config
 from .options import check_patterns, check_tolerance, rank_of
 from .reports import ExportedLayer
 
+ACTIVE = 1e-2  # variance of the mean of an active entry, as in `diagnostics.active_units`
+
 
 @dataclass(frozen=True)
 class Use:
@@ -52,13 +54,14 @@ def suggest_ranks(
     data: Iterable[Any],
     *,
     tolerance: float = 0.01,
-    threshold: float = 1e-2,
+    threshold: float | None = None,
     adapter_name: str = "default",
 ) -> RankSuggestion:
     """The rank that each layer uses, as a rank_pattern: for `trim`, or for a config to train anew.
 
-    It is the smallest rank that loses at most `tolerance` of the update's energy ``sum |s B mean_1|^2`` on the data,
-    but at most the number of active entries of z_1, and one more if there are others: these add a constant together.
+    It is the smallest rank that loses at most `tolerance` of the update's energy ``sum |s B mean_1|^2`` on the data.
+    With a `threshold` it is also at most the number of active entries of z_1, and one more if there are others: these
+    add little but a constant together. That may lose more than the tolerance, where B makes much of small differences.
 
         ranks = fk.suggest_ranks(model, batches)
         fk.trim(model, ranks, batches)
@@ -67,7 +70,8 @@ def suggest_ranks(
         model: a PeftModel, or any model with adapted layers.
         data: batches: mappings or tuples of arguments, or single arguments. Padding does not count.
         tolerance: share of the energy, from 0 to below 1.
-        threshold: variance over tokens above which the mean of an entry of z_1 is active, in units of its prior.
+        threshold: variance over tokens above which the mean of an entry of z_1 is active; its prior's is 1. None lets
+            the energy alone decide, and reports the entries above 0.01.
         adapter_name: the adapter.
 
     Returns:
@@ -79,8 +83,8 @@ def suggest_ranks(
         TypeError: data that is no iterable of batches.
     """
     check_tolerance(tolerance)
-    if not threshold >= 0:
-        raise ValueError(f"threshold={threshold!r} is not allowed: expected a variance of at least 0")
+    if threshold is not None and not threshold >= 0:
+        raise ValueError(f"threshold={threshold!r} is not allowed: expected a variance of at least 0, or None")
     layers = adapted_layers(model, adapter_name)
     sums = calibrate(model, layers, data, adapter_name)
     suggestion = RankSuggestion()
@@ -89,12 +93,15 @@ def suggest_ranks(
     return suggestion
 
 
-def _use(layer: AdaptedLayer, sums: Statistics, tolerance: float, threshold: float) -> Use:
+def _use(layer: AdaptedLayer, sums: Statistics, tolerance: float, threshold: float | None) -> Use:
     B, R = layer.adapter.B.detach(), layer.adapter.config.rank
     mean = sums.latent_sum / sums.tokens
-    active = int((sums.latents.diagonal() / sums.tokens - mean.square() > threshold).sum())
+    active = int(
+        (sums.latents.diagonal() / sums.tokens - mean.square() > (ACTIVE if threshold is None else threshold)).sum()
+    )
     by_energy = directions(B, sums.latents / sums.tokens).rank(tolerance, B.dtype)
-    return Use(layer.name, R, min(by_energy, active + (active < R)), by_energy, active)
+    highest = R if threshold is None else active + (active < R)
+    return Use(layer.name, R, min(by_energy, highest), by_energy, active)
 
 
 @torch.no_grad()

@@ -81,8 +81,6 @@ def check_fits(saved: SavedAdapter, expected: Shapes, beside: Beside, model: nn.
     Raises:
         ValueError: with the first layer or tensor that does not fit.
     """
-    if getattr(model, "_checkpoint_conversion_mapping", None):  # PEFT renames the keys of such a model
-        return
     advice = (
         f"{saved.folder} was saved from another base model or with another config. (To start a fresh adapter with its "
         "config, pass dataclasses.replace(config, inference_mode=False).)"

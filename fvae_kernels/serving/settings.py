@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,12 @@ class Settings:
         known = {*FIELDS, *TABLES, *PLACED, *BESIDE, *OF_PEFT, "r"} - {"rank"}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise TypeError(
-                f"{path} has no option {unknown} that this version knows: check the spelling, or update fvae_kernels. "
-                f"It knows: {sorted(known)}"
+            warnings.warn(
+                f"{path} has options that this version does not know: {unknown}. They are left out, as PEFT does with "
+                "the file of a newer version; weights that do not fit without them are refused",
+                stacklevel=4,
             )
+            values = {name: value for name, value in values.items() if name in known}
         beside = {name: values[name] for name in BESIDE if values.get(name) not in (None, "none")}
         if beside:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora.conversion import convert_to_lora
 from safetensors.torch import load_file
 from torch import nn
 
@@ -107,6 +108,9 @@ def test_the_folder_has_the_form_of_a_lora_of_peft(tmp_path: Path) -> None:
     assert isinstance(read, peft.LoraConfig)
     assert read.target_modules == set(TARGETS["llama"])
     assert (read.task_type, read.inference_mode, read.use_rslora) == ("CAUSAL_LM", True, False)
+    with pytest.warns(UserWarning, match="already a LoRA adapter"):
+        _, smaller = convert_to_lora(served(tmp_path / "ours", "llama"), rank=1)
+    assert {len(t) for key, t in smaller.items() if "lora_A" in key} == {1}
     # vLLM's PEFTHelper: declared types, and values it refuses
     assert (type(written["r"]), type(written["lora_alpha"]), type(written["target_modules"])) == (int, int, list)
     assert (written["bias"], bool(written["modules_to_save"]), written["use_dora"]) == ("none", False, False)
@@ -205,6 +209,15 @@ def test_a_bias_loses_less(tmp_path: Path) -> None:
     assert distance[1] < distance[0]
 
 
+def test_a_bias_beside_linear_layers(tmp_path: Path) -> None:
+    model = adapted("bert", encoder_hidden_pattern={"query": ()}).eval()
+    fk.export_as_lora(model, tmp_path, batches(), bias=True)
+    state = load_file(tmp_path / WEIGHTS)
+    biases = {key: bool(t.any()) for key, t in state.items() if key.endswith("lora_B.bias")}
+    assert [biases[key] for key in sorted(biases)] == [False, True] * 2
+    served(tmp_path)
+
+
 def test_the_metric_is_of_what_is_served(tmp_path: Path) -> None:
     model, data = adapted("bert").train(), batches()
 
@@ -256,8 +269,6 @@ def test_without_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pefts_own_conversion_keeps_working() -> None:
-    from peft.tuners.lora.conversion import convert_to_lora
-
     model = adapted("bert", **LINEAR).eval()
     config, state = convert_to_lora(model, rank=3)
     lora = peft.get_peft_model(build("bert"), config)

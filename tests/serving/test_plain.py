@@ -229,6 +229,16 @@ def test_a_bad_folder_is_refused_and_changes_nothing(fault: str, saved: Path, tm
     assert not (tmp_path / "executed").exists()
 
 
+def test_options_of_a_newer_version_are_dropped_by_name(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "newer")
+    written = json.loads((saved / CONFIG).read_text())
+    (tmp_path / "newer" / CONFIG).write_text(json.dumps(written | {"z_3": 1}))
+    model = build("bert").eval()
+    with pytest.warns(UserWarning, match=r"does not know: \['z_3'\]"):
+        fk.load_adapters(model, tmp_path / "newer")
+    assert torch.equal(logits(model), logits(adapted().eval()))
+
+
 def test_what_else_is_refused(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none of the layers"):
         fk.load_adapters(nn.Sequential(nn.Linear(3, 3)), saved)

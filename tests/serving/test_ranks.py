@@ -41,6 +41,8 @@ def test_ranks_are_those_in_use() -> None:
     assert all(use.by_energy > 1 for use in fk.suggest_ranks(model, data, tolerance=0.0).layers)
     still = fk.suggest_ranks(model, data, tolerance=0.0, threshold=1e9)
     assert [(use.active, use.suggested) for use in still.layers] == [(0, 1)] * 4
+    whole = fk.suggest_ranks(adapted("bert").eval(), data, tolerance=0.0)
+    assert [(use.by_energy, use.suggested) for use in whole.layers] == [(3, 3)] * 4, "the energy alone decides"
 
 
 @pytest.mark.parametrize("options", [{}, {**LINEAR, "rslora": True, "logvar1_held": True, "logvar1_start": -4.0}])
@@ -121,8 +123,12 @@ def test_what_is_dropped_is_replaced_by_its_mean(data: bool) -> None:
     config = fk.FVAEConfig(rank=4, encoder_hidden=(5,), start="authors", prior2_mean=1.5)
     layer = fk.FusedFVAELinear.from_linear(nn.Linear(6, 8), config).double().eval()
     only(layer.adapter, 2)
-    with torch.no_grad():
-        layer.adapter.encoder2_mean_bias[2:] = 1.5  # as the prior has it
+    with torch.no_grad():  # the rest is constant, and the decoder reads it
+        layer.adapter.decoder_out_weight[:, 2:4] = torch.randn(6, 2)
+        layer.adapter.encoder1_mean_weight[2:] = 0
+        if not data:  # as the priors have it
+            layer.adapter.encoder1_mean_bias[2:] = 0
+            layer.adapter.encoder2_mean_bias[2:] = 1.5
     x, zero = torch.randn(64, 6).double(), torch.zeros(64, 4).double()
     nll = layer.forward_with_terms(x, noise=(zero, zero))[1].nll
     fk.trim(layer, 2, [x] if data else None)

@@ -93,6 +93,13 @@ def test_units_that_never_fire_are_dropped(tmp_path: Path) -> None:
     assert sorted(again.encoder_hidden_pattern.values()) == [(1, 5), (4, 5), (5, 5), (6, 5)]
 
 
+def test_hidden_layers_by_pattern_alone(tmp_path: Path) -> None:
+    model = adapted("bert", **LINEAR, encoder_hidden_pattern={"value": (4,)}).eval()
+    report = fk.export_for_inference(model, tmp_path, tolerance=0.0, calibration=batches())
+    assert [len(layer.hidden) for layer in report.layers] == [0, 1, 0, 1]
+    torch.testing.assert_close(logits(served(tmp_path)), logits(model), rtol=1e-5, atol=1e-6)
+
+
 def test_without_data_the_prior_counts(tmp_path: Path) -> None:
     model = adapted("bert").eval()
     with torch.no_grad():
