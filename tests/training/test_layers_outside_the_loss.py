@@ -84,3 +84,13 @@ def test_a_feature_that_is_no_output_brings_the_layers_on_its_way() -> None:
     torch.testing.assert_close(total.detach(), value.detach(), rtol=1e-9, atol=0)
     total.backward()
     assert_same(model, expected, 1e-6)
+
+
+def test_a_feature_of_a_forward_whose_output_is_gone_is_refused() -> None:
+    model, rows = trunk()
+    taken: list[Tensor] = []
+    block = model.get_submodule("base_model.model.bert.encoder.layer.1")
+    block.register_forward_hook(lambda module, args, output: taken.append(output))
+    model(**rows)
+    with pytest.raises(ValueError, match="while its output is kept"):
+        fk.attach_aux_loss(model, taken.pop().square().mean())
