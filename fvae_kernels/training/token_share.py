@@ -19,7 +19,7 @@ ITEMS = "num_items_in_batch"
 
 
 class ObservedItems(torch.Tensor):
-    """The number of items as a tensor that notices if anything is computed with it. torch.compile traces it too."""
+    """The number of items as a tensor that notices if anything is computed with it."""
 
     used: list[bool]
     plain: Tensor  # the number as it came
@@ -44,6 +44,26 @@ MOVES |= {"view", "reshape", "squeeze", "unsqueeze", "expand"}
 READS = {"item", "tolist", "numpy", "__int__", "__float__", "__index__", "__bool__"}
 
 
+class TracedItems:
+    """The same while torch.compile traces, which takes no such tensors: an object in place of the number."""
+
+    def __init__(self, plain: Tensor) -> None:
+        self.plain, self.used = plain, [False]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute with the number itself."""
+        for entry in args:
+            if isinstance(entry, TracedItems):
+                entry.used[0] = True
+        plain = [entry.plain if isinstance(entry, TracedItems) else entry for entry in args]
+        return func(*plain, **(kwargs or {}))
+
+    def to(self, *_: Any, **__: Any) -> "TracedItems":
+        """The same number on another device."""
+        return self
+
+
 def _observed(number: Tensor, used: list[bool], plain: Tensor) -> ObservedItems:
     found = number.as_subclass(ObservedItems)
     found.used, found.plain = used, plain
@@ -56,13 +76,14 @@ def observe_items(kwargs: dict[str, Any]) -> dict[str, Any]:
     if items is None:
         return kwargs
     number = items.detach() if isinstance(items, Tensor) else torch.as_tensor(items)
-    return {**kwargs, ITEMS: _observed(number, [False], number)}
+    compiling = torch.compiler.is_compiling()
+    return {**kwargs, ITEMS: TracedItems(number) if compiling else _observed(number, [False], number)}
 
 
 def token_share(model: nn.Module, given: dict[str, Any]) -> Tensor | float:
     """The share of this forward; 1 if its head did not compute with the number: then the task loss is a mean."""
     items = given.get(ITEMS)
-    if not isinstance(items, ObservedItems) or not items.used[0]:
+    if not isinstance(items, (ObservedItems, TracedItems)) or not items.used[0]:
         return 1.0
     share = labelled_share(model, given, items.plain)
     return 1.0 if share is None else share.sum()

@@ -137,6 +137,6 @@ def test_a_compiled_head_is_observed_too(items: Any, divides: bool, monkeypatch:
         task = model(x, labels, num_items_in_batch=items)["loss"]
     share = 4 / 40 if divides else 1.0
     expected = task + share * torch.stack(terms).sum()
-    for called in (model, torch.compile(model, backend="eager", fullgraph=True)):
+    for called in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         torch.testing.assert_close(called(x, labels, num_items_in_batch=items)["loss"], expected)
     torch._dynamo.reset()
