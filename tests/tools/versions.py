@@ -36,7 +36,10 @@ NEEDED = ("transformers", "peft", "pytest", "hypothesis", "setuptools>=77,<82", 
 ALL = ("tests/ops", "tests/nn", "tests/peft", "tests/training", "tests/interop")
 TRAINER = ("tests/training/test_trainer.py", "tests/training/test_trainer_total_loss.py")
 PLUGIN = ("tests/peft", "tests/interop", "tests/nn/test_linear.py", *TRAINER)
-COMPILE = ("tests/triton/test_compile.py", "tests/triton/test_tf32.py", "-k", "not gfx942 and not sm_80 and not sm_100")
+COMPILE = (
+    *("tests/triton/test_ahead.py", "tests/triton/test_launch.py", "tests/triton/test_compile.py"),
+    *("-k", "not (gfx942 or sm_80 or sm_100 or many-torch.float32 or oldest)"),
+)
 
 
 @dataclass(frozen=True)
