@@ -53,7 +53,7 @@ class Row:
 
 ROWS = {
     "this environment": Row((), ALL),
-    "torch 2.11, Python 3.10": Row(("torch==2.11.0", *NEEDED), ALL, "3.10"),
+    "torch 2.10, Python 3.10": Row(("torch==2.10.0", *NEEDED), ALL, "3.10"),
     "torch 2.11, Python 3.12": Row(("torch==2.11.0", *NEEDED), ALL, "3.12"),
     "torch 2.12, Python 3.13": Row(("torch==2.12.1", *NEEDED), ALL, "3.13"),
     "torch 2.14, Python 3.11": Row(("torch==2.14.1", *NEEDED), ALL, "3.11"),
