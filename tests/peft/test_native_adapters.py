@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fvae_kernels as fk
-from tests.helpers.peft_models import SMALL
+from tests.helpers.peft_models import NATIVE, SMALL
 from tests.helpers.tiny_models import TARGETS, batch, build
 from tests.helpers.trainer_tools import OLD, QUIET, Rows, params, trainer_of
 
 WEIGHTS = "adapter_model.safetensors"
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [NATIVE, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 
 def native() -> nn.Module:
