@@ -12,7 +12,9 @@ from .. import tables
 from .._common import precision
 from .launch import stream_of, why_general
 from .prepared import Case, Prepared, numbers_of, prepared
-from .steps import Given, backward, by_rows, forward, given_of, named, packed_networks
+from .steps import Given, backward, by_rows, forward, named, packed, packed_networks
+
+OFF_16 = (15).__and__  # of an address: bytes after the last multiple of 16
 
 
 class TritonSteps:
@@ -65,7 +67,7 @@ class TritonSteps:
     def _networks(self, parameters: Sequence[Tensor | None]) -> Networks:
         """The plan's own parameters, or others; as copies where their data no longer start at multiples of 16 bytes."""
         own = all(map(operator.is_, parameters, self.parameters))
-        if own and not any(p.data_ptr() % 16 for p in self.given):
+        if own and not any(map(OFF_16, map(Tensor.data_ptr, self.given))):
             return self.networks
         return packed_networks(parameters, self.options.encoder_hidden)
 
@@ -89,4 +91,4 @@ class TritonSteps:
 
 
 def _given(tensors: Tensors) -> Given:
-    return given_of(tensors.x, None, None, tensors.mask, tensors.seed)
+    return Given(by_rows(tensors.x), None, None, None if tensors.mask is None else packed(tensors.mask), tensors.seed)

@@ -73,7 +73,7 @@ def backward(
     if N == 0 or not any(needs):
         return grad_x.zero_(), [grad.zero_() for grad in gradients]
 
-    layer, wide, state = _layer(given, networks, ready), ready.wide, packed(state)
+    layer, wide, state = _layer(given, networks, ready), ready.wide, aligned(state)
     grad_state = x.new_empty((N, ready.state_width), dtype=wide) if plan.latents else None
     inputs = x.new_empty((N, ready.output_inputs), dtype=wide) if plan.inputs else None
     grad_hidden = x.new_empty((N, ready.output_inputs), dtype=wide) if plan.hidden else None
@@ -131,10 +131,12 @@ def aligned(t: Tensor) -> Tensor:
 
 def by_rows(t: Tensor) -> Tensor:
     """t [N, D] with contiguous rows, aligned, whose stride is D or divisible by 16 exactly if D is; else a copy."""
-    D, stride = t.shape[1], _row(t)
-    alike = stride == D or (1 not in (stride, D) and (stride % 16 == 0) == (D % 16 == 0))
-    if alike and (t.stride(1) == 1 or D <= 1) and t.data_ptr() % 16 == 0:
-        return t
+    if t.data_ptr() % 16 == 0:
+        if t.is_contiguous():
+            return t
+        D, stride = t.shape[1], t.stride(0)
+        if t.stride(1) == 1 and 1 not in (stride, D) and (stride % 16 == 0) == (D % 16 == 0):
+            return t
     return t.clone(memory_format=torch.contiguous_format)
 
 
@@ -192,7 +194,7 @@ def layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
         return [B.new_empty(shape) for shape, flag in zip(plan.shapes, plan.flags, strict=True) if flag]
 
     grad_x, grads = backward(
-        arriving, given, networks, state, Needs(*needs), detach_target, there, ready, numbers, apart
+        arriving, given, networks, state.contiguous(), Needs(*needs), detach_target, there, ready, numbers, apart
     )
     left, flags = iter(grads), Needs(*needs).flags(there, options.encoder_hidden)
     return grad_x, [next(left) if flag else B.new_empty(0) for flag in flags]
