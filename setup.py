@@ -1,7 +1,9 @@
 """The one thing that pyproject.toml cannot say: the C++ extension, compiled where a compiler is found."""
 
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 import setuptools
@@ -35,6 +37,14 @@ class OptionalBuild(BuildExtension):
         self.use_ninja = False  # as an option it is refused by setuptools 77
 
     def build_extensions(self):
+        compile_all = self.compiler.compile
+
+        def compile_in_parallel(sources, *args, **kwargs):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                made = list(pool.map(lambda source: compile_all([source], *args, **kwargs), sources))
+            return [file for files in made for file in files]
+
+        self.compiler.compile = compile_in_parallel
         try:
             super().build_extensions()
         except (OSError, subprocess.SubprocessError) as error:

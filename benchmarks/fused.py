@@ -21,7 +21,7 @@ import torch
 from fvae_kernels import FVAEConfig
 from fvae_kernels._triton import tables
 from fvae_kernels._triton.tables import padded
-from fvae_kernels.nn.adapter import parameter_shapes
+from fvae_kernels.nn.parameters import parameter_shapes
 
 from .cost import Launch
 

@@ -8,11 +8,15 @@ from .config import FVAEConfig
 from .diagnostics import collect_terms
 from .nn.adapter import bound_noise
 from .nn.explain import explain
+from .nn.generate import generate_features
 from .nn.linear import FusedFVAELinear, replace_linears
 from .ops import divergence, encode, reconstruct
 from .ops._backend import BackendUnavailable, available_backends, use_backend
+from .serving.lora import export_as_lora
+from .serving.plain import load_adapters, restore_linears, save_adapters
+from .serving.ranks import suggest_ranks, trim
 from .training import schedules
-from .training.aux_loss import attach_aux_loss
+from .training.attach import attach_aux_loss
 from .training.hooks import external_loss, token_mask
 from .training.schedules import ObjectiveSchedule
 from .training.trainer import FVAETrainerMixin, prepare_trainer
@@ -20,7 +24,7 @@ from .training.trainer import FVAETrainerMixin, prepare_trainer
 if TYPE_CHECKING or _find_spec("peft") is not None:
     from .peft import FVAELoraConfig, FVAELoraModel, export_for_inference
 if TYPE_CHECKING:
-    from .training.callback import FVAELoggingCallback, FVAEScheduleCallback
+    from .callbacks import FVAELoggingCallback, FVAEScheduleCallback
 
 
 def __getattr__(name: str) -> Any:
@@ -32,9 +36,9 @@ def __getattr__(name: str) -> Any:
             raise ImportError(
                 f"fvae_kernels.{name} needs transformers, which is not installed: pip install 'fvae_kernels[peft]'"
             )
-        from .training import callback
+        from . import callbacks
 
-        return getattr(callback, name)
+        return getattr(callbacks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -58,15 +62,22 @@ __all__ = [
     "divergence",
     "encode",
     "explain",
+    "export_as_lora",
     "export_for_inference",
     "external_loss",
+    "generate_features",
     "interop",
+    "load_adapters",
     "prepare_trainer",
     "reconstruct",
     "reference",
     "replace_linears",
+    "restore_linears",
+    "save_adapters",
     "schedules",
+    "suggest_ranks",
     "token_mask",
+    "trim",
     "tuning",
     "use_backend",
 ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .config import FVAEConfig
-from .nn.adapter import parameter_shapes
+from .nn.parameters import parameter_shapes
 
 RANK_EPSILON = 1e-5  # their code adds it to the rank
 SCALE_EPSILON = float(torch.tensor(1e-5))  # and to the decoder's scale, in float32 for any dtype

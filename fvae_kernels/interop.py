@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ._official import FIRST_BIAS, SCALE, SCALE_EPSILON, config_from_official, group, official_names, to_ours
 from .config import FIELDS
 from .nn.linear import FusedFVAELinear
-
-PREFIX = "base_model.model."  # in PEFT, before the name of a module of the base model
+from .serving.folders import CONTAINER, PREFIX, WEIGHTS
+from .serving.saved import find_weights
 
 _CARRIED = (
     *("task_type", "base_model_name_or_path", "revision", "inference_mode", "modules_to_save"),
@@ -105,7 +105,6 @@ def convert_checkpoint(source_folder: str | Path, target_folder: str | Path, mod
     from safetensors.torch import save_file
 
     from .peft.config import FVAELoraConfig
-    from .peft.files import CONTAINER, WEIGHTS
 
     source, target = Path(source_folder), Path(target_folder)
     if target.exists() and source.exists() and source.samefile(target):
@@ -141,8 +140,6 @@ def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, 
     """Settings, adapter tensors by module, and other tensors of a checkpoint of the authors' code."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-
-    from .peft.files import WEIGHTS, find_weights
 
     path = find_weights(str(folder))
     if path is None or not (folder / "adapter_config.json").is_file():

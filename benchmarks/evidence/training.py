@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import fvae_kernels as fk
 from examples.data import batches
 from examples.train import linear_schedule
 from fvae_kernels import diagnostics
+from fvae_kernels.callbacks.observe import active_adapter
 from fvae_kernels.training.aux_loss import AuxLossLayer
-from fvae_kernels.training.callback import active_adapter
 
 from .methods import Method
 from .tasks import Recipe, Splits, Task
@@ -22,9 +23,10 @@ Scores = dict[str, Any]
 
 def run(task: Task, method: Method, seed: int, splits: Splits, recipe: Recipe) -> dict[str, Any]:
     """The results of a run for its JSON line, apart from the cell's settings."""
-    model = method.adapt(task.model(seed), task)
+    steps = recipe.epochs * (len(splits.train) // recipe.batch_size)
+    model = method.adapt(task.model(seed), task, steps)
     start, cpu = time.perf_counter(), time.process_time()
-    losses = train(task, model, splits.train, recipe, seed)
+    losses = train(task, model, splits.train, recipe, seed, method.trim_to)
     took, cpu_took = time.perf_counter() - start, time.process_time() - cpu
     third = max(1, len(losses) // 3)
     return {
@@ -39,24 +41,40 @@ def run(task: Task, method: Method, seed: int, splits: Splits, recipe: Recipe) -
     }
 
 
-def train(task: Task, model: Any, examples: Sequence[Any], recipe: Recipe, seed: int) -> list[float]:
-    """Train; return the task loss of every step. A step's noise depends only on seed and step, as in the demo."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr)
+def train(
+    task: Task, model: Any, examples: Sequence[Any], recipe: Recipe, seed: int, trim_to: int | None = None
+) -> list[float]:
+    """Train; return the task loss of every step. A step's noise depends only on seed and step, as in the demo.
+
+    With `trim_to` the adapters are trimmed to this rank after half of the steps, and a new optimiser goes on.
+    """
     steps = recipe.epochs * (len(examples) // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_schedule(steps))
+    parameters, optimizer, schedule = _optimizer(model, recipe, steps, 0)
     losses = []
     for index, batch in enumerate(batches(examples, recipe.batch_size, steps, seed)):
         torch.manual_seed(seed * 1_000_003 + index)
+        if trim_to is not None and index == steps // 2:
+            fk.trim(model, trim_to, [dict(task.batch(examples[i : i + 64])[0]) for i in range(0, len(examples), 64)])
+            parameters, optimizer, schedule = _optimizer(model, recipe, steps, index)
         inputs, labels = task.batch(batch)
         out = model(**inputs, labels=labels)  # in training its loss includes the objective of the adapters
         out["loss"].backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        if hasattr(model.base_model, "update_and_allocate"):  # AdaLoRA's ranks
+            model.base_model.update_and_allocate(index)
         optimizer.zero_grad()
         schedule.step()
         losses.append(F.cross_entropy(out["logits"].detach(), labels).item())
     return losses
+
+
+def _optimizer(model: Any, recipe: Recipe, steps: int, done: int) -> tuple[list[Any], Any, Any]:
+    """AdamW for what is trained, and its schedule from the step `done` on."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr)
+    schedule = linear_schedule(steps)
+    return parameters, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step + done))
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def entrances(launcher: type) -> Iterator[tuple[str, Any, str]]:
     yield LAYER, aux_loss.InjectAuxLoss, "backward"
     yield ADAPTER, adapter.FVAEAdapter, "planned"
     yield CHECKS, plan.Plans, "fitting"
-    yield FUNCTION, plan.PlannedLayer, "apply"
+    yield FUNCTION, plan, "_apply"
     yield FUNCTION, plan.PlannedLayer, "forward"
     yield FUNCTION, plan.PlannedLayer, "backward"
     yield LAUNCHER, steps.TritonSteps, "forward"

@@ -16,6 +16,8 @@ from .. import machine, roofline, sides
 from . import driver, internals, profile
 
 SIDES = ("base", "lora", "dora", "plain", "triton", "cpp")
+LAYERS = 24  # of the model in which a layer is measured among others
+IN_MODEL = ("base", "lora", "dora", "triton", "triton_default", "cpp", "cpp_default")
 FEATURES = 64
 MANY = (1, 1576, 12608)  # tokens: the host does the same work for other sizes
 FLOAT32, *OTHERS = roofline.PRECISIONS
@@ -27,10 +29,11 @@ class Settings:
 
     rounds: int = 40
     calls: int = 25  # calls of a side in a round, each timed
+    default_config: bool = True  # also ours with the default config
     full: bool = False  # also other precisions and many tokens: Triton compiles for minutes
 
 
-QUICK = Settings(2, 2)
+QUICK = Settings(2, 2, default_config=False)
 FULL = Settings(full=True)
 
 
@@ -73,6 +76,35 @@ def step(name: str, precision: str, tokens: int = 1, features: int = FEATURES) -
     return sides.layer_side(name, model, x.requires_grad_(), grad_y, adapter=adapter, autocast=autocast)
 
 
+class Chain(torch.nn.Module):
+    """A model of `LAYERS` linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(sides.SEED)
+        self.layers = torch.nn.Sequential(*(torch.nn.Linear(FEATURES, FEATURES) for _ in range(LAYERS)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """All of them in turn."""
+        y: torch.Tensor = self.layers(x)
+        return y
+
+
+def model_step(name: str) -> Callable[[], Any]:
+    """Forward and backward of a model whose layers are all adapted, called as PEFT returns it."""
+    model = sides.adapt(name, Chain(), [f"layers.{i}" for i in range(LAYERS)])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    x, grad_y = torch.randn(1, FEATURES, requires_grad=True), torch.randn(1, FEATURES)
+
+    def step() -> None:
+        x.grad = None
+        for p in trained:
+            p.grad = None
+        model(x).backward(grad_y)
+
+    return sides.within(name, step)
+
+
 def without_base(tokens: int, features: int) -> Callable[[], Any]:
     """Ours on Triton with a base layer that computes nothing, so that arithmetic on many tokens does not count."""
     side, y = step("triton", FLOAT32, tokens, features), torch.zeros(tokens, features)
@@ -98,6 +130,10 @@ def measure(fake: ctypes.CDLL, s: Settings) -> dict[str, Any]:
             if s.full:
                 runs = {f"{tokens} x {D}": without_base(tokens, D) for tokens, D in _sizes()}
                 found["many"] = _us(minima(runs, s))
+            chosen = [name for name in IN_MODEL if name.removesuffix(sides.DEFAULT) in names]
+            chosen = [name for name in chosen if s.default_config or not name.endswith(sides.DEFAULT)]
+            rounds = Settings(s.rounds, max(s.calls // 5, 2))
+            found["in_model"] = _us(minima({name: model_step(name) for name in chosen}, rounds), LAYERS)
             ours = step("triton", FLOAT32).run
             ours()
             before = fake.launches()
@@ -114,5 +150,5 @@ def _sizes() -> list[tuple[int, int]]:
     return [(1, FEATURES), *((tokens, 768) for tokens in MANY)]
 
 
-def _us(seconds: Mapping[str, float]) -> dict[str, float]:
-    return {name: round(1e6 * value, 1) for name, value in seconds.items()}
+def _us(seconds: Mapping[str, float], layers: int = 1) -> dict[str, float]:
+    return {name: round(1e6 * value / layers, 1) for name, value in seconds.items()}

@@ -142,6 +142,18 @@ class FusedFVAELinear(nn.Module, AuxLossLayer):
             set_weight(self.base_layer, weight.to(merged))
         self._unmerged = None
 
+    def adapters(self) -> dict[str, FVAEAdapter]:
+        """The layer's only adapter, without a name."""
+        return {"": self.adapter}
+
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of its loss."""
+        return {"": self.loss_weight}
+
+    def set_loss_weights(self, weights: dict[str, float]) -> None:
+        """Set the weight of its loss."""
+        self.loss_weight = weights[""]
+
     def posterior_means(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mean_1 and mean_2 ``[..., R]`` of the latents of x."""
         return self.adapter.posterior_means(x.to(self.adapter.B.dtype))

@@ -6,12 +6,14 @@ and dispatch; on a GPU it launches the compiled kernels directly. Otherwise a ne
 serves go through `layer` itself, with the same results.
 """
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import unwrap_if_dead
 
 from ..config import FVAEConfig
 from . import _backend
@@ -58,7 +60,14 @@ class CppSteps:
         """See `Steps`."""
         grad_x, grads = self._backward(*arriving, *tensors, *self.options, state, self.detach_target, needs)
         flags = needs.flags([p is not None for p in tensors.parameters], self.options.encoder_hidden)
-        return grad_x, [grad for grad, flag in zip(grads, flags, strict=True) if flag]
+        return grad_x, list(itertools.compress(grads, flags))
+
+
+class Asked(NamedTuple):
+    """What a backward computes and returns."""
+
+    needs: Needs
+    places: tuple[int | None, ...]  # of each parameter's gradient in what `Steps.backward` returns; None: not asked for
 
 
 class Plan:
@@ -71,6 +80,21 @@ class Plan:
         B = parameters[-1]
         assert B is not None
         self.M, self.dtype, self.device = B.shape[0], B.dtype, B.device
+        self._asked: dict[Any, Asked] = {}
+
+    def asked(self, x: bool, flags: tuple[bool, ...], arriving: Arriving) -> Asked:
+        """For the gradients that autograd asks for: of x, and of the parameters by `flags`."""
+        key = x, flags, arriving.grad_y is None, arriving.grad_loss is None
+        found = self._asked.get(key)
+        if found is None:
+            hidden = self.steps.options.encoder_hidden
+            needs = Needs.of(x, flags, hidden, arriving)
+            made = needs.flags([p is not None for p in self.parameters], hidden)
+            places = itertools.count()
+            numbered = [next(places) if flag else None for flag in made]
+            wanted = tuple(place if flag else None for place, flag in zip(numbered, flags, strict=True))
+            found = self._asked[key] = Asked(needs, wanted)
+        return found
 
 
 class Plans:
@@ -173,22 +197,20 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, _: Any)
     if injected is not None:
         grad_loss = injected if grad_loss is None else grad_loss + injected
     x, noise1, noise2, mask, seed, state, *parameters = ctx.saved_tensors
-    steps, asked = ctx.plan.steps, ctx.needs_input_grad
+    plan, needed = ctx.plan, ctx.needs_input_grad
     arriving = Arriving(None if grad_y is None else rows(grad_y), grad_loss, None, None, None)
-    flags, hidden = asked[-len(parameters) :], steps.options.encoder_hidden
-    needs = Needs.of(asked[3], flags, hidden, arriving)
+    needs, places = plan.asked(needed[3], needed[-len(parameters) :], arriving)
     tensors = _tensors(x, parameters, noise1, noise2, mask, seed)
-    grad_x, grads = steps.backward(arriving, tensors, state, needs, ctx.kept)
-    left = iter(grads)
-    made = needs.flags([p is not None for p in parameters], hidden)
-    computed = [next(left) if flag else None for flag in made]
-    wanted = [grad if flag else None for grad, flag in zip(computed, flags, strict=True)]
+    grad_x, grads = plan.steps.backward(arriving, tensors, state, needs, ctx.kept)
+    wanted = [None if place is None else grads[place] for place in places]
     if needs.x and x.dim() != 2:
         grad_x = torch.ops.aten._unsafe_view(grad_x, x.shape)
-    return None, None, grad_y if asked[2] else None, grad_x if needs.x else None, None, None, None, None, *wanted
+    return None, None, grad_y if needed[2] else None, grad_x if needs.x else None, None, None, None, None, *wanted
 
 
 _backward_once = differentiable_once(_backward)
+# `Function.apply` without its search for remains of torch.func in each argument: `run_plan` looks where they can be
+_apply = super(torch.autograd.Function, PlannedLayer).apply
 
 
 def _tensors(x: Tensor, parameters: Any, noise1: Any, noise2: Any, mask: Tensor | None, seed: Tensor | None) -> Tensors:
@@ -207,6 +229,8 @@ def run_plan(
     loss_gradient: LossGradient | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the loss with its graph, and the terms [4] without one."""
-    noises = noise or (None, None)
-    y, loss, terms = PlannedLayer.apply(plan, loss_gradient, base, x, token_flags(mask), *noises, seed, *parameters)
+    flags, noises = token_flags(mask), noise or (None, None)
+    y, loss, terms = _apply(
+        plan, loss_gradient, unwrap_if_dead(base), unwrap_if_dead(x), flags, *noises, seed, *parameters
+    )
     return y, loss, terms

@@ -2,7 +2,7 @@
 
 from ._register import register
 from .config import METHOD, FVAELoraConfig
-from .files import ExportReport, export_for_inference
+from .export import ExportReport, export_for_inference
 from .layer import FVAELoraLayer, FVAELoraLinear
 from .model import FVAELoraModel
 

@@ -8,14 +8,20 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 
 from ..config import FIELDS, FVAEConfig
 from ..presets import preset
-from .files import read_adapter
+from ..serving.saved import read_adapter
 
 METHOD = "fvae"
 DEFAULT = FVAEConfig()
-TABLES = ("loss_weight", "rank_pattern", "alpha_pattern")
+BIASES = ("none", "all", "fvae_only")
+REFUSED = {
+    "target_parameters": "fused experts hold their weights as parameters that no input passes through, and an encoder "
+    "needs the tokens of its layer. Adapt linear layers by target_modules, or the experts by PEFT's LoRA",
+}
+TABLES = ("loss_weight", "rank_pattern", "alpha_pattern", "encoder_hidden_pattern")
 
 
 def _option(name: str) -> Any:
@@ -37,8 +43,13 @@ class FVAELoraConfig(PeftConfig):
         layers_to_transform: indices of the blocks to adapt; needs a list in target_modules.
         layers_pattern: name of the list of blocks, if PEFT does not find it.
         modules_to_save: other modules to train and save, for example a classification head.
+        bias: which biases of the base model are trained too: "none", "all", or "fvae_only", those of the adapted
+            layers. As with LoRA they stay in the base model when adapters are disabled, switched or removed.
+        trainable_token_indices: tokens whose embeddings are trained too, or a table of them by embedding, as in LoRA.
         rank_pattern: rank by module name pattern, if it differs from `r`.
         alpha_pattern: alpha by module name pattern, if it differs from `alpha`.
+        encoder_hidden_pattern: sizes of the encoders' hidden layers by module name pattern, if they differ from
+            `encoder_hidden`.
         init_weights: False starts from random heads, for tests: the adapter then changes the output from the start.
         inference_only: the adapter holds only encoder 1's mean path and B (`export_for_inference` writes it).
 
@@ -75,19 +86,32 @@ class FVAELoraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "indices of blocks to adapt"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of blocks"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "other modules to train and save"})
+    bias: str = field(default="none", metadata={"help": "none, all or fvae_only: biases that are trained too"})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "tokens whose embeddings are trained too"}
+    )
     rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "rank by module name pattern"})
     alpha_pattern: dict[str, float] | None = field(default_factory=dict, metadata={"help": "alpha by name pattern"})
+    encoder_hidden_pattern: dict[str, tuple[int, ...]] | None = field(
+        default_factory=dict, metadata={"help": "sizes of the encoders' hidden layers by module name pattern"}
+    )
     init_weights: bool = field(default=True, metadata={"help": "False: random heads, for tests"})
     inference_only: bool = field(default=False, metadata={"help": "hold the inference path alone"})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "FVAELoraConfig":
-        """Refuse unknown options. PEFT would drop them from a file with a warning and load a different model."""
+        """Refuse unknown options, in Python's own words: PEFT then drops them from a file of a newer version.
+
+        It warns with their names. Weights that do not fit without such an option are still refused (`files`).
+        """
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(kwargs) - known)
+        for name in REFUSED.keys() & kwargs.keys():
+            if kwargs[name]:
+                raise TypeError(f"{name} is not supported: {REFUSED[name]}")
         if unknown:
-            raise TypeError(  # worded unlike Python's own error: PEFT catches that one and drops the option
-                f"FVAELoraConfig has no option {unknown}: check the spelling, or update fvae_kernels and peft if the "
-                f"file comes from newer ones. It has: {sorted(known)}"
+            raise TypeError(
+                f"FVAELoraConfig got an unexpected keyword argument: it has no option {unknown}. Check the spelling. "
+                f"It has: {sorted(known)}"
             )
         return super().__new__(cls)
 
@@ -120,17 +144,45 @@ class FVAELoraConfig(PeftConfig):
         validated = self.to_fvae_config()
         for name in ("encoder_hidden", "decoder_hidden", "gamma_weight"):
             setattr(self, name, getattr(validated, name))
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name in ("rank_pattern", "alpha_pattern", "encoder_hidden_pattern"):
             setattr(self, name, getattr(self, name) or {})
-        for rank in self.rank_pattern.values():  # type: ignore[union-attr]
+        for pattern, rank in self.rank_pattern.items():  # type: ignore[union-attr]
+            if rank == 0:
+                raise ValueError(
+                    f"rank_pattern gives {pattern!r} rank 0, and a layer without latents is no adapted layer: leave "
+                    "it out by exclude_modules"
+                )
             self.to_fvae_config(rank=rank)
         for alpha in self.alpha_pattern.values():  # type: ignore[union-attr]
             self.to_fvae_config(alpha=alpha)
+        for pattern, sizes in self.encoder_hidden_pattern.items():  # type: ignore[union-attr]
+            self.encoder_hidden_pattern[pattern] = self.to_fvae_config(hidden=sizes).encoder_hidden  # type: ignore[index]
         if self.inference_only and self.sample_at_inference:
             raise ValueError(
                 "inference_only=True keeps the mean path alone; it does not go with sample_at_inference=True"
             )
         self._check_placement()
+        self._check_beside()
+
+    def _check_beside(self) -> None:
+        """What is trained beside the adapters."""
+        if self.bias not in BIASES:
+            raise ValueError(f"bias={self.bias!r} is not allowed: expected one of {BIASES}")
+        if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
+            raise ValueError(f"bias={self.bias!r} needs PEFT 0.21 or newer: older ones do not save the biases")
+        tokens = self.trainable_token_indices
+        for indices in tokens.values() if isinstance(tokens, dict) else [] if tokens is None else [tokens]:
+            if not isinstance(indices, (list, tuple)) or not all(isinstance(i, int) and i >= 0 for i in indices):
+                raise ValueError(
+                    f"trainable_token_indices={tokens!r} is not allowed: expected a list of token numbers, or "
+                    "a table of lists by embedding"
+                )
+
+    def token_counts(self) -> set[int]:
+        """Numbers of embeddings that are trained in a layer."""
+        tokens = self.trainable_token_indices
+        lists = tokens.values() if isinstance(tokens, dict) else [] if tokens is None else [tokens]
+        return {len(indices) for indices in lists}
 
     def _check_placement(self) -> None:
         for name in ("layers_to_transform", "layers_pattern"):
@@ -141,11 +193,15 @@ class FVAELoraConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where the blocks are; give their indices in layers_to_transform too")
 
-    def to_fvae_config(self, rank: int | None = None, alpha: float | None = None) -> FVAEConfig:
+    def to_fvae_config(
+        self, rank: int | None = None, alpha: float | None = None, hidden: tuple[int, ...] | None = None
+    ) -> FVAEConfig:
         """The options of one layer, validated."""
         options = {name: getattr(self, name) for name in FIELDS if name != "rank"}
         if alpha is not None:
             options["alpha"] = alpha
+        if hidden is not None:
+            options["encoder_hidden"] = hidden
         return FVAEConfig(rank=self.r if rank is None else rank, **options)
 
     def to_dict(self) -> dict[str, Any]:

@@ -44,6 +44,18 @@ class FVAELoraLayer(BaseTunerLayer, AuxLossLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def adapters(self) -> dict[str, Any]:
+        """The layer's adapters by name."""
+        return dict(self.fvae_adapter.items())
+
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each adapter's loss, by the adapter's name."""
+        return dict(self.fvae_loss_weight)
+
+    def set_loss_weights(self, weights: dict[str, float]) -> None:
+        """Set the weights of these adapters; those that it does not have are left out."""
+        self.fvae_loss_weight.update({name: w for name, w in weights.items() if name in self.fvae_loss_weight})
+
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; a log-variance that is held stays out of what it switches on."""
         super().set_adapter(*args, **kwargs)

@@ -5,18 +5,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..config import FVAEConfig
-from ..nn.adapter import is_served, parameter_shapes
 from ..nn.linear import is_attention, linear_shape
+from ..nn.parameters import is_served, parameter_shapes
 from ..nn.quantised import refuse_merge
+from ..serving.saved import Beside, Shapes, check_complete, check_fits
 from ..training.hooks import install_hooks, remove_hooks
 from .config import FVAELoraConfig
-from .files import Shapes, check_complete, check_fits
 from .layer import FVAELoraLayer, FVAELoraLinear
+from .weighted import check_weighted, weighted_config, weighted_factors
 
 QUERY_VALUE, Q_V = ["query", "value"], ["q_proj", "v_proj"]
 BOTH = [*QUERY_VALUE, *Q_V]
@@ -68,7 +70,9 @@ class FVAELoraModel(BaseTuner):
         if saved is None:
             return
         if saved.found:
-            check_fits(saved, shapes, peft_config.modules_to_save or (), model)
+            beside = Beside(tuple(peft_config.modules_to_save or ()), peft_config.bias, peft_config.token_counts())
+            if not getattr(model, "_checkpoint_conversion_mapping", None):  # PEFT renames the keys of such a model
+                check_fits(saved, shapes, beside, model)
         elif peft_config.inference_mode:  # a config without weights can start a training, but cannot serve
             raise ValueError(f"{saved.folder} has a config and no adapter_model.safetensors: no adapter to load")
 
@@ -138,6 +142,42 @@ class FVAELoraModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_complete(remapped, model.state_dict(), adapter_name)
         return remapped
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add the adapter ``sum_i weights_i s_i B_i M_i`` of adapters with linear encoders, as LoRA's method does.
+
+        The new adapter serves and cannot be trained: encoders 2 and decoders cannot be added up. It is not active;
+        `set_adapter` makes it so.
+
+        Args:
+            adapters: names of adapters of this model.
+            weights: one number each, negative ones too.
+            adapter_name: name of the new adapter.
+            combination_type: "cat" is exact, and its rank in a layer is the sum of the ranks there; "svd" is the best
+                matrix of a given rank. LoRA's other types have no meaning here.
+            svd_rank: rank for "svd"; None is the largest of the adapters.
+
+        Raises:
+            ValueError: an adapter that is not there, has hidden layers or samples; a name that is taken; another
+                combination; trained biases, modules_to_save or trained tokens, which no sum has. The model is unchanged
+                then.
+        """
+        check_weighted(self, adapters, weights, adapter_name, combination_type, svd_rank)
+        factors = weighted_factors(self, adapters, weights, combination_type, svd_rank)
+        self.peft_config[adapter_name] = weighted_config(self, adapters[0], factors)
+        self.inject_adapter(self.model, adapter_name)
+        for name, (A, B) in factors.items():
+            adapter: Any = self.model.get_submodule(name).fvae_adapter[adapter_name]
+            adapter.encoder1_mean_weight.copy_(A)
+            adapter.B.copy_(B)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge as PEFT does. If an adapter is not a matrix, raise before any layer is touched.
@@ -220,7 +260,9 @@ def _adapters(layer: Any) -> set[str]:
 
 def _layer_config(config: FVAELoraConfig, name: str) -> FVAEConfig:
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    hidden = config.encoder_hidden_pattern or {}
     return config.to_fvae_config(
         rank=ranks.get(get_pattern_key(list(ranks), name), config.r),
         alpha=alphas.get(get_pattern_key(list(alphas), name), config.alpha),
+        hidden=hidden.get(get_pattern_key(list(hidden), name)),
     )

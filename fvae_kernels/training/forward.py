@@ -14,78 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .padding import Padding
-from .recompute import Region
+from .calls import Call, State, Term
+from .padding import Padding, Stated
 
-MARK = "fvae_kernels.forward"  # in the metadata of the graph nodes that made a forward's outputs
-
-
+MARK = "fvae_kernels.forward"  # in the metadata of graph nodes: what each forward had done when it made their tensor
+KEPT = 32  # regions kept for a thread: of nested backwards, and of some that have ended
+Value = tuple[Any, float, Tensor]  # key, weight and loss of a call without a graph
 _numbers = itertools.count(1)
-
-
-class State:
-    """What has happened to the terms of a forward. Holds no tensors, so a layer's own graph may hold it."""
-
-    __slots__ = ("entered", "injected")
-
-    def __init__(self) -> None:
-        self.entered = False  # a backward reached the loss that they were added to
-        self.injected = False  # a backward reached a layer first, and they entered without a loss
-
-
-class Call:
-    """One call of an adapted layer in training: the weight of its term, and the state that a recomputation repeats."""
-
-    __slots__ = (
-        *("armed", "asked", "attached", "checkpointed", "fixed", "key", "loss_weight", "mask", "noise"),
-        *("state", "task", "traced"),
-    )
-
-    def __init__(self, key: Any, loss_weight: float, mask: Tensor | None) -> None:
-        self.key, self.loss_weight, self.mask = key, loss_weight, mask
-        self.checkpointed = False  # this call will be recomputed
-        self.noise: Tensor | None = None  # generator state before the call, if it will be recomputed
-        self.traced = True  # False inside a reentrant checkpoint: its recomputation makes the graph
-        self.asked = False  # the layer's own backward calls `gradient`; else an `InjectAuxLoss` does
-        self.armed = False  # `gradient` is in use for this call
-        self.attached = False  # the graph leads from a loss to the term
-        self.state = State()  # shared by its forward
-        self.fixed: Tensor | None = None  # d(root) / d(task loss), if known before the backward begins
-        self.task: int | None = None  # the backward in which the term entered without a loss
-
-    def gradient(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """The addition to the gradient of the layer's loss in its backward; None if the graph brings it.
-
-        A term whose loss is not used enters with weight 1 in the first backward that reaches it, and in no other.
-        """
-        if not self.armed or (self.attached and self.state.entered):
-            return None
-        task = torch._C._current_graph_task_id()
-        if self.task not in (None, task):
-            return None
-        if self.fixed is not None:
-            self.task = task
-            return self.fixed.to(device=device, dtype=dtype) * self.loss_weight
-        if self.task is None:
-            self.task, self.state.injected = task, True
-            from . import aux_loss
-
-            aux_loss._warn_unprobed()
-        return torch.full((), self.loss_weight, dtype=dtype, device=device)
-
-
-class Term:
-    """A layer's loss with its graph, waiting for a loss of its model. A compiled layer has no call."""
-
-    __slots__ = ("__weakref__", "call", "loss", "weight")
-
-    def __init__(self, call: Call | None, weight: float, loss: Tensor) -> None:
-        self.call, self.weight, self.loss = call, weight, loss
-
-    def waits(self, wanted: set[int]) -> bool:
-        """True if it belongs to a layer in `wanted` and has not entered any gradient."""
-        call = self.call
-        return call is None or (id(call.key) in wanted and not call.attached and call.task is None)
 
 
 class Forward:
@@ -98,7 +33,8 @@ class Forward:
         self.calls: list[Call] = []
         self.pending: list[Term] = []  # terms, while it runs
         self.left: list[weakref.ref[Term]] = []  # terms, afterwards; the graph owns them
-        self.values: list[tuple[Any, float, Tensor]] = []  # key, weight and loss of calls without a graph
+        self.values: list[Value] = []  # of calls without a graph: it will be made in a recomputation
+        self.ends: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by output of a block: the values before it
         self.compiled = False  # some of its layers are compiled
         self.recomputed = False  # some of its calls are inside a checkpoint
         self.state = State()
@@ -106,8 +42,14 @@ class Forward:
         self.inherited: Tensor | None = None  # the same, if it runs inside the backward of its loss
 
     def token_mask(self, key: Any, x: Tensor) -> Tensor | None:
-        """The mask of x: from the module nearest to the layer that got one that fits."""
+        """The mask of x: one that the user stated, or from the module nearest to the layer that got one that fits."""
         problem = None
+        if local.masks:
+            outermost = next((arguments for arguments, _ in self.scopes if key in arguments), {})
+            stated = local.masks[-1].find(outermost.get(key), x)
+            if stated.settled:
+                return stated.flags
+            problem = stated.problem
         for certain in (True, False):  # attention masks [batch, 1, tokens, tokens] come last
             for arguments, padding in reversed(self.scopes):
                 argument = arguments.get(key)
@@ -136,7 +78,7 @@ class Forward:
         for tensor in outputs:
             if tensor.grad_fn is not None:
                 earlier = [t for t, number in zip(self.pending, numbers, strict=True) if number < _number(tensor)]
-                tensor.grad_fn.metadata[MARK] = self, earlier  # type: ignore[index]
+                _marks(tensor)[self] = earlier, self._values_before(tensor)
         self.left = [weakref.ref(term) for term in self.pending]
         self.pending = []
         PENDING.add(self)
@@ -146,8 +88,20 @@ class Forward:
         if self.recomputed and start < len(self.calls):
             region = Region(self, start, len(self.calls))
             for tensor in outputs:
+                self.ends[id(tensor)] = weakref.ref(tensor), self._values_before(tensor)
                 if tensor.grad_fn is not None:
                     tensor.grad_fn.register_prehook(region.enter)
+
+    def _values_before(self, output: Tensor) -> int:
+        """How many values were made before this output: as noted for it, or by the order of the nodes."""
+        noted, end = self.ends.get(id(output), (None, 0))
+        if noted is not None and noted() is output:
+            return end
+        number = _number(output)
+        known = [(_number(t), count) for reference, count in self.ends.values() if (t := reference()) is not None]
+        if number < 0 or not any(other > number for other, _ in known):
+            return len(self.values)
+        return max((count for other, count in known if other <= number), default=0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Forward":
         return Forward(self.grad)
@@ -157,7 +111,29 @@ def _number(tensor: Tensor) -> int:
     return tensor.grad_fn._sequence_nr() if tensor.grad_fn is not None else -1
 
 
+def _marks(tensor: Tensor) -> dict[Forward, tuple[list[Term], int]]:
+    """For each forward that made this tensor: its terms before, and the number of its values before."""
+    return tensor.grad_fn.metadata.setdefault(MARK, {})  # type: ignore[union-attr, no-any-return, call-overload]
+
+
 PENDING: "weakref.WeakSet[Forward]" = weakref.WeakSet()  # forwards that wait for a loss
+
+
+class Region:
+    """The calls `start` to `end` of a forward. A backward may recompute them once it has reached their output."""
+
+    def __init__(self, forward: Forward, start: int, end: int) -> None:
+        self.forward, self.start, self.end = forward, start, end
+
+    def enter(self, *_: Any) -> None:
+        """Hook on the output's node: a backward has reached it."""
+        task, regions = torch._C._current_graph_task_id(), local.regions
+        for over in [other for other in regions if other > task]:  # nested backwards that have ended
+            del regions[over]
+        regions.pop(task, None)
+        regions[task] = weakref.ref(self.forward), self.start, self.end
+        if len(regions) > KEPT:
+            del regions[min(regions)]
 
 
 class Local(threading.local):
@@ -165,9 +141,10 @@ class Local(threading.local):
 
     def __init__(self) -> None:
         self.stack: list[Any] = []  # for each running module with hooks: its Forward and the calls so far, or None
-        self.masks: list[Tensor | None] = []  # of `token_mask`
+        self.masks: list[Stated] = []  # of `token_mask`
         self.compiled: list[Tensor] = []  # weighted losses of compiled forwards, inside `external_loss`
         self.traced: list[tuple[Any, Padding]] = []  # masks of the last forward, if a part of it was compiled
+        self.regions: dict[int, tuple[Any, int, int]] = {}  # the last one that each backward has reached
         self.call: Call | None = None  # of the running layer
         self.repeats: Call | None = None  # the call that it recomputes
 
@@ -181,18 +158,34 @@ def current() -> Forward | None:
     return found[0] if isinstance(found, tuple) else None
 
 
-def reached(loss: Tensor, forwards: list[Forward]) -> list[Forward]:
-    """The forwards that the graph of the loss leads to; all of them if it leads to none."""
-    if len(forwards) < 2 or loss.grad_fn is None:
-        return forwards
-    wanted, found = set(map(id, forwards)), {}
-    for node in _nodes(loss.grad_fn):
-        forward, _ = node.metadata.get(MARK, (None, None))
-        if forward is not None and id(forward) in wanted:
-            found[id(forward)] = forward
-            if len(found) == len(wanted):
-                break
-    return [forward for forward in forwards if id(forward) in found] or forwards
+def region() -> tuple[Forward, int, int] | None:
+    """The region that this backward has reached, if any: a forward, and the first and the end of its calls."""
+    found = local.regions.get(torch._C._current_graph_task_id())
+    forward = None if found is None else found[0]()
+    return None if found is None or forward is None else (forward, found[1], found[2])
+
+
+def reached(loss: Tensor, waiting: dict[Forward, list[Term]]) -> list[tuple[Forward, list[Term], list[Value]]]:
+    """What the graph of the loss leads to of these forwards and their terms: all of it if it leads to none.
+
+    It leads to what was done before the outputs that the loss depends on. Layers that ran later take no part.
+    """
+    missing = {id(term) for terms in waiting.values() for term in terms}
+    ends = dict.fromkeys(waiting, -1)  # how many of a forward's values are reached
+    for node in _nodes(loss.grad_fn) if loss.grad_fn is not None else ():
+        for forward, (terms, end) in node.metadata.get(MARK, {}).items():
+            if forward in ends:
+                ends[forward] = max(ends[forward], end)
+                missing.difference_update(map(id, terms))
+        if not missing and all(end == len(forward.values) for forward, end in ends.items()):
+            break
+    if max(ends.values(), default=-1) < 0:
+        return [(forward, terms, forward.values) for forward, terms in waiting.items()]
+    return [
+        (forward, [term for term in waiting[forward] if id(term) not in missing], forward.values[:end])
+        for forward, end in ends.items()
+        if end >= 0
+    ]
 
 
 def _nodes(root: Any) -> Iterator[Any]:

@@ -12,23 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .aux_loss import (
-    AuxLossLayer,
-    InjectAuxLossOnce,
-    InjectInTransform,
-    Keep,
-    attach_forward,
-    aux_loss_layers,
-    inherited,
-    keep_values,
-    take_values,
-    transformed,
-    weighted_sum,
-)
-from .forward import Forward, local
-from .outputs import names_given, replaced, task_loss, tensors
-from .padding import ARGUMENTS, PaddingRules, mask_argument
-from .recompute import in_backward, region
+from .attach import attach_forward, weighted_sum
+from .aux_loss import AuxLossLayer, aux_loss_layers
+from .cached import inherited, keep_values, take_values
+from .forward import Forward, local, region
+from .inject import InjectAuxLossOnce, InjectInTransform, Keep, transformed
+from .outputs import given, replaced, task_loss, tensors
+from .padding import ARGUMENTS, PaddingRules, Stated, mask_argument
+from .recompute import in_backward
 from .token_share import observe_items, token_share
 
 
@@ -102,7 +93,8 @@ class Scope:
         local.stack.append((forward, len(forward.calls)) if isinstance(forward, Forward) else forward)
         if not isinstance(forward, Forward):
             return None
-        forward.scopes.append((self.arguments, self.rules.note(args, kwargs)))
+        outer = forward.scopes[-1][1] if forward.scopes else None
+        forward.scopes.append((self.arguments, self.rules.note(args, kwargs, outer)))
         return (args, observe_items(kwargs)) if self.root and "num_items_in_batch" in kwargs else None
 
     def _begin(self) -> Any:
@@ -139,12 +131,13 @@ class Scope:
             return None
         if self.hooks.external:
             return self._leave(forward, output) if outermost else None
-        loss = task_loss(output, names_given(args, kwargs, self.rules.positional)) if forward.grad else None
+        named = given(args, kwargs, self.rules.positional) if forward.grad else {}
+        loss = task_loss(output, named) if forward.grad else None
         if loss is None:
             return self._leave(forward, output) if outermost else None
         if not (forward.pending or forward.values):
             return None
-        total = attach_forward(forward, loss, token_share(module, kwargs, loss))
+        total = attach_forward(forward, loss, token_share(module, named), forward.pending, forward.values)
         if self.hooks.meter is not None and not compiling:
             self.hooks.meter.add(loss, total)
         return replaced(output, loss, total)
@@ -154,9 +147,9 @@ class Scope:
         if not forward.grad:
             keep_values(forward.values)
             return None
-        compiled = [(term.weight, term.loss) for term in forward.pending if term.call is None]
+        compiled = [term for term in forward.pending if term.call is None]
         if self.hooks.external and compiled:
-            local.compiled.append(weighted_sum(compiled))
+            local.compiled.append(weighted_sum(compiled, []))
         if compiled:
             forward.pending = [term for term in forward.pending if term.call is not None]
         if not (torch.compiler.is_compiling() or transformed()) and (forward.pending or forward.values):
@@ -166,11 +159,11 @@ class Scope:
             forward.own(tensors(output))
         inject = compiled and not self.hooks.external
         if transformed() and forward.pending:
-            compiled, inject = [(term.weight, term.loss) for term in forward.pending], True
+            compiled, inject = forward.pending, True
         carrier = next((t for t in tensors(output, 1) if t.is_floating_point()), None) if inject else None
         if carrier is None:
             return output
-        loss = weighted_sum(compiled)
+        loss = weighted_sum(compiled, [])
         injected = InjectInTransform.apply(carrier, loss, 1.0) if transformed() else _once(carrier, loss)
         return replaced(output, carrier, injected)
 
@@ -229,20 +222,35 @@ def hooks_of(model: nn.Module) -> list[AuxLossHooks]:
 
 
 @contextmanager
-def token_mask(mask: Tensor | None) -> Iterator[None]:
+def token_mask(mask: Tensor | None = None, **arguments: Tensor) -> Iterator[None]:
     """In this context `mask` says which tokens enter the objective, in place of the masks among the arguments.
 
     For masks that the package cannot find: packed sequences, tokens ``[T, B]``, a decoder masked by its labels, a mask
     under another name.
 
-        with fk.token_mask(labels != -100):
+        with fk.token_mask(keep):
             loss = model(inputs, labels)
+        with fk.token_mask(decoder_attention_mask=labels != -100):
+            loss = model(input_ids, attention_mask=attention_mask, labels=labels).loss
+
+    It holds for this thread: replicas of DataParallel do not see it.
 
     Args:
         mask: one entry for each token ``[...]`` of the adapted layers' inputs, True or non-zero if it counts; None
-            counts all. If an input has another shape, all of its tokens count, and a warning says so once.
+            counts all. A layer with other tokens takes its mask among the arguments; if there is none, all of its
+            tokens count, and a warning says so once.
+        arguments: masks by the name of an argument, as if the model had got them, for the objective alone; for the
+            layers that this argument masks: attention_mask, decoder_attention_mask or encoder_attention_mask.
+
+    Raises:
+        TypeError: for another argument, or both kinds of masks.
     """
-    local.masks.append(None if mask is None else mask.ne(0))
+    unknown = sorted(set(arguments) - set(ARGUMENTS))
+    if unknown or (arguments and mask is not None):
+        what = f"an argument {unknown[0]!r}" if unknown else "a mask for all layers and masks by argument"
+        raise TypeError(f"token_mask got {what}; expected a mask, or masks by name, of {list(ARGUMENTS)}")
+    flags = {name: value.ne(0) for name, value in arguments.items()}
+    local.masks.append(Stated(None if mask is None else mask.ne(0), flags))
     try:
         yield
     finally:
@@ -262,3 +270,13 @@ def external_loss(model: nn.Module) -> Iterator[None]:
     finally:
         for hooks in roots:
             hooks.external = False
+
+
+@contextmanager
+def masks_noted() -> Iterator[None]:
+    """In this context adapted layers can ask for the mask of their tokens in eval mode too."""
+    local.stack.append((Forward(grad=False), 0))
+    try:
+        yield
+    finally:
+        local.stack.pop()

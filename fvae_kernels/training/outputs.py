@@ -69,8 +69,8 @@ def replaced(output: Any, old: Tensor, new: Tensor) -> Any:
     return output
 
 
-def names_given(args: tuple[Any, ...], kwargs: Mapping[str, Any], positional: list[str]) -> list[str]:
-    """Names of a forward's arguments that are not None; a batch passed as one mapping counts by its keys."""
-    found = [name for name, value in zip(positional, args, strict=False) if value is not None]
-    found += [name for name, value in kwargs.items() if value is not None]
-    return found + [str(name) for value in args if isinstance(value, Mapping) for name in value]
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any], positional: list[str]) -> dict[str, Any]:
+    """Arguments of a forward by name, those that are not None; and the entries of a batch passed as one mapping."""
+    named = {**dict(zip(positional, args, strict=False)), **kwargs}
+    entries = {str(name): value for batch in args if isinstance(batch, Mapping) for name, value in batch.items()}
+    return {name: value for name, value in {**entries, **named}.items() if value is not None}

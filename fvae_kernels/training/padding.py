@@ -6,12 +6,13 @@ that forward, and each layer asks for the flags that fit its own input.
 
 import inspect
 import re
-import warnings
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from . import warn
+from .outputs import given
 
 ARGUMENTS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
 STACK = re.compile(r"(?:^|\.)\w*(encoder|decoder)\.")
@@ -29,13 +30,10 @@ class PaddingRules:
         self.positional = [name for name, parameter in parameters.items() if parameter.kind in kinds]
         self.audio: Any = next((m for m in model.modules() if hasattr(m, "_get_feat_extract_output_lengths")), None)
 
-    def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Padding":
-        """The masks among the arguments of a forward, or in a batch passed as one mapping."""
-        given = {**dict(zip(self.positional, args, strict=False)), **kwargs}
-        for value in args:
-            if isinstance(value, Mapping):
-                given = {**value, **given}
-        return Padding({name: given[name] for name in ARGUMENTS if given.get(name) is not None}, self.audio, self.root)
+    def note(self, args: tuple[Any, ...], kwargs: dict[str, Any], outer: "Padding | None" = None) -> "Padding":
+        """The masks among the arguments of a forward, or in a batch passed as one mapping; `outer`: those around."""
+        named = given(args, kwargs, self.positional)
+        return Padding({name: named[name] for name in ARGUMENTS if name in named}, self.audio, self.root, outer)
 
 
 class Found(NamedTuple):
@@ -63,8 +61,15 @@ NOTHING, ALL = Found(False), Found(True)
 class Padding:
     """The masks of one forward by argument, and the model that knows the length of its audio frames."""
 
-    def __init__(self, given: dict[str, Any], audio: Any = None, root: bool = True) -> None:
-        self.masks = {name: mask.ne(0) if _is_flat(mask) else mask for name, mask in given.items()}
+    def __init__(
+        self, masks: dict[str, Any], audio: Any = None, root: bool = True, outer: "Padding | None" = None
+    ) -> None:
+        self.came, self.masks = masks, {}
+        for name, mask in masks.items():
+            if outer is not None and outer.came.get(name) is mask:
+                self.masks[name] = outer.masks[name]
+            else:
+                self.masks[name] = mask.ne(0) if _is_flat(mask) else mask
         self.audio = audio
         self.root = root  # True unless an outer model may have turned a token mask into an attention mask
         self.frames: dict[tuple[str, int], Tensor] = {}
@@ -83,21 +88,17 @@ class Padding:
         mask = self.masks.get(argument)
         if mask is None:
             return NOTHING
-        tokens = x.shape[:-1]
         if not _is_flat(mask):
             if not self.root:
                 return NOTHING
             shape = f"has shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
             return _fault(argument, f"{shape}, and only a mask [batch, tokens] says which tokens are padding")
-        if tokens == mask.shape:
-            return Found(True, mask.to(x.device))
-        if len(tokens) == 1 and tokens[0] == mask.numel():
-            return Found(True, mask.flatten().to(x.device))
-        if len(tokens) == 1 and tokens[0] == mask.shape[0]:  # one row for each sample, for example in a pooler
-            return ALL
-        if self.audio is not None and tokens == (mask.shape[0], int(_frames(self.audio, mask.shape[1]))):
-            return Found(True, self._frame_flags(argument, tokens[1]).to(x.device))
-        return _fault(argument, _unfit(mask, x))
+        found = _fitted(argument, mask, x)
+        if not found.settled and self.audio is not None:
+            tokens = x.shape[:-1]
+            if tokens == (mask.shape[0], int(_frames(self.audio, mask.shape[1]))):
+                return Found(True, self._frame_flags(argument, tokens[1]).to(x.device))
+        return found
 
     def find_in_attention(self, argument: str, x: Tensor) -> Found:
         """The same from an attention mask ``[batch, 1, queries, tokens]`` that a model passes on to its blocks.
@@ -129,16 +130,30 @@ class Padding:
         return Padding, ({},)
 
 
-def stated_flags(mask: Tensor | None, x: Tensor, key: Any) -> Tensor | None:
-    """The flags of a mask that the user gave with `token_mask`."""
-    if mask is None:
-        return None
-    if mask.shape == x.shape[:-1]:
-        return mask.to(x.device)
-    if x.dim() == 2 and x.shape[0] == mask.numel():
-        return mask.flatten().to(x.device)
-    Problem("token_mask", _unfit(mask, x)).warn(key)
-    return None
+class Stated(NamedTuple):
+    """Masks that the user stated with `token_mask`: one for all layers (None: all tokens), or by argument."""
+
+    mask: Tensor | None
+    arguments: dict[str, Tensor]
+
+    def find(self, argument: str | None, x: Tensor) -> Found:
+        """The flags for x of a layer that `argument` masks."""
+        if self.arguments:
+            mask = None if argument is None else self.arguments.get(argument)
+            return NOTHING if mask is None else _fitted(argument or "", mask, x)
+        return ALL if self.mask is None else _fitted("token_mask", self.mask, x)
+
+
+def _fitted(argument: str, mask: Tensor, x: Tensor) -> Found:
+    """The flags of a mask for the tokens of x, flattened or not."""
+    tokens = x.shape[:-1]
+    if mask.shape == tokens:
+        return Found(True, mask if mask.device == x.device else mask.to(x.device))
+    if mask.numel() == tokens.numel() and (len(tokens) == 1 or mask.shape[-1] == tokens[-1]):
+        return Found(True, mask.reshape(tokens).to(x.device))
+    if mask.dim() > 1 and len(tokens) == 1 and tokens[0] == mask.shape[0]:  # one row for each sample, as in a pooler
+        return ALL
+    return _fault(argument, _unfit(mask, x))
 
 
 def mask_argument(model: nn.Module, name: str) -> str | None:
@@ -172,9 +187,6 @@ def _frames(audio: Any, samples: Any) -> Any:
     return lengths(samples, **({"add_adapter": False} if "add_adapter" in lengths.__code__.co_varnames else {}))
 
 
-_warned: set[tuple[str, str]] = set()
-
-
 def _unfit(mask: Tensor, x: Tensor) -> str:
     return f"has shape {tuple(mask.shape)}, and an adapted layer's input has tokens {tuple(x.shape[:-1])}"
 
@@ -184,13 +196,11 @@ def _fault(argument: str, what: str) -> Found:
 
 
 def _warn(argument: str, what: str, layer: str) -> None:
-    kind = argument, layer.rpartition(".")[2]
-    if torch.compiler.is_compiling() or kind in _warned:
+    if torch.compiler.is_compiling():
         return
-    _warned.add(kind)
-    warnings.warn(
-        f"FVAE: {argument} {what}{f' ({layer})' if layer else ''}. All tokens of such layers enter the objective, "
+    warn.once(
+        (argument, layer.rpartition(".")[2]),
+        f"{argument} {what}{f' ({layer})' if layer else ''}. All tokens of such layers enter the objective, "
         "padding too. State the mask of their tokens with `with fvae_kernels.token_mask(mask):`. With "
         "mask_padding=False all tokens count in every layer, and this warning is off.",
-        stacklevel=2,
     )

@@ -6,56 +6,25 @@ The outputs of a forward, and of each block in it, lead a backward to the calls 
 """
 
 import contextlib
-import threading
-import warnings
-import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .forward import Call, Forward
+from . import warn
+from .calls import Call, LayerKey
+from .forward import region
 
-KEPT = 32  # regions kept for a thread: of nested backwards, and of some that have ended
-
-
-class Region:
-    """The calls `start` to `end` of a forward. A backward may recompute them once it has reached their output."""
-
-    def __init__(self, forward: "Forward", start: int, end: int) -> None:
-        self.forward, self.start, self.end = forward, start, end
-
-    def enter(self, *_: Any) -> None:
-        """Hook on the output's node: a backward has reached it."""
-        task, regions = torch._C._current_graph_task_id(), _local.regions
-        for over in [other for other in regions if other > task]:  # nested backwards that have ended
-            del regions[over]
-        regions.pop(task, None)
-        regions[task] = weakref.ref(self.forward), self.start, self.end
-        if len(regions) > KEPT:
-            del regions[min(regions)]
-
-
-class _Local(threading.local):
-    def __init__(self) -> None:
-        self.regions: dict[int, tuple[Any, int, int]] = {}
-
-
-_local = _Local()
+RECOMPUTED_TWICE = (
+    "a layer that a forward calls more than once is recomputed with another state of the random number "
+    "generator (preserve_rng_state=False), and nothing tells which of its calls this is: its noise, and so its "
+    "gradient, may be another call's. Leave preserve_rng_state=True, or use_reentrant=False."
+)
 
 
 def in_backward() -> bool:
     """True if the autograd engine runs on this thread."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def region() -> "tuple[Forward, int, int] | None":
-    """The region that this backward has reached, if any."""
-    found = _local.regions.get(torch._C._current_graph_task_id())
-    forward = None if found is None else found[0]()
-    return None if found is None or forward is None else (forward, found[1], found[2])
 
 
 def inside_checkpoint() -> bool:
@@ -72,7 +41,7 @@ def generator_state(device: torch.device) -> Tensor | None:
     return torch.cuda.get_rng_state(device)
 
 
-def repeated_call(key: Any, device: torch.device) -> "Call | None":
+def repeated_call(key: LayerKey, device: torch.device) -> Call | None:
     """The call of the layer `key` that is being recomputed; None if this is a new call."""
     if not in_backward():
         return None
@@ -85,13 +54,13 @@ def repeated_call(key: Any, device: torch.device) -> "Call | None":
         now = generator_state(device)
         same = [call for call in calls if now is not None and call.noise is not None and torch.equal(now, call.noise)]
         if not same:
-            _warn()
+            warn.once("recomputed twice", RECOMPUTED_TWICE)
         calls = same or calls
     return calls[0] if calls else None
 
 
 @contextlib.contextmanager
-def noise_of(call: "Call", device: torch.device) -> Iterator[None]:
+def noise_of(call: Call, device: torch.device) -> Iterator[None]:
     """In this context the generator has its state of that call; afterwards, its present one."""
     now = generator_state(device)
     if now is None or call.noise is None or torch.equal(now, call.noise):
@@ -103,18 +72,3 @@ def noise_of(call: "Call", device: torch.device) -> Iterator[None]:
         yield
     finally:
         restore(now)
-
-
-_warned = False
-
-
-def _warn() -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            "FVAE: a layer that a forward calls more than once is recomputed with another state of the random number "
-            "generator (preserve_rng_state=False), and nothing tells which of its calls this is: its noise, and so its "
-            "gradient, may be another call's. Leave preserve_rng_state=True, or use_reentrant=False.",
-            stacklevel=2,
-        )

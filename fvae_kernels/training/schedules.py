@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.adapter import FVAEAdapter
 from .aux_loss import aux_loss_layers
 
 Schedule = float | Mapping[int, float] | Callable[[int], float]
@@ -68,10 +67,10 @@ class ObjectiveSchedule:
         self.layers = aux_loss_layers(model)
         if not self.layers:
             raise ValueError(f"{type(model).__name__} has no FVAE layer to schedule: adapt it first")
-        self.adapters = [module for module in model.modules() if isinstance(module, FVAEAdapter)]
+        self.adapters = [adapter for layer in self.layers for adapter in layer.adapters().values()]
         self.loss_weight, self.kl_weight = _function("loss_weight", loss_weight), _function("kl_weight", kl_weight)
         self.noise_bound = None if noise_bound is None else _function("noise_bound", noise_bound)
-        self.full = [_loss_weights(layer) for layer in self.layers]
+        self.full = [layer.loss_weights() for layer in self.layers]
         self.last_step = 0
 
     def step(self, step: int) -> dict[str, float]:
@@ -83,7 +82,7 @@ class ObjectiveSchedule:
         if self.noise_bound is not None:
             values["noise_bound"] = self.noise_bound(step)
         for layer, full in zip(self.layers, self.full, strict=True):
-            _set_loss_weights(layer, {name: values["loss_weight"] * weight for name, weight in full.items()})
+            layer.set_loss_weights({name: values["loss_weight"] * weight for name, weight in full.items()})
         for adapter in self.adapters:
             if "noise_bound" in values:
                 adapter.bound_noise(values["noise_bound"])
@@ -100,18 +99,6 @@ class ObjectiveSchedule:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue from a saved step."""
         self.step(int(state["step"]))
-
-
-def _loss_weights(layer: Any) -> dict[str, float]:
-    """Loss weights by adapter; a layer without PEFT has one adapter."""
-    return dict(layer.fvae_loss_weight) if hasattr(layer, "fvae_loss_weight") else {"": layer.loss_weight}
-
-
-def _set_loss_weights(layer: Any, weights: dict[str, float]) -> None:
-    if hasattr(layer, "fvae_loss_weight"):
-        layer.fvae_loss_weight.update({name: w for name, w in weights.items() if name in layer.fvae_loss_weight})
-    else:
-        layer.loss_weight = weights[""]
 
 
 def _function(name: str, schedule: Any) -> Callable[[int], float]:

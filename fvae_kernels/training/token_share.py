@@ -9,7 +9,6 @@ accumulation steps. The auxiliary loss must follow the task loss, so that their 
 is observed: it gets the number as a tensor that notices when something is computed with it.
 """
 
-import inspect
 from typing import Any
 
 import torch
@@ -20,60 +19,53 @@ ITEMS = "num_items_in_batch"
 
 
 class ObservedItems(torch.Tensor):
-    """The number of items as a tensor that notices if anything is computed with it."""
+    """The number of items as a tensor that notices if anything is computed with it. torch.compile traces it too."""
 
     used: list[bool]
+    plain: Tensor  # the number as it came
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Results are plain tensors, except the same number on another device or in another dtype."""
+        """Results are plain tensors, except the same number on another device, in another dtype or shape."""
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         seen = [entry for entry in args if isinstance(entry, ObservedItems)]
         name = getattr(func, "__name__", "")
         if name in MOVES and seen and isinstance(result, Tensor):
-            return _observed(result, seen[0].used)
-        if name not in LOOKS:
+            return _observed(result, seen[0].used, seen[0].plain)
+        if (isinstance(result, Tensor) and name != "__get__") or name in READS:  # attributes are looked at alone
             for entry in seen:
                 entry.used[0] = True
-        return result.as_subclass(torch.Tensor) if isinstance(result, ObservedItems) else result
+        return result
 
 
 MOVES = {"to", "cuda", "cpu", "float", "double", "half", "bfloat16", "long", "int", "clone", "detach", "contiguous"}
 MOVES |= {"view", "reshape", "squeeze", "unsqueeze", "expand"}
-LOOKS = {"__get__", "dim", "size", "__repr__", "__str__", "__format__", "numel", "is_floating_point", "__len__"}
+READS = {"item", "tolist", "numpy", "__int__", "__float__", "__index__", "__bool__"}
 
 
-def _observed(number: Tensor, used: list[bool]) -> ObservedItems:
+def _observed(number: Tensor, used: list[bool], plain: Tensor) -> ObservedItems:
     found = number.as_subclass(ObservedItems)
-    found.used = used
+    found.used, found.plain = used, plain
     return found
 
 
 def observe_items(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a forward, with the number of items as `ObservedItems`."""
     items = kwargs[ITEMS]
-    if items is None or torch.compiler.is_compiling():
+    if items is None:
         return kwargs
     number = items.detach() if isinstance(items, Tensor) else torch.as_tensor(items)
-    return {**kwargs, ITEMS: _observed(number, [False])}
+    return {**kwargs, ITEMS: _observed(number, [False], number)}
 
 
-def token_share(model: nn.Module, kwargs: dict[str, Any], loss: Tensor) -> Tensor | float:
-    """The share of this forward; 1 if the task loss is a plain mean."""
-    items = kwargs.get(ITEMS)
-    if items is None or not _used(model, items):
+def token_share(model: nn.Module, given: dict[str, Any]) -> Tensor | float:
+    """The share of this forward; 1 if its head did not compute with the number: then the task loss is a mean."""
+    items = given.get(ITEMS)
+    if not isinstance(items, ObservedItems) or not items.used[0]:
         return 1.0
-    share = labelled_share(model, kwargs, torch.as_tensor(items).as_subclass(torch.Tensor))
+    share = labelled_share(model, given, items.plain)
     return 1.0 if share is None else share.sum()
-
-
-def _used(model: nn.Module, items: Any) -> bool:
-    """True if the head computed with the number; while compiling, if it calls a loss function that may."""
-    if isinstance(items, ObservedItems):
-        return items.used[0]
-    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
-    return code is None or "loss_function" in code.co_names
 
 
 def labelled_share(model: nn.Module, inputs: Any, items: Tensor | int) -> Tensor | None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .aux_loss import attached, aux_loss_layers
+from .attach import attached
+from .aux_loss import aux_loss_layers
 from .hooks import external_loss, hooks_of
 from .token_share import ITEMS, labelled_share
 

@@ -86,6 +86,27 @@ def test_every_method_trains(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("points")
+def test_a_trimmed_run_ends_smaller(tmp_path: Path) -> None:
+    rows = run(tmp_path / "runs.jsonl", "--methods", "default,trimmed-4", "--seeds", "0")
+    assert rows[1]["parameters"] < 0.5 * rows[0]["parameters"]
+    assert rows[1]["task_loss"][0] == rows[0]["task_loss"][0]
+
+
+def test_the_second_latent_is_exchanged_in_training_alone() -> None:
+    model = METHODS["exchange"].adapt(Points().model(0), Points())
+    layer = model.base_model.model.query
+    seen: list[Tensor] = []
+    layer.base_layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    nn.init.normal_(layer.fvae_adapter["default"].encoder2_mean_weight)
+    x = torch.randn(64, 6)
+    for training in (True, False):
+        layer.train(training)(x)
+    changed = (seen[0] != x).any(1).double().mean()
+    assert 0.25 < changed < 0.75
+    assert torch.equal(seen[1], x)
+
+
+@pytest.mark.usefixtures("points")
 def test_a_finished_cell_is_not_run_again_and_a_run_repeats(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     first = run(path, "--methods", "lora,held-0", "--seeds", "0-1")

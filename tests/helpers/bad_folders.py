@@ -125,7 +125,6 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     ),
     "no head": (drop("classifier.weight"), ValueError, "classifier.weight is missing"),
     "another head": (put("base_model.model.classifier.weight", 9, DIM), ValueError, r"classifier.weight is \(9, 24\)"),
-    "an unknown option": (config(lambda c: c.update(lora_dropout=0.1)), TypeError, r"no option \['lora_dropout'\]"),
     "a bad value": (config(lambda c: c.update(r=0)), ValueError, "rank=0 is not allowed"),
     "a bad type": (config(lambda c: c.update(dropout="much")), ValueError, "dropout='much' is not allowed"),
     "a bad pattern": (config(lambda c: c.update(loss_weight=[["(", 1.0]])), ValueError, "regular expression"),

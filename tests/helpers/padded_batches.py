@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fvae_kernels.nn.adapter import FVAEAdapter
-from fvae_kernels.training import padding
+from fvae_kernels.training import warn
 from tests.helpers.tiny_models import VOCAB
 
 Batch = dict[str, Tensor]
@@ -68,4 +68,4 @@ def forget_position(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.full((*x.shape[:-1], self.config.rank), 0.5, dtype=self.B.dtype)
 
     monkeypatch.setattr(FVAEAdapter, "draw_noise", draw)
-    monkeypatch.setattr(padding, "_warned", set())
+    monkeypatch.setattr(warn, "said", set())

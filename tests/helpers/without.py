@@ -11,6 +11,7 @@ from typing import Any
 OPTIONAL = (
     *("trl", "datasets", "pandas", "pyarrow", "ttsem", "tensorboard", "rich", "matplotlib", "torchao", "hqq"),
     *("pytest_timeout", "xdist", "pytest_benchmark", "torchvision"),
+    *("sentence_transformers", "pytorch_lightning", "diffusers"),
 )
 
 

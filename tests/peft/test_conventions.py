@@ -95,9 +95,9 @@ def test_hotswapping_is_refused(tmp_path: Path) -> None:
     assert_state(model, before)
 
 
-def test_weighted_adapters_are_refused() -> None:
+def test_weighted_adapters_with_hidden_layers_are_refused() -> None:
     model = adapted()
-    with pytest.raises(AttributeError, match="add_weighted_adapter"):
+    with pytest.raises(ValueError, match="its update is no matrix"):
         model.add_weighted_adapter(["default"], [1.0], "mixed")
 
 

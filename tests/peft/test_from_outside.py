@@ -8,10 +8,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fvae_kernels as fk
-from tests.helpers.peft_models import CONFIG, adapted, config_for, layers, logits, train_step
+from tests.helpers.peft_models import CONFIG, WEIGHTS, adapted, config_for, layers, logits, train_step
 from tests.helpers.tiny_models import build
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -30,6 +31,34 @@ def test_the_dict_of_a_config_is_its_file(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     assert config.to_dict() == json.loads((tmp_path / CONFIG).read_text())
     assert type(config)(**config.to_dict()) == config
+
+
+def test_options_of_a_newer_version_are_dropped_from_a_file_by_name(tmp_path: Path) -> None:
+    model = adapted().eval()
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(written | {"annealed": True, "z_3": 1}))
+    with pytest.warns(UserWarning, match=r"\['annealed', 'z_3'\].*ignored"):
+        found = peft.PeftModel.from_pretrained(build("bert"), tmp_path).eval()
+    assert torch.equal(logits(found), logits(model))
+    with pytest.raises(TypeError, match=r"no option \['annealed'\]"):
+        fk.FVAELoraConfig(**{**written, "annealed": True})  # in code it is a typo
+
+
+def test_a_newer_file_whose_weights_do_not_fit_is_refused(tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(written | {"z_3": 1}))
+    state = load_file(tmp_path / WEIGHTS)
+    name = next(name for name in state if name.endswith("decoder_out_weight"))
+    save_file({**state, name.replace("decoder_out", "encoder3_mean"): state[name].clone()}, tmp_path / WEIGHTS)
+    base = build("bert")
+    with (
+        pytest.warns(UserWarning, match=r"\['z_3'\].*ignored"),
+        pytest.raises(ValueError, match=r"does not fit .* encoder3_mean_weight is"),
+    ):
+        peft.PeftModel.from_pretrained(base, tmp_path)
+    assert not any("fvae" in name for name, _ in base.named_modules())
 
 
 def test_a_pickle_is_refused_before_anything_is_written(tmp_path: Path) -> None:

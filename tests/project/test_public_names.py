@@ -11,6 +11,8 @@ NAMES = {
     *("FVAELoraConfig", "FVAELoraModel", "export_for_inference"),
     *("attach_aux_loss", "external_loss", "prepare_trainer", "FVAETrainerMixin", "FVAELoggingCallback"),
     *("encode", "divergence", "reconstruct", "available_backends", "use_backend", "BackendUnavailable"),
+    *("export_as_lora", "suggest_ranks", "trim", "generate_features"),
+    *("restore_linears", "save_adapters", "load_adapters"),
     *("collect_terms", "diagnostics", "interop", "reference", "tuning"),
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fvae_kernels as fk
-from fvae_kernels.training import aux_loss
+from fvae_kernels.training import warn
 from fvae_kernels.training.aux_loss import aux_loss_layers
 from tests.helpers.gradients import (
     CAUSAL,
@@ -158,7 +158,7 @@ def test_two_forwards_of_different_weight_before_one_backward() -> None:
 def test_own_criterion_counts_once_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = adapted("bert"), batch("bert")
     expected = direct(model, [(inputs, 1.0, 1.0)])
-    monkeypatch.setattr(aux_loss, "_unprobed_warned", False)
+    monkeypatch.setattr(warn, "said", set())
     with pytest.warns(UserWarning, match="attach_aux_loss"):
         own_criterion(model, inputs).backward()
     assert_same(model, expected)

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fvae_kernels as fk
 from fvae_kernels.nn.linear import is_linear
 from tests.helpers.heads import HEADS, example, families, tiny
-from tests.helpers.total_loss import fix_noise
+from tests.helpers.total_loss import by_hand, fix_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FAMILIES = families()
@@ -104,3 +105,38 @@ def test_a_number_that_is_looked_at_alone_is_not_used() -> None:
         number = observe_items({"num_items_in_batch": 4})["num_items_in_batch"]
         assert convert(number) == 4
         assert number.used[0]
+
+
+class Head(nn.Module):
+    """A head whose code does not say whether its loss divides by the number of items."""
+
+    def __init__(self, divides: bool) -> None:
+        super().__init__()
+        self.linear, self.divides = nn.Linear(6, 3), divides
+
+    def loss_function(self, logits: Tensor, labels: Tensor, items: Any) -> Tensor:
+        return F.cross_entropy(logits, labels)
+
+    def summed(self, logits: Tensor, labels: Tensor, items: Any) -> Tensor:
+        if torch.is_tensor(items):
+            items = items.to(logits.device)
+        return F.cross_entropy(logits, labels, reduction="sum") / items
+
+    def forward(self, x: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> dict[str, Tensor]:
+        loss = self.summed if self.divides else self.loss_function
+        return {"loss": loss(self.linear(x), labels, num_items_in_batch)}
+
+
+@pytest.mark.parametrize(("items", "divides"), [(torch.tensor(40), True), (40, False)])
+def test_a_compiled_head_is_observed_too(items: Any, divides: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_noise(monkeypatch)
+    torch.manual_seed(0)
+    model, x, labels = Head(divides), torch.randn(5, 6), torch.tensor([0, 1, -100, 2, 1])
+    fk.replace_linears(model, CONFIG)
+    with by_hand(model) as terms:
+        task = model(x, labels, num_items_in_batch=items)["loss"]
+    share = 4 / 40 if divides else 1.0
+    expected = task + share * torch.stack(terms).sum()
+    for called in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        torch.testing.assert_close(called(x, labels, num_items_in_batch=items)["loss"], expected)
+    torch._dynamo.reset()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fvae_kernels as fk
-from fvae_kernels.training import padding
-from fvae_kernels.training.aux_loss import AuxLossLayer
+from fvae_kernels.training import padding, warn
+from tests.helpers.counted import assert_counted, forward_of
 from tests.helpers.gradients import OPTIONS, adapted
 from tests.helpers.padded_batches import Batch, forget_position, padded, sequences
 from tests.helpers.tiny_models import TARGETS, batch, build
@@ -20,29 +20,6 @@ from tests.helpers.tiny_models import TARGETS, batch, build
 @pytest.fixture(autouse=True)
 def _draw(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_position(monkeypatch)
-
-
-def forward_of(model: nn.Module, *args: Any, **inputs: Any) -> dict[str, tuple[Any, Tensor]]:
-    """Each adapted layer by name, with its input in a forward."""
-    seen: dict[str, tuple[Any, Tensor]] = {}
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, AuxLossLayer)}
-    handles = [
-        layer.register_forward_pre_hook(lambda module, given, name=name: seen.update({name: (module, given[0])}))
-        for name, layer in layers.items()
-    ]
-    model(*args, **inputs)
-    for handle in handles:
-        handle.remove()
-    assert seen
-    return {name.removeprefix("base_model.model."): value for name, value in seen.items()}
-
-
-def assert_counted(layer: Any, x: Tensor, flags: Tensor | None) -> None:
-    """The layer's last terms are those of the tokens that `flags` keeps; None: all tokens."""
-    adapter = layer.fvae_adapter["default"] if hasattr(layer, "fvae_adapter") else layer.adapter
-    assert torch.allclose(adapter(x, mask=flags)[1].loss, layer.last_terms.loss, rtol=1e-10)
-    if flags is not None:
-        assert not torch.allclose(adapter(x)[1].loss, layer.last_terms.loss, rtol=1e-10)
 
 
 def test_a_decoder_without_a_mask_has_no_padding() -> None:
@@ -109,7 +86,7 @@ def test_flattened_tokens_pooled_rows_and_images() -> None:
     assert masks.flags("attention_mask", torch.zeros(2, 4)) is None
     assert masks.flags(None, torch.zeros(2, 3, 4)) is None
     assert masks.flags("decoder_attention_mask", torch.zeros(2, 3, 4)) is None
-    assert not padding._warned
+    assert not warn.said
     model = build("vit")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert {padding.mask_argument(model, name) for name in names} == {None}

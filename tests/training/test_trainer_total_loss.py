@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import LabelSmoother
 
 import fvae_kernels as fk
-from fvae_kernels.training import aux_loss
+from fvae_kernels.training import warn
 from tests.helpers.tiny_models import batch
 from tests.helpers.total_loss import by_hand, fix_noise
 from tests.helpers.trainer_tools import (
@@ -55,7 +55,7 @@ def no_unprobed_term(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise AssertionError("a term entered the gradient without a weight")
 
-    monkeypatch.setattr(aux_loss, "_warn_unprobed", refuse)
+    monkeypatch.setattr(warn, "unprobed", refuse)
 
 
 def objective(kind: str, rows: Rows, task: Criterion, shared: bool) -> tuple[nn.Module, Tensor]:

@@ -1,89 +1,31 @@
 """TRL's SFTTrainer and DPOTrainer with ``peft_config=FVAELoraConfig(...)``: the step is that of the total loss (6)."""
 
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
-from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
-from torch.utils.data import SequentialSampler
-from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+import torch.nn.functional as F
 
 import fvae_kernels as fk
-from fvae_kernels.training import aux_loss
-from tests.helpers.peft_models import SMALL
-from tests.helpers.tiny_models import TARGETS, VOCAB, build
+from fvae_kernels.training import warn
+from tests.helpers.tiny_models import build
 from tests.helpers.total_loss import by_hand, fix_noise
-from tests.helpers.trainer_tools import ONE_STEP, QUIET, SIZE, STEPS, assert_step, params, step_of
+from tests.helpers.trainer_tools import ONE_STEP, QUIET, STEPS, assert_step, params, step_of
+from tests.helpers.trl_tools import DPO, RTOL, SFT, log_probs, trainer_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning"),
 ]
-PLAIN: dict[str, Any] = {"bf16": False, "save_strategy": "no"}
-RTOL = 2e-6  # TRL's log-probabilities are float32
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCAB - 3))]
-    model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    model.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=model, **names)
-
-
-def words(start: int, count: int) -> str:
-    return " ".join(f"w{(start + 5 * k) % (VOCAB - 3)}" for k in range(count))
-
-
-TEXTS = [{"text": words(i, 2 + i % 5)} for i in range(SIZE * STEPS)]  # of unequal length, so that some are padded
-PAIRS = [
-    {"prompt": words(i, 2), "chosen": " " + words(i + 2, 1 + i % 3), "rejected": " " + words(i + 7, 2)}
-    for i in range(SIZE * STEPS)
-]
-
-
-class SFT(SFTTrainer):
-    def _get_train_sampler(self, *args: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
-
-
-class DPO(DPOTrainer):
-    _get_train_sampler = SFT._get_train_sampler
 
 
 class MixedSFT(fk.FVAETrainerMixin, SFT):
     pass
-
-
-def trainer_of(cls: type, folder: Path, kind: str = "llama", **options: Any) -> Any:
-    torch.manual_seed(0)
-    arguments, rows = (DPOConfig, PAIRS) if issubclass(cls, DPOTrainer) else (SFTConfig, TEXTS)
-    config = fk.FVAELoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS[kind], init_weights=False, **SMALL)
-    return fk.prepare_trainer(
-        cls(
-            build(kind).double(),
-            args=arguments(output_dir=str(folder), **PLAIN | options),
-            train_dataset=Dataset.from_list(rows),
-            peft_config=config,
-            processing_class=tokenizer(),
-        )
-    )
-
-
-def log_probs(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Log-probability of each next token."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    return F.log_softmax(logits, -1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
 
 
 @pytest.mark.compat("Trainers", "TRL's SFTTrainer with `peft_config`")
@@ -152,7 +94,7 @@ def test_sft_trains_saves_and_loads(kind: str, tmp_path: Path, monkeypatch: pyte
 
 
 def test_without_prepare_trainer_a_warning_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aux_loss, "_unprobed_warned", False)
+    monkeypatch.setattr(warn, "said", set())
     trainer = trainer_of(SFT, tmp_path, **ONE_STEP)
     del trainer.compute_loss
     with pytest.warns(UserWarning, match=r"prepare_trainer\(trainer\)"):

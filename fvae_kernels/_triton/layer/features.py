@@ -11,7 +11,7 @@ One launch runs four kinds of programs. Each program walks over one chunk of tok
     encoder_tile     a weight tile of a later encoder layer, or the bias of a first one
     decoder_rows     rows of a decoder hidden layer, whose inputs and gradients are recomputed
 
-`layer_reduce_kernel` adds the chunks up in a fixed order.
+`layer_reduce_kernel` (sums) adds the chunks up in a fixed order.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, misc, var-annotated"
@@ -38,6 +38,7 @@ from .networks import (
     sliced,
 )
 from .objective import bounds_of, counting, nll_coefficient, samples, token_share
+from .sums import rows_of, store_sums, tiles_of
 
 
 class Made(NamedTuple):
@@ -59,11 +60,6 @@ class EncoderTiles(NamedTuple):
     inputs: tuple[int, ...]
 
 
-@triton.constexpr_function
-def tiles_of(size, T):
-    return -(-size // T)
-
-
 @triton.jit
 def encoder_linear(encoder, i: tl.constexpr, S: tl.constexpr):
     """The i-th layer of an encoder; mean and logvar follow the hidden layers."""
@@ -73,19 +69,6 @@ def encoder_linear(encoder, i: tl.constexpr, S: tl.constexpr):
         return encoder.mean
     else:
         return encoder.logvar
-
-
-@triton.jit
-def rows_of(block, N, BLOCK_N: tl.constexpr):
-    rows = tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return rows, rows < N
-
-
-@triton.jit
-def store_sums(parts_ptr, sums, rows, first, cols, ROWS, COLS, stride):
-    """Store a tile [rows, cols] of a parameter's sums, with `stride` entries a row and columns from `first` on."""
-    inside = (rows < ROWS)[:, None] & (cols < COLS)[None, :]
-    tl.store(tile(parts_ptr, rows, first + cols, (stride, 1)), sums, mask=inside)
 
 
 @triton.jit
@@ -334,28 +317,3 @@ def layer_grads_kernel(
                         c_nll, bounds, N, S, BLOCK_N, BLOCK_K, min(BLOCK_D, width_of(S.decoder[number])),
                     )  # fmt: skip
                 first -= tiles_of(S.decoder[number], BLOCK_D) * BLOCK_D
-
-
-@triton.jit(do_not_specialize=["P"])
-def layer_reduce_kernel(
-    parts_ptr,  # [P, length]
-    gradients,  # pointers to the requested gradients, contiguous
-    starts,  # offset of each in a row of parts
-    sizes,  # number of entries of each
-    P,
-    length,
-    ACC: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
-    """Sum parts over the first dimension, always in the same order."""
-    program = tl.program_id(0)
-    for i in tl.static_range(len(gradients)):
-        if (program >= 0) & (program < tl.cdiv(sizes[i], BLOCK_L)):
-            entries = program * BLOCK_L + tl.arange(0, BLOCK_L)
-            inside = entries < sizes[i]
-            sums = tl.zeros((BLOCK_L,), ACC)
-            for part in range(P):
-                at = tl.cast(part, tl.int64) * length + starts[i]
-                sums += tl.load(parts_ptr + at + entries, mask=inside, other=0)
-            tl.store(gradients[i] + entries, sums.to(gradients[i].dtype.element_ty), mask=inside)
-        program -= tl.cdiv(sizes[i], BLOCK_L)

@@ -13,9 +13,10 @@ from ...ops._raw import wide_dtype_of
 from .. import tables
 from .._common import precision, target, triton_dtype
 from .arguments import Sizes
-from .features import EncoderTiles, Made, layer_grads_kernel, layer_reduce_kernel
+from .features import EncoderTiles, Made, layer_grads_kernel
 from .forward import layer_fwd_kernel, layer_mean_kernel
 from .launch import Launch
+from .sums import layer_reduce_kernel
 from .tokens import layer_bwd_kernel
 
 
@@ -138,6 +139,7 @@ class Backward:
     ) -> None:
         case = prepared.case
         self.needs, self.latents = needs, needs.x or needs.encoders
+        self.state_width, self.output_inputs = prepared.state_width, prepared.output_inputs
         self.target = needs.x and decode and not detach_target
         self.tokens = prepared.launch("layer_bwd", layer_bwd_kernel, S=prepared.S, DECODE=decode)
         self.inputs = needs.decoder or needs.scale or self.target  # store the inputs of the decoder's output layer
@@ -179,9 +181,21 @@ class Backward:
             starts.append(self.length)
             self.length += -(-math.prod(shape) // 16) * 16 if flag else 0
         self.places = Networks.of(starts, hidden)
-        self.shapes = tuple(shape if flag else (0,) for flag, shape in zip(self.flags, shapes, strict=True))
         self.starts = tuple(start for flag, start in zip(self.flags, starts, strict=True) if flag)
         self.entries = tuple(math.prod(shape) for flag, shape in zip(self.flags, shapes, strict=True) if flag)
+
+    def knows(self, key: Any) -> bool:
+        """True if every launch of this backward can go directly; `key` is of those that read tokens."""
+        first = self.tokens.knows(key) or not (self.latents or self.inputs)
+        return first and self.grads.knows(key) and (self.reduce.knows(None) or not self.entries)
+
+    def scratch(self, N: int, chunks: int) -> tuple[int, int, int, int]:
+        """Entries of the gradient of the state, the output layer's inputs, the gradient of these, and the sums.
+
+        Multiples of 16, so that each part is aligned as a tensor of its own would be.
+        """
+        state, inputs = (-(-N * width // 16) * 16 for width in (self.state_width, self.output_inputs))
+        return state * self.latents, inputs * self.inputs, inputs * self.hidden, chunks * self.length
 
     def chunks(self, N: int) -> int:
         """Number of chunks of tokens; the programs store sums for each chunk."""

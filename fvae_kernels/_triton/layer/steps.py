@@ -5,6 +5,7 @@ launches them; with a stream they go directly to the compiled kernels (see `laun
 """
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,16 @@ class Given(NamedTuple):
     seed: Tensor | None
 
 
+class Weights(NamedTuple):
+    """All parameters, contiguous, with zeros for a missing bias."""
+
+    flat: Sequence[Tensor]  # in the order of `Networks.flat`
+    tensors: Networks  # the same ones, named
+    addresses: Networks | None  # cost the host less than tensors, but only a direct launch takes them
+
+
 def forward(
-    base: Tensor | None, given: Given, networks: Networks, ready: Prepared, numbers: Numbers, stream: int | None = None
+    base: Tensor | None, given: Given, weights: Weights, ready: Prepared, numbers: Numbers, stream: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [N, M], the terms [4], and the state [N, state_width] for backward."""
     case, x, N = ready.case, given.x, given.x.shape[0]
@@ -35,15 +44,18 @@ def forward(
     state = x.new_empty((N, ready.state_width), dtype=ready.wide)
     if N == 0:
         return y, x.new_zeros(4, dtype=ready.wide), state
-    layer, key = _layer(given, networks, ready), (x.dtype, None if base is None else base.dtype)
+    key = x.dtype, None if base is None else base.dtype
+    direct = stream is not None and ready.fwd.knows(key) and ready.mean.knows(None)
+    networks = weights.addresses if direct and weights.addresses else weights.tensors
+    layer = _layer(given, networks)
     programs = -(-N // ready.fwd.constants["BLOCK_N"])
     statistics = x.new_empty((programs, 16), dtype=ready.wide)
     of_latents = numbers.scaling, numbers.prior2_mean, numbers.logvar1_low, numbers.logvar1_high
     arguments: tuple[Any, ...] = (layer, base, _row(base), y, state, statistics, *of_latents, N, case.D, case.M)
     ready.fwd((programs, 1), arguments, key, stream)
     terms = x.new_empty(4, dtype=ready.wide)
-    weights = numbers.objective, numbers.rest
-    arguments = statistics, networks.decoder.scale, *weights, layer.kept, terms, programs, N, case.D, case.R
+    table = numbers.objective, numbers.rest
+    arguments = statistics, networks.decoder.scale, *table, layer.kept, terms, programs, N, case.D, case.R
     ready.mean((1, 1), arguments, None, stream)
     return y, terms, state
 
@@ -51,57 +63,64 @@ def forward(
 def backward(
     arriving: Arriving,
     given: Given,
-    networks: Networks,
+    weights: Weights,
     state: Tensor,
     needs: Needs,
     detach_target: bool,
     there: tuple[bool, ...],
     ready: Prepared,
     numbers: Numbers,
-    into: Any,
     stream: int | None = None,
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """grad_x [N, D] and the gradients of those parameters that are there and needed; `into` makes
-    their memory.
+    """grad_x [N, D] and the gradients of those parameters that are there and needed; no two share memory.
 
     `there`: of each parameter, whether there is one, which a bias may not be.
     """
     case, x, N = ready.case, given.x, given.x.shape[0]
     plan = ready.backward(needs, detach_target, arriving.at_decoder, there)
     grad_x = x.new_empty(x.shape if needs.x else (0,))
-    gradients = into(plan)
+    gradients = tuple(map(torch.empty_like, compress(weights.flat, plan.flags)))
     if N == 0 or not any(needs):
         return grad_x.zero_(), [grad.zero_() for grad in gradients]
 
-    layer, wide, state = _layer(given, networks, ready), ready.wide, aligned(state)
-    grad_state = x.new_empty((N, ready.state_width), dtype=wide) if plan.latents else None
-    inputs = x.new_empty((N, ready.output_inputs), dtype=wide) if plan.inputs else None
-    grad_hidden = x.new_empty((N, ready.output_inputs), dtype=wide) if plan.hidden else None
-    grad_y, nothing = arriving.grad_y, zeros(wide, x.device, 1)
-    term_grads = TermGrads(*(nothing if grad is None else aligned(grad) for grad in arriving[1:]))
+    grad_y, nothing, state = arriving.grad_y, zeros(ready.wide, x.device, 1), packed(state)
     key = x.dtype, None if grad_y is None else grad_y.dtype
+    direct = stream is not None and plan.knows(key)
+    layer = _layer(given, weights.addresses if direct and weights.addresses else weights.tensors)
+    chunks = plan.chunks(N)
+    memory = x.new_empty(sum(sizes := plan.scratch(N, chunks)), dtype=ready.wide)
+    grad_state, inputs, grad_hidden, parts = _split(memory, sizes, direct)
+    term_grads = TermGrads(*[nothing if grad is None else aligned(grad) for grad in arriving[1:]])
     arrives = layer, grad_y, _row(grad_y), term_grads
     bounds = numbers.logvar1_low, numbers.logvar1_high
     if plan.latents or plan.inputs:
         programs = -(-N // plan.tokens.constants["BLOCK_N"])
-        weights = numbers.objective, numbers.rest
-        to = state, grad_state, inputs, grad_hidden
+        table, to = (numbers.objective, numbers.rest), (state, grad_state, inputs, grad_hidden)
         scalars: tuple[float, ...] = numbers.recon_weight, numbers.scaling, numbers.prior2_mean
-        plan.tokens((programs, 1), (*arrives, *weights, *to, *scalars, *bounds, N, case.D, case.M), key, stream)
+        plan.tokens((programs, 1), (*arrives, *table, *to, *scalars, *bounds, N, case.D, case.M), key, stream)
 
-    chunks = plan.chunks(N)
-    parts = x.new_empty((chunks, plan.length), dtype=wide)
     tensors = state, grad_state, inputs, grad_hidden, grad_x if needs.x else None, parts
     scalars = numbers.recon_weight, numbers.scaling
     arguments: tuple[Any, ...] = (*arrives, *tensors, plan.places, plan.length, *scalars, *bounds, N, case.D, case.M)
     plan.grads((plan.programs, chunks), arguments, key, stream)
     if plan.entries:
-        arguments = parts, tuple(gradients), plan.starts, plan.entries, chunks, plan.length
+        arguments = parts, gradients, plan.starts, plan.entries, chunks, plan.length
         plan.reduce((plan.reduce_programs, 1), arguments, None, stream)
     return grad_x, gradients
 
 
-def _layer(given: Given, networks: Networks, ready: Prepared) -> Layer:
+def _split(memory: Tensor, sizes: Sequence[int], direct: bool) -> list[Any]:
+    """The parts of `memory`, which must outlive their launches; as addresses for a direct launch, and None if empty."""
+    if not direct:
+        return [part if part.numel() else None for part in memory.split(tuple(sizes))]
+    at, step, parts = memory.data_ptr(), memory.itemsize, []
+    for size in sizes:
+        parts.append(at if size else None)
+        at += size * step
+    return parts
+
+
+def _layer(given: Given, networks: Networks) -> Layer:
     x, nothing = given.x, zeros(torch.int64, given.x.device, 1)
     return Layer(
         x,
@@ -152,32 +171,28 @@ def given_of(
     return Given(by_rows(x), *(None if t is None else packed(t) for t in (noise1, noise2, mask, seed)))
 
 
-def named(parameters: Sequence[Tensor | None], encoder_hidden: int) -> Networks:
-    """The parameters, with zeros for a missing bias."""
+def packed_weights(parameters: Sequence[Tensor | None], encoder_hidden: int) -> Weights:
+    """The parameters in the layout that kernels read."""
     B = parameters[-1]
     assert B is not None
     units = max((weight.shape[0] for weight in parameters[:-2:2] if weight is not None), default=1)
     nothing = zeros(B.dtype, B.device, units)
-    return Networks.of([nothing if p is None else p for p in parameters], encoder_hidden)
+    flat = [nothing if p is None else packed(p) for p in parameters]
+    return Weights(flat, Networks.of(flat, encoder_hidden), None)
 
 
-def packed_networks(parameters: Sequence[Tensor | None], encoder_hidden: int) -> Networks:
-    """`named`, in the layout that kernels read."""
-    return named([None if p is None else packed(p) for p in parameters], encoder_hidden)
-
-
-def _all_of(tensors: Tensors, options: Options) -> tuple[Given, Networks, Prepared, Numbers]:
+def _all_of(tensors: Tensors, options: Options) -> tuple[Given, Weights, Prepared, Numbers]:
     x, parameters, noise1, noise2, mask, seed = tensors
-    networks, given = packed_networks(parameters, options.encoder_hidden), given_of(x, noise1, noise2, mask, seed)
-    case = Case.of(networks, options, noise1 is not None, mask is not None, seed is not None, x.shape[0])
-    return given, networks, prepared(case), numbers_of(options)
+    weights, given = packed_weights(parameters, options.encoder_hidden), given_of(x, noise1, noise2, mask, seed)
+    case = Case.of(weights.tensors, options, noise1 is not None, mask is not None, seed is not None, x.shape[0])
+    return given, weights, prepared(case), numbers_of(options)
 
 
 def layer_fwd(base: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The raw operator."""
     count = len(Tensors._fields)
-    given, networks, ready, numbers = _all_of(Tensors(*rest[:count]), _options(rest[count:]))
-    return forward(None if base is None else by_rows(base), given, networks, ready, numbers)
+    given, weights, ready, numbers = _all_of(Tensors(*rest[:count]), _options(rest[count:]))
+    return forward(None if base is None else by_rows(base), given, weights, ready, numbers)
 
 
 def layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -186,18 +201,12 @@ def layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     first, count = len(Arriving._fields), len(Arriving._fields) + len(Tensors._fields)
     grad_y, *grad_terms = arguments[:first]
     tensors, options = Tensors(*arguments[first:count]), _options(arguments[count:])
-    given, networks, ready, numbers = _all_of(tensors, options)
+    given, weights, ready, numbers = _all_of(tensors, options)
     arriving = Arriving(None if grad_y is None else by_rows(grad_y), *grad_terms)
-    B, there = networks.B, tuple(p is not None for p in tensors.parameters)
-
-    def apart(plan: Any) -> list[Tensor]:
-        return [B.new_empty(shape) for shape, flag in zip(plan.shapes, plan.flags, strict=True) if flag]
-
-    grad_x, grads = backward(
-        arriving, given, networks, state.contiguous(), Needs(*needs), detach_target, there, ready, numbers, apart
-    )
+    there = tuple(p is not None for p in tensors.parameters)
+    grad_x, grads = backward(arriving, given, weights, state, Needs(*needs), detach_target, there, ready, numbers)
     left, flags = iter(grads), Needs(*needs).flags(there, options.encoder_hidden)
-    return grad_x, [next(left) if flag else B.new_empty(0) for flag in flags]
+    return grad_x, [next(left) if flag else weights.tensors.B.new_empty(0) for flag in flags]
 
 
 def _options(values: Sequence[Any]) -> Options:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 import fvae_kernels as fk
-from fvae_kernels.training import callback as module
+from fvae_kernels.callbacks import log as module
 from fvae_kernels.training.aux_loss import AuxLossLayer
 from tests.helpers.recipe import SMALL_NETWORKS
 from tests.helpers.tiny_models import TARGETS, build

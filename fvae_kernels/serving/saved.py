@@ -1,18 +1,16 @@
-"""Adapter files: checked before a model is touched; and the export of the inference path."""
+"""Adapter folders, checked before a model is touched."""
 
-import copy
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-CONTAINER = "fvae_adapter"
-WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+from .folders import CONTAINER, PICKLE, WEIGHTS
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]  # module -> parameter -> shape
+TOKENS = ".token_adapter.trainable_tokens_delta"
 PEFT_PREFIXES = ("base_model.model.", "base_model.")
 
 
@@ -58,9 +56,9 @@ def read_adapter(folder: str) -> SavedAdapter:
                 shape = tuple(file.get_slice(key).get_shape())
                 module, found, parameter = key.rpartition(f".{CONTAINER}.")
                 if found:
-                    layers.setdefault(_plain(module), {})[parameter] = shape
+                    layers.setdefault(plain_name(module), {})[parameter] = shape
                 else:
-                    others[_plain(key)] = shape
+                    others[plain_name(key)] = shape
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}. It is truncated, or no safetensors file") from error
     if not layers:
@@ -68,14 +66,21 @@ def read_adapter(folder: str) -> SavedAdapter:
     return SavedAdapter(folder, True, layers, others)
 
 
-def check_fits(saved: SavedAdapter, expected: Shapes, modules_to_save: Iterable[str], model: nn.Module) -> None:
+@dataclass(frozen=True)
+class Beside:
+    """What an adapter trains beside its layers."""
+
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"  # "all", or one that ends with "_only": of the adapted layers
+    token_counts: frozenset[int] | set[int] = frozenset()  # embeddings that are trained in a layer
+
+
+def check_fits(saved: SavedAdapter, expected: Shapes, beside: Beside, model: nn.Module) -> None:
     """Raise unless a saved adapter has exactly the layers and shapes that it would have in `model`.
 
     Raises:
         ValueError: with the first layer or tensor that does not fit.
     """
-    if getattr(model, "_checkpoint_conversion_mapping", None):  # PEFT renames the keys of such a model
-        return
     advice = (
         f"{saved.folder} was saved from another base model or with another config. (To start a fresh adapter with its "
         "config, pass dataclasses.replace(config, inference_mode=False).)"
@@ -89,21 +94,43 @@ def check_fits(saved: SavedAdapter, expected: Shapes, modules_to_save: Iterable[
     extra = sorted(set(saved.layers) - set(expected))
     if extra:
         raise ValueError(f"the saved adapter has weights for {extra[0]!r}, which is not adapted in {where}: {advice}")
-    _check_others(saved, tuple(modules_to_save), model, advice)
+    _check_others(saved, expected, beside, model, advice)
 
 
-def _check_others(saved: SavedAdapter, targets: tuple[str, ...], model: nn.Module, advice: str) -> None:
-    """Check that the modules_to_save are complete and that other tensors (embeddings) exist in the model."""
+def _check_others(saved: SavedAdapter, layers: Iterable[str], beside: Beside, model: nn.Module, advice: str) -> None:
+    """Check that modules_to_save, biases and tokens are complete, and that the model has the others (embeddings)."""
+    targets, others = beside.modules_to_save, {_unwrapped(name): shape for name, shape in saved.others.items()}
+    if beside.bias == "all":  # PEFT writes a head's biases twice
+        others = {name: shape for name, shape in others.items() if ".modules_to_save." not in name}
     tensors = {name: t for name, t in model.state_dict().items() if ".modules_to_save." not in name}
     state = {_unwrapped(name): tuple(tensor.shape) for name, tensor in tensors.items()}
     modules = [name for name, _ in model.named_modules() if targets and name.endswith(targets)]
     for module in modules:
         needed = {name: shape for name, shape in state.items() if name.startswith(f"{module}.")}
-        held = {name: shape for name, shape in saved.others.items() if name.startswith(f"{module}.")}
+        held = {name: shape for name, shape in others.items() if name.startswith(f"{module}.")}
         _compare(held, needed, f"{module!r} of modules_to_save", advice)
-    for name, shape in saved.others.items():
-        if not any(f".{name}".find(f".{target}.") >= 0 for target in targets):
+    for name, shape in _biases(state, layers, beside.bias).items():
+        _compare({name: others[name]} if name in others else {}, {name: shape}, type(model).__name__, advice)
+    tokens = {name: shape for name, shape in others.items() if name.endswith(TOKENS)}
+    if bool(tokens) != bool(beside.token_counts):
+        found = sorted(tokens) or "no trained tokens"
+        raise ValueError(f"the saved adapter does not fit its config: the file has {found}; {advice}")
+    for name, shape in tokens.items():
+        embedding = state.get(f"{name.removesuffix(TOKENS)}.weight", ("unknown",))
+        fitting = [(count, *embedding[1:]) for count in sorted(beside.token_counts)]
+        if shape not in fitting:
+            _compare({name: shape}, {name: fitting[0]}, type(model).__name__, advice)
+    for name, shape in others.items():
+        if name not in tokens and not any(f".{name}".find(f".{target}.") >= 0 for target in targets):
             _compare({name: shape}, {name: state[name]} if name in state else {}, type(model).__name__, advice)
+
+
+def _biases(state: dict[str, Any], layers: Iterable[str], bias: str) -> dict[str, Any]:
+    """The biases of the base model that are trained."""
+    if bias == "all":
+        return {name: shape for name, shape in state.items() if name == "bias" or name.endswith(".bias")}
+    wanted = [] if bias == "none" else [f"{layer}.bias" for layer in layers]
+    return {name: state[name] for name in wanted if name in state}
 
 
 def _compare(found: dict[str, Any], expected: dict[str, Any], where: str, advice: str) -> None:
@@ -127,7 +154,7 @@ def check_complete(loaded: dict[str, Any], state: dict[str, Any], adapter_name: 
     _compare(found, expected, f"adapter {adapter_name!r}", advice)
 
 
-def _plain(key: str) -> str:
+def plain_name(key: str) -> str:
     """A key without the prefix that PeftModel.save_pretrained puts before the model's own names."""
     return next((key[len(prefix) :] for prefix in PEFT_PREFIXES if key.startswith(prefix)), key)
 
@@ -135,67 +162,3 @@ def _plain(key: str) -> str:
 def _unwrapped(key: str) -> str:
     """A key as before PEFT wrapped the module for another adapter."""
     return key.replace(".original_module.", ".").replace(".base_layer.", ".")
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """Result of `export_for_inference`: sizes of the adapter's own tensors, in bytes."""
-
-    folder: str
-    full_bytes: int
-    served_bytes: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.folder}: {self.served_bytes / 1e3:,.1f} kB instead of {self.full_bytes / 1e3:,.1f} kB, "
-            f"{self.full_bytes / self.served_bytes:.1f} times smaller"
-        )
-
-
-def export_for_inference(model: Any, folder: str | Path, adapter_name: str = "default") -> ExportReport:
-    """Save the parts of an adapter that serving needs: encoder 1's mean path, B, and the modules_to_save.
-
-    `PeftModel.from_pretrained` loads the folder. The adapter then has the outputs of the full one in eval mode, and
-    cannot be trained.
-
-    Args:
-        model: a PeftModel.
-        folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
-        adapter_name: the adapter to export.
-
-    Returns:
-        An ExportReport; ``print`` it to see how much smaller the export is.
-
-    Raises:
-        ValueError: if the model has no such FVAE-LoRA adapter, or it samples at inference.
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    from ..nn.adapter import is_served
-    from .config import FVAELoraConfig
-
-    config = getattr(model, "peft_config", {}).get(adapter_name)
-    if not isinstance(config, FVAELoraConfig):
-        known = sorted(getattr(model, "peft_config", {}))
-        raise ValueError(f"the model has no FVAE-LoRA adapter {adapter_name!r}; its adapters are {known}")
-    config = copy.deepcopy(config)
-    if config.sample_at_inference:
-        raise ValueError("sample_at_inference=True needs encoder 1's logvar too: save the whole adapter instead")
-    config.inference_only = config.inference_mode = True
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    method = config.to_fvae_config()
-    own = {key: key.rpartition(f"{CONTAINER}.")[2] for key in state if f".{CONTAINER}." in key}
-    served = {
-        key: t.detach().cpu().contiguous() for key, t in state.items() if key not in own or is_served(own[key], method)
-    }
-    os.makedirs(folder, exist_ok=True)
-    save_file(served, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
-    base = type(model.get_base_model()) if hasattr(model, "get_base_model") else type(model)
-    auto_mapping = {
-        "base_model_class": base.__name__,
-        "parent_library": base.__module__,
-    }  # as PeftModel.save_pretrained
-    config.save_pretrained(str(folder), auto_mapping_dict=auto_mapping if config.task_type is None else None)
-    sizes = {key: state[key].numel() * state[key].element_size() for key in own}
-    return ExportReport(str(folder), sum(sizes.values()), sum(size for key, size in sizes.items() if key in served))

@@ -12,22 +12,13 @@ from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 
-from ..diagnostics import (
-    active_units,
-    collect_terms,
-    effective_rank,
-    latent_geometry,
-    posteriors,
-    signal_to_noise,
-    token_independent_share,
-)
-from ..nn.adapter import FVAEAdapter
-from .aux_loss import AuxLossLayer, aux_loss_layers
-from .hooks import hooks_of
+from ..diagnostics import collect_terms
+from ..training.aux_loss import AuxLossLayer, aux_loss_layers
+from ..training.hooks import hooks_of
+from ..training.recompute import in_backward
+from ..training.trainer import check_trainer
 from .meter import LossMeter
-from .recompute import in_backward
-from .schedules import ObjectiveSchedule
-from .trainer import check_trainer
+from .observe import active_adapter, geometry
 from .watch import Watch, has_settled
 
 Values = dict[str, float]
@@ -159,23 +150,6 @@ class FVAELoggingCallback(TrainerCallback):
         }
 
 
-class FVAEScheduleCallback(TrainerCallback):
-    """Sets an `ObjectiveSchedule` at every step of a transformers.Trainer.
-
-        schedule = fk.ObjectiveSchedule(model, loss_weight=fk.schedules.warmup(1000))
-        trainer.add_callback(fk.FVAEScheduleCallback(schedule))
-
-    It uses the trainer's step, which every checkpoint holds, so a resumed run continues the schedule.
-    """
-
-    def __init__(self, schedule: ObjectiveSchedule) -> None:
-        self.schedule = schedule
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the values of the step that begins."""
-        self.schedule.step(state.global_step)
-
-
 def will_log(args: Any, state: Any, data: Any) -> bool:
     """True if the trainer's arguments say that it will log the step that begins."""
     step = state.global_step + 1
@@ -190,30 +164,6 @@ def will_log(args: Any, state: Any, data: Any) -> bool:
     except TypeError:  # data of unknown length: any step may end the epoch
         return True
     return bool(step % steps == 0)
-
-
-def active_adapter(layer: Any) -> FVAEAdapter | None:
-    """The adapter that a layer trains (PEFT: the first active one), if it has both encoders."""
-    if isinstance(getattr(layer, "adapter", None), FVAEAdapter):
-        return layer.adapter
-    found = [layer.fvae_adapter[name] for name in layer.active_adapters if name in layer.fvae_adapter]
-    return next((adapter for adapter in found if not adapter.inference_only), None)
-
-
-@torch.no_grad()
-def geometry(adapter: FVAEAdapter, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor | float]:
-    """Geometry of both latents of x and of the update, over the tokens that `mask` keeps."""
-    with torch.autocast(x.device.type, enabled=False):
-        mean1, logvar1, mean2, logvar2 = posteriors(adapter, x.to(adapter.B.dtype))
-    config = adapter.config
-    return {
-        **latent_geometry(mean1, logvar1, mean2, logvar2, config.prior2_mean, config.prior2_std, mask),
-        "signal_to_noise": signal_to_noise(mean1, logvar1, mask),
-        "effective_rank": effective_rank(mean1, adapter.B, mask),
-        "token_independent": token_independent_share(mean1, adapter.B, mask),
-        "active_units_z1": active_units(mean1, mask=mask),
-        "active_units_z2": active_units(mean2, mask=mask),
-    }
 
 
 def _finite(value: Any) -> Any:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fvae_kernels as fk
+from fvae_kernels.callbacks.watch import Watch, has_settled
 from fvae_kernels.nn.adapter import FVAEAdapter
-from fvae_kernels.training.watch import Watch, has_settled
 from tests.helpers.trainer_tools import QUIET, Rows, adapted, trainer_of
 
 WELL = {"signal_to_noise": 3.0, "effective_rank": 2.5}

@@ -1,0 +1,51 @@
+"""Arguments that several functions take, checked."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import matches
+from .layers import AdaptedLayer
+
+
+def check_tolerance(tolerance: Any, name: str = "tolerance") -> None:
+    """Raise unless it is a share of energy.
+
+    Raises:
+        ValueError: below 0, or 1 and above.
+    """
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < 1:
+        raise ValueError(
+            f"{name}={tolerance!r} is not allowed: expected a share of the update's energy, from 0 to below 1"
+        )
+
+
+def rank_of(rank: int | Mapping[str, int] | None, layer: AdaptedLayer) -> int | None:
+    """The rank that is asked of a layer; None if none is.
+
+    Raises:
+        ValueError: no whole number, below 1, or above the adapter's.
+    """
+    if isinstance(rank, Mapping):
+        rank = next((value for pattern, value in rank.items() if matches(pattern, layer.name)), None)
+    if rank is None:
+        return None
+    highest = min(layer.adapter.config.rank, layer.adapter.out_features)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= highest:
+        raise ValueError(
+            f"rank={rank!r} is not allowed for {layer.name!r}: expected a whole number from 1 to {highest}"
+        )
+    return rank
+
+
+def check_patterns(ranks: Mapping[str, int], layers: list[AdaptedLayer]) -> None:
+    """Raise unless every pattern has a layer.
+
+    Raises:
+        ValueError: with the patterns that have none.
+    """
+    unused = [pattern for pattern in ranks if not any(matches(pattern, layer.name) for layer in layers)]
+    if unused:
+        raise ValueError(
+            f"the ranks have patterns that match no adapted layer: {unused}; the layers are "
+            f"{[layer.name for layer in layers]}"
+        )
