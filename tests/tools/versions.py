@@ -162,6 +162,7 @@ def _interpreter(version: str) -> str:
 
 def run(name: str, arguments: Sequence[str]) -> dict[str, str]:
     """The cells of one row: what was imported, and how many tests passed, failed and were skipped."""
+    tested = commit()  # now: an environment has a copy of these sources
     wanted, folder = ROWS[name], FOLDER / re.sub(r"[^\w.]+", "-", name)
     folder.mkdir(parents=True, exist_ok=True)
     if wanted.python is None:
@@ -182,7 +183,7 @@ def run(name: str, arguments: Sequence[str]) -> dict[str, str]:
         "versions": name,
         **{titles[key]: version for key, version in versions.items()},
         **found,
-        "commit": commit(),
+        "commit": tested,
     }
 
 
