@@ -278,6 +278,14 @@ def test_pefts_own_conversion_keeps_working() -> None:
         convert_to_lora(adapted("bert"), rank=3)
 
 
+def test_the_parts_of_a_peft_model(tmp_path: Path) -> None:
+    model = adapted("bert", **LINEAR).eval()
+    with pytest.raises(ValueError, match="FVAELoraModel is the inside of a PeftModel: pass the PeftModel"):
+        fk.export_as_lora(model.base_model, tmp_path / "x")
+    fk.export_as_lora(model.base_model.model, tmp_path)
+    assert_serves(model, tmp_path, "bert")
+
+
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "hidden layers without data": ({}, {}, "hidden layers.*pass calibration data"),
     "a sampled output": ({**LINEAR, "sample_at_inference": True}, {}, "sample_at_inference=True"),
