@@ -33,9 +33,9 @@ TRANSFORMERS_4 = (
     *("requests==2.34.2", "urllib3==2.8.0", "certifi==2026.10.18", "charset-normalizer==3.5.2"),
 )
 NEEDED = ("transformers", "peft", "pytest", "hypothesis", "setuptools>=77,<82", "wheel", "numpy>=2")  # torch: below 82
-ALL = ("tests/ops", "tests/nn", "tests/peft", "tests/training", "tests/interop")
+ALL = ("tests/ops", "tests/nn", "tests/peft", "tests/serving", "tests/training", "tests/interop")
 TRAINER = ("tests/training/test_trainer.py", "tests/training/test_trainer_total_loss.py")
-PLUGIN = ("tests/peft", "tests/interop", "tests/nn/test_linear.py", *TRAINER)
+PLUGIN = ("tests/peft", "tests/serving", "tests/interop", "tests/nn/test_linear.py", *TRAINER)
 COMPILE = ("tests/triton/test_compile.py", "tests/triton/test_tf32.py", "-k", "not gfx942 and not sm_80 and not sm_100")
 
 
