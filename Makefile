@@ -14,7 +14,7 @@ demo: $(READY)  ## fine-tune a real model with LoRA and FVAE-LoRA side by side; 
 	$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(READY)  ## the whole test suite, kernels on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 versions: $(READY)  ## the tests with other versions of Python, torch, Triton, transformers and peft; table in docs/versions.md
 	$(BIN)/python -m tests.tools.versions $(ARGS)

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("PYTEST_TIMEOUT", "1800")  # seconds, for what hangs: a slow machine may take its time
 
+LONGEST = tuple(
+    f"tests/{name}.py"
+    for name in ("triton/test_interpreted", "benchmarks/test_gpu_report", "triton/test_executed", "triton/test_compile")
+)
+
 settings.register_profile("kernels", max_examples=25, deadline=None)
 settings.register_profile("interpreted", max_examples=6, deadline=None)
 settings.register_profile("few", max_examples=3, deadline=None)  # where each example is compiled for a GPU
@@ -62,6 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if (shard := config.getoption("--shard")) is not None:
         first, step = map(int, shard.split("/"))
         items[:] = items[first - 1 :: step]
+    # the longest first, so that no worker is left with one of them at the end
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

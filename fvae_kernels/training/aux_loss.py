@@ -57,8 +57,8 @@ class AuxLossLayer:
                 y, terms = adapter.planned(x, base, repeats.mask, None) or adapter(x, mask=repeats.mask, base=base)
         else:
             call = Call(self.aux_key, loss_weight, self.token_mask(x, adapter.config))
-            forward = current()
-            if torch.compiler.is_compiling():
+            forward, compiling = current(), torch.compiler.is_compiling()
+            if compiling:
                 if forward is not None:
                     forward.compiled = True
             elif _will_be_recomputed(forward):
@@ -66,7 +66,7 @@ class AuxLossLayer:
             # the layer's own backward asks for the gradient, unless the output must own the forward
             call.asked = torch.is_grad_enabled() and forward is not None
             gradient = call.gradient if call.asked else None
-            general = torch.compiler.is_compiling() or transformed() or _in_traced_checkpoint()
+            general = compiling or transformed() or _in_traced_checkpoint()
             planned = None if general else adapter.planned(x, base, call.mask, gradient)
             call.asked = call.asked and planned is not None
             y, terms = planned or adapter(x, mask=call.mask, base=base)
@@ -118,11 +118,12 @@ class AuxLossLayer:
         """Keep the values for the log, summed over the calls of a forward."""
         if not (grad or (forward is not None and forward.grad)):
             return
-        values = Terms(*(term.detach() for term in terms))
+        values = Terms(*[term.detach() if term.requires_grad else term for term in terms])
         number = 0 if forward is None else forward.number
         if number and self.last_forward == number and self.last_terms is not None:
             values = Terms(*(old + new for old, new in zip(self.last_terms, values, strict=True)))
-        self.last_terms, self.last_forward = values, number
+        # by __dict__: nn.Module.__setattr__ takes longer, since it looks for parameters first
+        self.__dict__.update(last_terms=values, last_forward=number)
 
 
 def _in_traced_checkpoint() -> bool:

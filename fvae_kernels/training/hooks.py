@@ -93,7 +93,8 @@ class Scope:
         local.stack.append((forward, len(forward.calls)) if isinstance(forward, Forward) else forward)
         if not isinstance(forward, Forward):
             return None
-        forward.scopes.append((self.arguments, self.rules.note(args, kwargs)))
+        outer = forward.scopes[-1][1] if forward.scopes else None
+        forward.scopes.append((self.arguments, self.rules.note(args, kwargs, outer)))
         return (args, observe_items(kwargs)) if self.root and "num_items_in_batch" in kwargs else None
 
     def _begin(self) -> Any:

@@ -13,9 +13,9 @@ class InjectAuxLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, loss: Tensor, call: Call) -> Tensor:
-        """The same memory, not as a view: the next module may write to it in place (relu_), even with hooks."""
+        """The same memory, but no view: the next module may write to it in place (relu_)."""
         ctx.call, ctx.like = call, (loss.dtype, loss.device)
-        return torch.ops.aten._unsafe_view(out, out.shape)
+        return out.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -28,8 +28,8 @@ class Keep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: Tensor) -> Tensor:
-        """The same memory, not as a view."""
-        return torch.ops.aten._unsafe_view(out, out.shape)
+        """The same memory, but no view."""
+        return out.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Tensor:

@@ -30,10 +30,10 @@ class PaddingRules:
         self.positional = [name for name, parameter in parameters.items() if parameter.kind in kinds]
         self.audio: Any = next((m for m in model.modules() if hasattr(m, "_get_feat_extract_output_lengths")), None)
 
-    def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Padding":
-        """The masks among the arguments of a forward, or in a batch passed as one mapping."""
+    def note(self, args: tuple[Any, ...], kwargs: dict[str, Any], outer: "Padding | None" = None) -> "Padding":
+        """The masks among the arguments of a forward, or in a batch passed as one mapping; `outer`: those around."""
         named = given(args, kwargs, self.positional)
-        return Padding({name: named[name] for name in ARGUMENTS if name in named}, self.audio, self.root)
+        return Padding({name: named[name] for name in ARGUMENTS if name in named}, self.audio, self.root, outer)
 
 
 class Found(NamedTuple):
@@ -61,8 +61,15 @@ NOTHING, ALL = Found(False), Found(True)
 class Padding:
     """The masks of one forward by argument, and the model that knows the length of its audio frames."""
 
-    def __init__(self, masks: dict[str, Any], audio: Any = None, root: bool = True) -> None:
-        self.masks = {name: mask.ne(0) if _is_flat(mask) else mask for name, mask in masks.items()}
+    def __init__(
+        self, masks: dict[str, Any], audio: Any = None, root: bool = True, outer: "Padding | None" = None
+    ) -> None:
+        self.came, self.masks = masks, {}
+        for name, mask in masks.items():
+            if outer is not None and outer.came.get(name) is mask:
+                self.masks[name] = outer.masks[name]
+            else:
+                self.masks[name] = mask.ne(0) if _is_flat(mask) else mask
         self.audio = audio
         self.root = root  # True unless an outer model may have turned a token mask into an attention mask
         self.frames: dict[tuple[str, int], Tensor] = {}
@@ -140,6 +147,8 @@ class Stated(NamedTuple):
 def _fitted(argument: str, mask: Tensor, x: Tensor) -> Found:
     """The flags of a mask for the tokens of x, flattened or not."""
     tokens = x.shape[:-1]
+    if mask.shape == tokens:
+        return Found(True, mask if mask.device == x.device else mask.to(x.device))
     if mask.numel() == tokens.numel() and (len(tokens) == 1 or mask.shape[-1] == tokens[-1]):
         return Found(True, mask.reshape(tokens).to(x.device))
     if mask.dim() > 1 and len(tokens) == 1 and tokens[0] == mask.shape[0]:  # one row for each sample, as in a pooler

@@ -137,7 +137,7 @@ def test_autocast_rounds_the_factors_of_products_alone(backend, device, dtype):
         assert {"out0", "out1", "grad_x", "grad_B", "grad_encoder1[0][0][0]", "grad_decoder[1]"} <= set(rounded)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=not_interpreted), 0.3])
 def test_compiles_in_one_graph(backend, device, dropout):
     torch.compiler.reset()  # else dropout becomes a symbol at its second value
     inputs = layer_inputs(mask=True, device=device)

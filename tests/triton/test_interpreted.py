@@ -14,25 +14,18 @@ import pytest
 from fvae_kernels.ops._backend import interpreting
 from tests import ROOT
 
-# Files, and the number of processes that share each, so that none takes more than a few minutes on an idle core.
-FILES = {
-    "ops/test_encode": 1,
-    "ops/test_divergence": 1,
-    "ops/test_geometry": 1,
-    "ops/test_reconstruct": 1,
-    "ops/test_layer": 2,
-    "ops/test_layer_base": 1,
-    "ops/test_layer_bounds": 1,
-    "ops/test_layer_dropout": 1,
-    "ops/test_layer_edges": 2,
-    "ops/test_layer_plan": 1,
-    "ops/test_contract": 1,
-    "ops/test_no_waiting": 1,
-    "triton/test_checks": 2,
-    "triton/test_layer": 1,
-    "triton/test_traffic": 1,
+# Files that share a process, and the number of processes that share their tests: starting one takes seconds of its own.
+GROUPS: dict[tuple[str, ...], int] = {
+    ("ops/test_layer",): 2,
+    ("ops/test_layer_edges", "ops/test_layer_dropout"): 2,
+    ("ops/test_reconstruct", "ops/test_encode"): 1,
+    ("triton/test_checks",): 2,
+    ("ops/test_layer_plan", "ops/test_layer_base", "ops/test_layer_bounds"): 1,
+    ("ops/test_divergence", "ops/test_geometry", "ops/test_contract", "ops/test_no_waiting"): 1,
+    ("triton/test_layer", "triton/test_traffic"): 1,
 }
-SHARDS = [(name, f"{i + 1}/{count}") for name, count in FILES.items() for i in range(count)]
+FILES = {name for names in GROUPS for name in names}
+SHARDS = [(names, f"{i + 1}/{count}") for names, count in GROUPS.items() for i in range(count)]
 
 pytestmark = [
     pytest.mark.skipif(interpreting(), reason="this is the process that it would start"),
@@ -43,11 +36,11 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("name", "shard"), SHARDS)
-def test_interpreted(name: str, shard: str) -> None:
+@pytest.mark.parametrize(("names", "shard"), SHARDS, ids=str)
+def test_interpreted(names: tuple[str, ...], shard: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "--shard", shard, "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, f"tests/{name}.py"],
+        [*command, *(f"tests/{name}.py" for name in names)],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -64,4 +57,4 @@ def test_every_file_that_needs_the_interpreter_is_started() -> None:
     found = [*(tests / "ops").glob("test_*.py"), *(tests / "triton").glob("test_*.py")]
     found = [path for path in found if any(words in path.read_text() for words in wanted)]
     names = {path.relative_to(tests).with_suffix("").as_posix() for path in found}
-    assert names - {"triton/test_interpreted"} <= set(FILES)
+    assert names - {"triton/test_interpreted"} <= FILES
