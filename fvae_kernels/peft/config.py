@@ -149,7 +149,7 @@ class FVAELoraConfig(PeftConfig):
         for pattern, rank in self.rank_pattern.items():  # type: ignore[union-attr]
             if rank == 0:
                 raise ValueError(
-                    f"rank_pattern gives {pattern!r} rank 0, and a layer without latents is no adapted layer: leave "
+                    f"rank_pattern gives {pattern!r} rank=0, and a layer without latents is no adapted layer: leave "
                     "it out by exclude_modules"
                 )
             self.to_fvae_config(rank=rank)

@@ -49,9 +49,9 @@ OLDER = (  # of a torch that is too old for the kernels: everything runs as plai
     ),
     *("tests/peft/test_use.py", "tests/training/test_aux_loss.py", "tests/training/test_trainer.py"),
 )
-ALL = ("tests/ops", "tests/nn", "tests/peft", "tests/training", "tests/interop")
+ALL = ("tests/ops", "tests/nn", "tests/peft", "tests/serving", "tests/training", "tests/interop")
 TRAINER = ("tests/training/test_trainer.py", "tests/training/test_trainer_total_loss.py")
-PLUGIN = ("tests/peft", "tests/interop", "tests/nn/test_linear.py", *TRAINER)
+PLUGIN = ("tests/peft", "tests/serving", "tests/interop", "tests/nn/test_linear.py", *TRAINER)
 COMPILE = (
     *("tests/triton/test_ahead.py", "tests/triton/test_launch.py", "tests/triton/test_compile.py"),
     *("-k", "not (gfx942 or sm_80 or sm_100 or sm_90-many or oldest or processes)"),
