@@ -20,6 +20,9 @@ def attach_aux_loss(model: nn.Module, loss: Tensor, weight: Tensor | float = 1.0
         loss = fk.attach_aux_loss(model, criterion(logits, labels))
         (loss / accumulation_steps).backward()
 
+    The loss takes the terms of the layers that ran before the outputs that it depends on. Keep the model's output until
+    then: a forward of which nothing is left has no terms.
+
     It also works if the loop ran the model without a graph and runs it again inside the backward of `loss` (GradCache).
 
     Args:
@@ -39,9 +42,9 @@ def attach_aux_loss(model: nn.Module, loss: Tensor, weight: Tensor | float = 1.0
     if total is None:
         raise ValueError(
             f"{type(model).__name__} has {len(aux_loss_layers(model))} FVAE layer(s) and none ran in training mode "
-            "since the last call: call attach_aux_loss once after each forward in training, and not for a loss that the"
-            " model computed itself. With torch.compile, run the forward inside "
-            "`with fvae_kernels.external_loss(model):`"
+            "since the last call, or nothing is left of their forward: call attach_aux_loss once after each forward in "
+            "training, while its output is kept, and not for a loss that the model computed itself. With torch.compile,"
+            " run the forward inside `with fvae_kernels.external_loss(model):`"
         )
     return total
 

@@ -4,6 +4,7 @@ The values are added to the loss. Its backward notes the weight d(root) / d(task
 that begin inside this backward inherit it.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -38,8 +39,12 @@ class InBackward:
 
     def __call__(self, task: int, weight: Tensor) -> bool:
         _inside[task] = self.keys, weight
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _inside.pop(task, None))
+        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_forget, task))
         return True
+
+
+def _forget(task: int) -> None:
+    _inside.pop(task, None)
 
 
 def inherited(keys: list[Any]) -> Tensor | None:

@@ -45,8 +45,8 @@ class Forward:
         """The mask of x: one that the user stated, or from the module nearest to the layer that got one that fits."""
         problem = None
         if local.masks:
-            outermost = next((arguments for arguments, _ in self.scopes if key in arguments), {})
-            stated = local.masks[-1].find(outermost.get(key), x)
+            argument = next((arguments[key] for arguments, _ in self.scopes if key in arguments), None)
+            stated = local.masks[-1].find(argument, x)
             if stated.settled:
                 return stated.flags
             problem = stated.problem
@@ -113,7 +113,7 @@ def _number(tensor: Tensor) -> int:
 
 def _marks(tensor: Tensor) -> dict[Forward, tuple[list[Term], int]]:
     """For each forward that made this tensor: its terms before, and the number of its values before."""
-    return tensor.grad_fn.metadata.setdefault(MARK, {})  # type: ignore[union-attr, no-any-return, call-overload]
+    return tensor.grad_fn.metadata.setdefault(MARK, {})  # type: ignore[union-attr]
 
 
 PENDING: "weakref.WeakSet[Forward]" = weakref.WeakSet()  # forwards that wait for a loss
@@ -168,15 +168,19 @@ def region() -> tuple[Forward, int, int] | None:
 def reached(loss: Tensor, waiting: dict[Forward, list[Term]]) -> list[tuple[Forward, list[Term], list[Value]]]:
     """What the graph of the loss leads to of these forwards and their terms: all of it if it leads to none.
 
-    It leads to what was done before the outputs that the loss depends on. Layers that ran later take no part.
+    It leads to what was done before the outputs that the loss depends on, and to layers on its way. Layers that ran
+    later take no part.
     """
     missing = {id(term) for terms in waiting.values() for term in terms}
+    layers = {term.loss.grad_fn: term for terms in waiting.values() for term in terms}
     ends = dict.fromkeys(waiting, -1)  # how many of a forward's values are reached
     for node in _nodes(loss.grad_fn) if loss.grad_fn is not None else ():
         for forward, (terms, end) in node.metadata.get(MARK, {}).items():
             if forward in ends:
                 ends[forward] = max(ends[forward], end)
                 missing.difference_update(map(id, terms))
+        if node in layers:
+            missing.discard(id(layers[node]))
         if not missing and all(end == len(forward.values) for forward, end in ends.items()):
             break
     if max(ends.values(), default=-1) < 0:

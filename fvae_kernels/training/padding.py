@@ -64,7 +64,8 @@ class Padding:
     def __init__(
         self, masks: dict[str, Any], audio: Any = None, root: bool = True, outer: "Padding | None" = None
     ) -> None:
-        self.came, self.masks = masks, {}
+        self.came = masks
+        self.masks: dict[str, Any] = {}
         for name, mask in masks.items():
             if outer is not None and outer.came.get(name) is mask:
                 self.masks[name] = outer.masks[name]

@@ -57,3 +57,40 @@ def test_terms_of_later_layers_stay_out(which: str, kept: bool, reentrant: bool 
     torch.testing.assert_close(total.detach(), value.detach(), rtol=1e-9, atol=0)
     (0.25 * total).backward()
     assert_same(model, expected, 1e-6)
+
+
+def test_a_feature_that_is_no_output_brings_the_layers_on_its_way() -> None:
+    """Taken by a hook between two outputs: its block is not before any output that the loss depends on."""
+    model, rows = trunk()
+    layers = [name for name, module in model.named_modules() if hasattr(module, "aux_key")]
+    taken: list[Tensor] = []
+    outputs: list[Any] = []  # whoever keeps no output of a forward keeps none of its terms
+    block = model.get_submodule("base_model.model.bert.encoder.layer.1.attention.output.dense")
+    block.register_forward_hook(lambda module, args, output: taken.append(output))
+
+    def loss() -> Tensor:
+        output = model(**rows, output_hidden_states=True)
+        outputs.append(output)
+        return taken.pop().square().mean() + 0.0 * output.hidden_states[0].sum()
+
+    with by_hand(model) as terms:
+        task = loss()
+    before = layers.index("base_model.model.bert.encoder.layer.1.attention.output.dense")
+    value = task + torch.stack(terms[: before + 1]).sum()
+    value.backward()
+    expected = grads(model)
+    model.zero_grad()
+    total = fk.attach_aux_loss(model, loss())
+    torch.testing.assert_close(total.detach(), value.detach(), rtol=1e-9, atol=0)
+    total.backward()
+    assert_same(model, expected, 1e-6)
+
+
+def test_a_feature_of_a_forward_whose_output_is_gone_is_refused() -> None:
+    model, rows = trunk()
+    taken: list[Tensor] = []
+    block = model.get_submodule("base_model.model.bert.encoder.layer.1")
+    block.register_forward_hook(lambda module, args, output: taken.append(output))
+    model(**rows)
+    with pytest.raises(ValueError, match="while its output is kept"):
+        fk.attach_aux_loss(model, taken.pop().square().mean())
