@@ -66,10 +66,10 @@ def forms(trained: Any, base: Callable[[], nn.Module], data: list[Any], folder: 
     yield Form(name, "this package", loaded("small"), report.served_bytes, *_ranks(report.layers))
     lora = fk.export_as_lora(trained, folder / "lora", data)
     size = sum(layer.bytes for layer in lora.layers)
-    yield Form("stock LoRA", "PEFT, vLLM, ...", loaded("lora"), size, *_ranks(lora.layers))
+    yield Form("stock LoRA", "stock PEFT", loaded("lora"), size, *_ranks(lora.layers))
     lora = fk.export_as_lora(trained, folder / "smaller", data, tolerance=TOLERANCE, uniform_rank=False)
     size = sum(layer.bytes for layer in lora.layers)
-    yield Form(f"stock LoRA, tolerance {TOLERANCE:g}", "PEFT", loaded("smaller"), size, *_ranks(lora.layers))
+    yield Form(f"stock LoRA, tolerance {TOLERANCE:g}", "stock PEFT", loaded("smaller"), size, *_ranks(lora.layers))
     if linear:
         yield Form("merged", "nothing", trained.merge_and_unload(), 0, "-", 0.0)
 
