@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 Run = Callable[[], object]
+Clock = Callable[[], float]
 Seconds = dict[str, list[float]]
 SWEEP = 2.0  # seconds between garbage collections; none runs while the clock runs
 
@@ -30,12 +31,12 @@ class Estimate:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def timed(run: Run, calls: int = 1) -> float:
-    """Wall-clock seconds of one call, the mean of `calls` in a row."""
-    start = time.perf_counter()
+def timed(run: Run, calls: int = 1, clock: Clock = time.perf_counter) -> float:
+    """Seconds of one call by the clock (the wall's), the mean of `calls` in a row."""
+    start = clock()
     for _ in range(calls):
         run()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def warm_up(run: Run) -> float:
@@ -45,12 +46,18 @@ def warm_up(run: Run) -> float:
 
 
 def interleave(
-    runs: Mapping[str, Run], seconds: float, minimum: int = 5, maximum: int = 200, call_seconds: float = 0.01
+    runs: Mapping[str, Run],
+    seconds: float,
+    minimum: int = 5,
+    maximum: int = 200,
+    call_seconds: float = 0.01,
+    clock: Clock = time.perf_counter,
 ) -> Seconds:
     """Time every side once in each round, in a new random order, until `seconds` are over.
 
     In a fixed order a side would always run on the caches of the same neighbour. Each side runs before the first
-    round, twice if it is quick; this decides how many calls fill `call_seconds`.
+    round, twice if it is quick; this decides how many calls fill `call_seconds`. With `time.process_time` as the clock,
+    the time in which others have the cores does not count.
     """
     warm = {name: warm_up(run) for name, run in runs.items()}
     calls = {name: max(1, math.ceil(call_seconds / max(one, 1e-7))) for name, one in warm.items()}
@@ -64,7 +71,7 @@ def interleave(
         gc.disable()
         try:
             for name in order.sample(names, len(names)):
-                found[name].append(timed(runs[name], calls[name]))
+                found[name].append(timed(runs[name], calls[name], clock))
         finally:
             gc.enable()
         done += 1

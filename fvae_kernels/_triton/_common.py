@@ -33,7 +33,7 @@ _targets: dict[Any, str] = {}  # by active driver, which takes long to tell
 
 def target() -> str:
     """What kernels are compiled for: "cuda" or "hip"; "" if they are interpreted."""
-    if interpreting():
+    if INTERPRET.value:
         return ""
     active = driver.active
     found = _targets.get(active)

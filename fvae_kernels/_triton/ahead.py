@@ -58,7 +58,7 @@ def _kind(argument: Any) -> Hashable:
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, argument.bit_length() > 31
-    return type(argument)
+    return type(argument).__name__
 
 
 def target_of(name: str) -> GPUTarget:

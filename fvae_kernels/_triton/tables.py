@@ -80,11 +80,11 @@ LAYER_GRADS: Table = {
     (2, WIDE): Row(N=16, D=16, K=16, warps=8, stages=1),
     (4, FEW): Row(N=16, D=32, K=16, warps=8, stages=2),
     (4, MANY): Row(N=16, D=32, K=16, warps=8, stages=2),
-    (4, WIDE): Row(N=8, D=16, K=16, warps=8, stages=1),
+    (4, WIDE): Row(N=16, D=16, K=16, warps=8, stages=1),
     (8, FEW): Row(N=16, D=16, K=16, warps=4, stages=1),
     (8, MANY): Row(N=16, D=16, K=16, warps=4, stages=1),
-    (8, WIDE): Row(N=8, D=16, K=16, warps=8, stages=1),
-}
+    (8, WIDE): Row(N=16, D=16, K=16, warps=8, stages=1),
+}  # it sums over tokens: before Triton 3.9 products need 16 inner entries or more in every dtype
 # On AMD: in place of rows above that spill registers. A thread has 256 registers with 8 warps there, 512 with 4.
 AMD: Mapping[str, Table] = {
     "layer_fwd": {

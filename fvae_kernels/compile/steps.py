@@ -129,7 +129,7 @@ def run(step: Step) -> None:
     """Forward and backward of the step, on tensors that have no data."""
     layer, config, N = step.layer, step.layer.config, step.tokens
     adapter = _adapter(layer)
-    parameters = [None if name is None else adapter._parameters[name] for name in adapter._order]
+    parameters: list[Tensor | None] = [None if name is None else adapter._parameters[name] for name in adapter._order]
     x, base = _empty(N, layer.D, dtype=step.x), _empty(N, layer.M, dtype=step.base)
     mask = _empty(N, dtype=torch.bool) if step.masked else None
     tensors = Tensors(x, parameters, None, None, mask, _empty(dtype=torch.int64))

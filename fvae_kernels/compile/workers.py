@@ -102,6 +102,13 @@ def serve() -> None:
             try:
                 listed[int(line)][1].compile()
             except Exception as raised:
-                text = " ".join(str(raised).split())  # Triton puts its source first, and what is wrong last
-                error = f"{type(raised).__name__}: {text if len(text) < 500 else f'{text[:150]} ... {text[-350:]}'}"
+                error = _said(raised)
             print(json.dumps([time.monotonic() - start, error]), file=answers, flush=True)
+
+
+def _said(error: BaseException) -> str:
+    """The innermost cause: Triton wraps it once for each function on the way, each time with the source."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())  # the source first, and what is wrong last
+    return f"{type(error).__name__}: {text if len(text) < 500 else f'{text[:150]} ... {text[-350:]}'}"

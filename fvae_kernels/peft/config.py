@@ -147,12 +147,12 @@ class FVAELoraConfig(PeftConfig):
         for name in ("rank_pattern", "alpha_pattern", "encoder_hidden_pattern"):
             setattr(self, name, getattr(self, name) or {})
         for pattern, rank in self.rank_pattern.items():  # type: ignore[union-attr]
-            if rank == 0:
+            try:
+                self.to_fvae_config(rank=rank)
+            except ValueError as error:
                 raise ValueError(
-                    f"rank_pattern gives {pattern!r} rank 0, and a layer without latents is no adapted layer: leave "
-                    "it out by exclude_modules"
-                )
-            self.to_fvae_config(rank=rank)
+                    f"{error}. rank_pattern gives it to {pattern!r}; exclude_modules leaves layers out"
+                ) from None
         for alpha in self.alpha_pattern.values():  # type: ignore[union-attr]
             self.to_fvae_config(alpha=alpha)
         for pattern, sizes in self.encoder_hidden_pattern.items():  # type: ignore[union-attr]

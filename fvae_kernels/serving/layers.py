@@ -42,8 +42,12 @@ def adapted_layers(model: nn.Module, adapter_name: str = "default") -> list[Adap
     """The layers of `model` that have this adapter. Without PEFT a layer has one adapter, called "default".
 
     Raises:
-        ValueError: there are none, or an adapter's served parameters are not finite.
+        ValueError: there are none, `model` is PEFT's tuner, or an adapter's served parameters are not finite.
     """
+    if hasattr(type(model), "tuner_layer_cls"):  # its layers have other names than a file has
+        raise ValueError(
+            f"{type(model).__name__} is the inside of a PeftModel: pass the PeftModel, or the model itself"
+        )
     found, names = [], set()
     for name, module in model.named_modules():
         adapters = getattr(module, CONTAINER, None)

@@ -5,6 +5,7 @@ another, the auxiliary loss must be added to that one, with the weight of a micr
 """
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from .attach import attached
 from .aux_loss import aux_loss_layers
 from .hooks import external_loss, hooks_of
-from .token_share import labelled_share
+from .token_share import ITEMS, labelled_share
 
 
 def prepare_trainer(trainer: Any) -> Any:
@@ -87,7 +88,8 @@ def _total_loss(
     compute = functools.partial(own, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **options)
     if not (torch.is_grad_enabled() and aux_loss_layers(model)) or _model_computes_loss(trainer, own):
         return compute(model, inputs)
-    share = _share(trainer, inputs, num_items_in_batch)  # now: compute_loss may take the labels out of the inputs
+    # now: compute_loss may take the labels out of the inputs
+    share = 1.0 if _is_a_mean(trainer, own) else _share(trainer, inputs, num_items_in_batch)
     with external_loss(model):
         result = compute(model, inputs)
     loss = result[0] if return_outputs else result
@@ -103,8 +105,19 @@ def _total_loss(
 
 def _model_computes_loss(trainer: Any, own: Callable[..., Any]) -> bool:
     """True if this is transformers' own compute_loss and it returns the loss that the model computed."""
+    return _is_stock(trainer, own) and trainer.label_smoother is None
+
+
+def _is_a_mean(trainer: Any, own: Callable[..., Any]) -> bool:
+    """True for the label smoothing of transformers 4, a mean however many items the step has."""
+    smoother = trainer.label_smoother if _is_stock(trainer, own) else None
+    return smoother is not None and ITEMS not in inspect.signature(type(smoother).__call__).parameters
+
+
+def _is_stock(trainer: Any, own: Callable[..., Any]) -> bool:
+    """True if this is transformers' own compute_loss without a loss function of the user's."""
     stock = isinstance(own, types.MethodType) and own.__module__ == "transformers.trainer"
-    return stock and trainer.compute_loss_func is None and trainer.label_smoother is None
+    return stock and trainer.compute_loss_func is None
 
 
 def _share(trainer: Any, inputs: Any, items: Tensor | int | None) -> Tensor | float:

@@ -8,17 +8,30 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import check_peft_version
 
 import fvae_kernels as fk
 from fvae_kernels.peft import FVAELoraLinear
 from tests.helpers.recipe import SMALL_NETWORKS
 from tests.helpers.tiny_models import BUILD, TARGETS, TASKS, batch, build
 
+
+def accepted() -> bool:
+    """True if transformers' own add_adapter and load_adapter accept this PEFT."""
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError:
+        return False
+    return True
+
+
 OLD_PEFT = tuple(map(int, peft.__version__.split(".")[:2])) < (0, 21)
 LAYERS = {"bert": 4, "vit": 4, "llama": 4, "gpt2": 2, "t5": 12, "wav2vec2": 4, "whisper": 12}
 PEFT_CALLS = "_prepare_encoder_decoder_kwargs_for_generation"  # of PEFT before 0.21; gone from transformers 5
 NO_SEQ2SEQ = OLD_PEFT and not hasattr(transformers.T5ForConditionalGeneration, PEFT_CALLS)
 BROKEN = pytest.mark.skipif(NO_SEQ2SEQ, reason="this PEFT's model for encoder-decoders needs another transformers")
+NATIVE = pytest.mark.skipif(not accepted(), reason="this transformers takes no adapters of this PEFT by itself")
 KINDS = [pytest.param(kind, marks=BROKEN) if kind == "t5" else kind for kind in BUILD]
 SMALL: dict[str, Any] = {**SMALL_NETWORKS, "r": 3, "loss_weight": 0.01}
 BERT_QUERIES = [f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)]

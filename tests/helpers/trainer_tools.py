@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
@@ -16,6 +17,7 @@ from tests.helpers.tiny_models import batch
 from tests.helpers.total_loss import by_hand
 
 STEPS, SIZE = 4, 2
+OLD = int(transformers.__version__.partition(".")[0]) < 5
 
 
 class Rows(Dataset):
@@ -34,6 +36,24 @@ class Rows(Dataset):
 class InOrder(Trainer):
     def _get_train_sampler(self, *args: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
+
+
+def counts(kind: str, rows: Rows) -> list[int]:
+    """Labelled tokens (or labels, without tokens) of each micro-batch that have a prediction."""
+    labels = [b["labels"][:, 1:] if kind == "llama" else b["labels"] for b in rows.batches]
+    return [int(x.ne(-100).sum()) for x in labels]
+
+
+def items_of(kind: str, rows: Rows) -> int:
+    """The number of items that Trainer counts in a step: transformers 4 counts the first token of a sequence too."""
+    if kind == "llama" and not OLD:
+        return sum(counts(kind, rows))
+    return sum(int(b["labels"].ne(-100).sum()) for b in rows.batches)
+
+
+def as_logged(loss: Tensor) -> float:
+    """A loss as it is in Trainer's log; transformers 4 rounds it."""
+    return round(loss.item(), 4) if OLD else loss.item()
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -79,6 +99,8 @@ ONE_STEP: dict[str, Any] = {
 def trainer_of(model: nn.Module, rows: Dataset, cls: type = InOrder, **options: Any) -> Trainer:
     """A trainer that takes the rows in order. Options are those of Trainer and of TrainingArguments."""
     own = {name: options.pop(name) for name in ("compute_loss_func", "callbacks", "eval_dataset") if name in options}
+    if OLD and options.get("gradient_checkpointing"):
+        model.enable_input_require_grads()  # type: ignore[operator]  # transformers 5 does so itself
     return cls(model=model, args=TrainingArguments(**options), train_dataset=rows, data_collator=collate, **own)
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
@@ -94,6 +95,7 @@ NAMES = {
     "vit": ["vit.encoder.layer.{}.attention.attention.query", "vit.encoder.layer.{}.attention.attention.value"],
     "gpt2": ["transformer.h.{}.attn.c_attn"],
 }
+OLD = int(transformers.__version__.partition(".")[0]) < 5
 TODAY = {"vit": ["vit.layers.{}.attention.q_proj", "vit.layers.{}.attention.v_proj"]}
 PARTS = {"gpt2": ["c_attn"]}
 
@@ -103,7 +105,8 @@ def write_checkpoint(folder, family, form="", **settings):
     model, state, layers = build(family).eval(), {}, {}
     config = official_config(**{"target_modules": PARTS.get(family, ["query", "value"]), **settings})
     for i in range(2):
-        for theirs, name in zip(NAMES[family], TODAY.get(family, NAMES[family]), strict=True):
+        today = NAMES[family] if OLD else TODAY.get(family, NAMES[family])
+        for theirs, name in zip(NAMES[family], today, strict=True):
             M = 3 * DIM if family == "gpt2" else DIM
             tensors = random_official(config, DIM, M, seed=len(layers), dtype=torch.float32)
             layers[name.format(i)] = tensors

@@ -215,15 +215,15 @@ class TestLoraConfig:
 
     @pytest.mark.parametrize("name", ["rank", "lora_alpha", "gama_weight"])
     def test_unknown_options(self, name):
-        with pytest.raises(TypeError, match=rf"FVAELoraConfig has no option \['{name}'\]: check the spelling"):
+        with pytest.raises(TypeError, match=rf"FVAELoraConfig .* it has no option \['{name}'\]. Check the spelling"):
             FVAELoraConfig(**{name: 1})
 
     def test_unknown_options_in_a_file(self, tmp_path):
         FVAELoraConfig().save_pretrained(str(tmp_path))
         path = tmp_path / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "from_the_future": 1}))
-        with pytest.raises(TypeError, match="from_the_future"):
-            FVAELoraConfig.from_pretrained(str(tmp_path))
+        with pytest.warns(UserWarning, match="from_the_future"):  # a newer version's: as in PEFT's own configs
+            assert FVAELoraConfig.from_pretrained(str(tmp_path)).to_fvae_config() == FVAEConfig()
 
     @pytest.mark.parametrize("targets", [["query", "value"], r".*\.query", "all-linear", None])
     def test_file_round_trip(self, tmp_path, targets):

@@ -97,7 +97,10 @@ def test_files_without_them_or_with_others_are_refused(options: dict[str, Any], 
         ({"bias": "lora_only"}, r"bias='lora_only' is not allowed: expected one of \('none', 'all', 'fvae_only'\)"),
         ({"trainable_token_indices": [-1]}, r"trainable_token_indices=\[-1\] is not allowed"),
         ({"trainable_token_indices": {"embeddings": 3}}, "a table of lists by embedding"),
-        ({"rank_pattern": {"query": 0}}, "rank_pattern gives 'query' rank 0.*exclude_modules"),
+        (
+            {"rank_pattern": {"query": 0}},
+            r"rank=0 is not allowed.*rank_pattern gives it to 'query'; exclude_modules leaves layers out",
+        ),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], message: str) -> None:

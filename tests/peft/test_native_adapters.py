@@ -2,6 +2,7 @@
 
 transformers reads the weights itself here, after the layers are in place. So a file that does not fit gives an error or
 transformers' report, without the checks that ``PeftModel.from_pretrained`` makes before it touches the model.
+transformers 4 looks for weights on the hub if there are none, and of a pickle reads the tensors (torch's weights_only).
 """
 
 import logging
@@ -15,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fvae_kernels as fk
-from tests.helpers.peft_models import SMALL
+from tests.helpers.peft_models import NATIVE, SMALL
 from tests.helpers.tiny_models import TARGETS, batch, build
-from tests.helpers.trainer_tools import QUIET, Rows, params, trainer_of
+from tests.helpers.trainer_tools import OLD, QUIET, Rows, params, trainer_of
 
 WEIGHTS = "adapter_model.safetensors"
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [NATIVE, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 
 def native() -> nn.Module:
@@ -75,7 +76,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("case", [c for c in BROKEN if not OLD or c not in ("pickle", "no weights")])
 def test_a_file_that_cannot_be_the_adapter_is_an_error(case: str, saved: Path, tmp_path: Path) -> None:
     spoil, message = BROKEN[case]
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
@@ -84,6 +85,7 @@ def test_a_file_that_cannot_be_the_adapter_is_an_error(case: str, saved: Path, t
         build("bert").load_adapter(str(tmp_path))
 
 
+@pytest.mark.skipif(OLD, reason="transformers 4 reports no missing weights but LoRA's")
 def test_missing_weights_are_reported_by_name(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     edited(lambda tensors: without("layer.1.attention.self.value.fvae_adapter.B", tensors))(tmp_path / WEIGHTS)

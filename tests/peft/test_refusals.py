@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fvae_kernels as fk
 from fvae_kernels.peft import FVAELoraLinear
-from tests.helpers.peft_models import SMALL, config_for
+from tests.helpers.peft_models import NATIVE, SMALL, config_for
 from tests.helpers.tiny_models import assert_state, build, state_of
 
 pytestmark = [
@@ -77,6 +77,7 @@ def test_bad_targets(fault: str, how: str) -> None:
     model.train()(torch.arange(4)).sum().backward()
 
 
+@NATIVE
 def test_a_failed_native_adapter_can_be_tried_again() -> None:
     model = build("bert")
     before = state_of(model)

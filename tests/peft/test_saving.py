@@ -12,6 +12,7 @@ from tests.helpers.peft_models import (
     AUTO,
     KINDS,
     LAYERS,
+    NATIVE,
     adapted,
     config_for,
     layers,
@@ -149,6 +150,7 @@ def test_auto_model_from_an_adapter_folder(kind: str, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded.eval(), kind), logits(model, kind))
 
 
+@NATIVE
 def test_native_adapters(tmp_path: Path) -> None:
     model = build("bert").eval()
     base = logits(model, "bert")
@@ -174,6 +176,7 @@ def test_native_adapters(tmp_path: Path) -> None:
     assert not any(".a." in key for key in model.state_dict())
 
 
+@NATIVE
 def test_native_adapter_trains_with_the_auxiliary_loss() -> None:
     model = build("bert")
     model.add_adapter(config_for("bert", loss_weight=0.5))

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from tests.helpers.peft_models import LINEAR, adapted, config_for, layers, logits
+from tests.helpers.peft_models import LINEAR, OLD_PEFT, adapted, config_for, layers, logits
 from tests.helpers.tiny_models import assert_state, build, state_of
 
 pytestmark = [
@@ -73,7 +73,7 @@ def test_it_is_loras() -> None:
             for adapter in ("default", "other"):
                 target.lora_A[adapter].weight.copy_(layer.fvae_adapter[adapter].encoder1_mean_weight)
                 target.lora_B[adapter].weight.copy_(layer.fvae_adapter[adapter].B)
-    for kind in ("cat", "svd"):
+    for kind in ("cat",) if OLD_PEFT else ("cat", "svd"):  # older ones scale twice in "svd"
         for m in (model, lora):
             m.add_weighted_adapter(["default", "other"], [0.7, 0.4], kind, combination_type=kind)
         for name, layer in ours.items():
@@ -102,7 +102,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", list(BAD))
+@pytest.mark.parametrize("case", [case for case in BAD if not (OLD_PEFT and case == "trained biases")])
 def test_what_is_refused(case: str) -> None:
     options, arguments, message = BAD[case]
     model = two(**options) if "encoder_hidden" not in options else adapted("llama", **LINEAR)

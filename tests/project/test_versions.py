@@ -49,7 +49,7 @@ def test_rows_that_are_not_run_stay(tmp_path: Path) -> None:
 def test_what_cannot_be_had_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    name = "torch 2.11, Python 3.10"
+    name = "torch 2.10, Python 3.10"
     monkeypatch.setattr(versions.shutil, "which", lambda _: None)
     monkeypatch.setattr(versions.sys, "version_info", (3, 99))
     monkeypatch.setattr(versions, "write", lambda *_: pytest.fail("nothing ran"))

@@ -9,7 +9,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft.tuners.lora.conversion import convert_to_lora
 from safetensors.torch import load_file
 from torch import nn
 
@@ -108,15 +107,16 @@ def test_the_folder_has_the_form_of_a_lora_of_peft(tmp_path: Path) -> None:
     assert isinstance(read, peft.LoraConfig)
     assert read.target_modules == set(TARGETS["llama"])
     assert (read.task_type, read.inference_mode, read.use_rslora) == ("CAUSAL_LM", True, False)
-    with pytest.warns(UserWarning, match="already a LoRA adapter"):
-        _, smaller = convert_to_lora(served(tmp_path / "ours", "llama"), rank=1)
-    assert {len(t) for key, t in smaller.items() if "lora_A" in key} == {1}
     # vLLM's PEFTHelper: declared types, and values it refuses
     assert (type(written["r"]), type(written["lora_alpha"]), type(written["target_modules"])) == (int, int, list)
     assert (written["bias"], bool(written["modules_to_save"]), written["use_dora"]) == ("none", False, False)
     # the converter of llama.cpp: every tensor is an A or a B, and lora_alpha / its rank is the scale
     assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in ours)
     assert {len(t) for key, t in ours.items() if "lora_A" in key} == {written["r"]}
+    conversion = pytest.importorskip("peft.tuners.lora.conversion")
+    with pytest.warns(UserWarning, match="already a LoRA adapter"):
+        _, smaller = conversion.convert_to_lora(served(tmp_path / "ours", "llama"), rank=1)
+    assert {len(t) for key, t in smaller.items() if "lora_A" in key} == {1}
 
 
 def test_unequal_ranks_are_padded_or_in_patterns(tmp_path: Path) -> None:
@@ -269,6 +269,7 @@ def test_without_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pefts_own_conversion_keeps_working() -> None:
+    convert_to_lora = pytest.importorskip("peft.tuners.lora.conversion").convert_to_lora
     model = adapted("bert", **LINEAR).eval()
     config, state = convert_to_lora(model, rank=3)
     lora = peft.get_peft_model(build("bert"), config)
@@ -276,6 +277,14 @@ def test_pefts_own_conversion_keeps_working() -> None:
     torch.testing.assert_close(logits(lora.eval()), logits(model), rtol=1e-5, atol=1e-6)
     with pytest.raises(TypeError, match="do not support LoRA conversion"):
         convert_to_lora(adapted("bert"), rank=3)
+
+
+def test_the_parts_of_a_peft_model(tmp_path: Path) -> None:
+    model = adapted("bert", **LINEAR).eval()
+    with pytest.raises(ValueError, match="FVAELoraModel is the inside of a PeftModel: pass the PeftModel"):
+        fk.export_as_lora(model.base_model, tmp_path / "x")
+    fk.export_as_lora(model.base_model.model, tmp_path)
+    assert_serves(model, tmp_path, "bert")
 
 
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

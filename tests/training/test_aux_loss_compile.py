@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 import fvae_kernels as fk
+from fvae_kernels.ops._versions import parsed
 from fvae_kernels.training.aux_loss import aux_loss_layers
 from tests.helpers.gradients import adapted, assert_same, checkpoint_activations, direct, own_criterion
 from tests.helpers.tiny_models import batch
 from tests.helpers.total_loss import fix_noise
 
+TORCH = parsed(torch.__version__)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning"),
     pytest.mark.compat("Training loops", "`torch.compile` of models and of layers, fullgraph"),
@@ -44,7 +46,10 @@ def test_compiled_model(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None
     torch._dynamo.reset()
 
 
-def test_compiled_with_checkpointing() -> None:
+def test_compiled_with_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/versions.md says what torch before 2.12 needs."""
+    if TORCH < (2, 12):
+        monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
     model, inputs = adapted("bert"), batch("bert")
     expected = direct(model, [(inputs, 1.0, 1.0)])
     checkpoint_activations(model, False)
@@ -53,6 +58,7 @@ def test_compiled_with_checkpointing() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.skipif(TORCH < (2, 12), reason="inductor's attention in float64 fails, also without an adapter")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
 def test_compiled_by_inductor_as_one_graph() -> None:
     model, inputs = adapted("bert"), batch("bert")

@@ -13,6 +13,8 @@ from tests.helpers.trainer_tools import (
     Rows,
     adapted,
     assert_step,
+    counts,
+    items_of,
     params,
     terms_of,
     train_one_step,
@@ -34,10 +36,10 @@ def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_causal_model_with_num_items_in_batch(tmp_path: Path, checkpointing: bool | None) -> None:
     """The task loss is sum / tokens of the step; a micro-batch's auxiliary loss is weighted by its share of tokens."""
     model, rows = adapted("llama", "CAUSAL_LM"), Rows("llama", torch.float64)
-    counts = [int(b["labels"][:, 1:].ne(-100).sum()) for b in rows.batches]
-    assert len(set(counts)) > 1, "equal shares would prove nothing"
+    tokens, items = counts("llama", rows), items_of("llama", rows)
+    assert len(set(tokens)) > 1, "equal shares would prove nothing"
     pairs = [terms_of(model, b) for b in rows.batches]
-    objective = sum((n / sum(counts)) * (task + aux) for n, (task, aux) in zip(counts, pairs, strict=True))
+    objective = sum((n / items) * (task + aux) for n, (task, aux) in zip(tokens, pairs, strict=True))
     reference = adapted("llama", "CAUSAL_LM")
     arguments = (
         {}

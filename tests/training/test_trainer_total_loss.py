@@ -18,13 +18,17 @@ from fvae_kernels.training import warn
 from tests.helpers.tiny_models import batch
 from tests.helpers.total_loss import by_hand, fix_noise
 from tests.helpers.trainer_tools import (
+    OLD,
     ONE_STEP,
     QUIET,
     STEPS,
     InOrder,
     Rows,
     adapted,
+    as_logged,
     assert_step,
+    counts,
+    items_of,
     params,
     step_of,
     terms_of,
@@ -54,30 +58,23 @@ def no_unprobed_term(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warn, "unprobed", refuse)
 
 
-def counts(kind: str, rows: Rows) -> list[int]:
-    """Labelled tokens (or labels, without tokens) of each micro-batch, as Trainer counts them."""
-    labels = [b["labels"][:, 1:] if kind == "llama" else b["labels"] for b in rows.batches]
-    return [int(x.ne(-100).sum()) for x in labels]
-
-
 def objective(kind: str, rows: Rows, task: Criterion, shared: bool) -> tuple[nn.Module, Tensor]:
     """Total loss of the step: task losses that are shares or means, and terms with the same weight."""
-    model, items = adapted(kind, TASKS[kind]), counts(kind, rows)
+    model, items = adapted(kind, TASKS[kind]), items_of(kind, rows)
     total = torch.zeros((), dtype=torch.float64)
-    for inputs, n in zip(rows.batches, items, strict=True):
+    for inputs, n in zip(rows.batches, counts(kind, rows), strict=True):
         with by_hand(model) as terms:
             outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
-        loss, aux = task(outputs, inputs, sum(items)), torch.stack(terms).sum()
-        total = total + (loss + n / sum(items) * aux if shared else (loss + aux) / STEPS)
+        loss, aux = task(outputs, inputs, items), torch.stack(terms).sum()
+        total = total + (loss + n / items * aux if shared else (loss + aux) / STEPS)
     return model, total
 
 
 def smoothed(kind: str, with_items: bool) -> Criterion:
     def loss(outputs: Any, inputs: dict[str, Tensor], items: int) -> Tensor:
         smooth = LabelSmoother(epsilon=0.1)
-        return smooth(
-            outputs, inputs["labels"], shift_labels=kind == "llama", num_items_in_batch=items * with_items or None
-        )
+        number = {} if OLD else {"num_items_in_batch": items * with_items or None}
+        return smooth(outputs, inputs["labels"], shift_labels=kind == "llama", **number)
 
     return loss
 
@@ -96,17 +93,23 @@ def mean_cross_entropy(outputs: Any, inputs: dict[str, Tensor], items: int) -> T
 
 @pytest.mark.parametrize(("kind", "items"), [("llama", True), ("llama", False), ("bert", True)])
 def test_label_smoothing(kind: str, items: bool, tmp_path: Path) -> None:
-    """With num_items_in_batch the losses are shares of the step; without, means that the trainer divides."""
+    """With num_items_in_batch the losses are shares of the step; without, means that the trainer divides.
+
+    In transformers 4 they are means with it too, which the trainer does not divide.
+    """
+    if OLD and kind == "bert":
+        pytest.skip("the BERT of transformers 4 takes no num_items_in_batch")
     rows = Rows(kind, torch.float64)
     trainer = trainer_of(
         adapted(kind, TASKS[kind]), rows, output_dir=str(tmp_path), **ONE_STEP, label_smoothing_factor=0.1
     )
     trainer.model_accepts_loss_kwargs = items
     got = step_of(fk.prepare_trainer(trainer))
-    model, total = objective(kind, rows, smoothed(kind, items), items)
+    model, total = objective(kind, rows, smoothed(kind, items), items and not OLD)
+    total = STEPS * total if OLD and items else total
     assert_step(got, model, total, RTOL[kind])
     logged = trainer.state.log_history[0]["loss"]
-    assert logged == pytest.approx(float(total.detach()), rel=1e-6), "the reported loss is not the total loss"
+    assert logged == pytest.approx(as_logged(total), rel=1e-6), "the reported loss is not the total loss"
 
 
 @pytest.mark.parametrize("kind", ["llama", "vit"])
@@ -156,11 +159,13 @@ def test_own_compute_loss(cls: type, checkpointing: bool | None, tmp_path: Path)
     if checkpointing is not None:
         options |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing}}
     trainer = trainer_of(adapted("llama", "CAUSAL_LM"), rows, cls, output_dir=str(tmp_path), **options)
+    if OLD:  # what transformers 4 reads in place of loss_is_scaled_for_ga
+        trainer.model_accepts_loss_kwargs = False
     model, total = objective("llama", rows, mean_cross_entropy, False)
     got = step_of(trainer)
     assert_step(got, model, total, RTOL["llama"])
     logged = trainer.state.log_history[0]["loss"]
-    assert logged == pytest.approx(float(total.detach()), rel=1e-6), "the forward for a metric must not count"
+    assert logged == pytest.approx(as_logged(total), rel=1e-6), "the forward for a metric must not count"
 
 
 class SharedTrainer(fk.FVAETrainerMixin, InOrder):
@@ -175,6 +180,7 @@ class SharedTrainer(fk.FVAETrainerMixin, InOrder):
         return mean_cross_entropy(model(**inputs), inputs, 0) / self.current_gradient_accumulation_steps
 
 
+@pytest.mark.skipif(OLD, reason="transformers 4 does not read loss_is_scaled_for_ga")
 def test_own_compute_loss_that_is_a_share(tmp_path: Path) -> None:
     rows = Rows("llama", torch.float64)
     trainer = trainer_of(adapted("llama", "CAUSAL_LM"), rows, SharedTrainer, output_dir=str(tmp_path), **ONE_STEP)
@@ -188,8 +194,8 @@ def test_a_loss_that_the_model_computed_counts_once(kind: str, tmp_path: Path) -
     rows = Rows(kind, torch.float64)
     trainer = trainer_of(adapted(kind, TASKS[kind]), rows, output_dir=str(tmp_path), **ONE_STEP)
     got = step_of(fk.prepare_trainer(fk.prepare_trainer(trainer)))
-    model, items = adapted(kind, TASKS[kind]), counts(kind, rows)
-    weights = [n / sum(items) if kind == "llama" else 1 / STEPS for n in items]
+    model, items = adapted(kind, TASKS[kind]), items_of(kind, rows)
+    weights = [n / items if kind == "llama" else 1 / STEPS for n in counts(kind, rows)]
     pairs = [terms_of(model, b) for b in rows.batches]
     total = sum(w * (task + aux) for w, (task, aux) in zip(weights, pairs, strict=True))
     assert_step(got, model, total, RTOL[kind])  # type: ignore[arg-type]
@@ -206,12 +212,13 @@ class ScaledTrainer(InOrder):
 
 
 def test_a_loss_made_of_those_that_the_model_computed(tmp_path: Path) -> None:
-    rows, items = Rows("llama", torch.float64), counts("llama", Rows("llama", torch.float64))
+    rows = Rows("llama", torch.float64)
+    tokens, items = counts("llama", rows), items_of("llama", rows)
     trainer = trainer_of(adapted("llama", "CAUSAL_LM"), rows, ScaledTrainer, output_dir=str(tmp_path), **ONE_STEP)
     got = step_of(fk.prepare_trainer(trainer))
     model = adapted("llama", "CAUSAL_LM")
     pairs = [terms_of(model, b) for b in rows.batches]
-    total = sum(n / sum(items) * (3 * task + 2 * aux) for n, (task, aux) in zip(items, pairs, strict=True))
+    total = sum(n / items * (3 * task + 2 * aux) for n, (task, aux) in zip(tokens, pairs, strict=True))
     assert_step(got, model, total, RTOL["llama"])  # type: ignore[arg-type]
 
 

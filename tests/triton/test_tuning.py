@@ -17,7 +17,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from triton.runtime.jit import JITFunction
 
-from fvae_kernels._triton import _common
+from fvae_kernels._triton import _common, tables
 from fvae_kernels._triton.launchers import FIXED, LAUNCHERS
 from tests import ROOT
 from tests.tools.triton.compile_all import calls, layer_calls
@@ -55,6 +55,14 @@ def test_every_kernel_with_a_table_can_be_told(launched):
         assert now.pop(name) == before[name] | {block: 16, "num_warps": 2, "num_stages": 5}, name
         assert now == {other: before[other] for other in now}, name
     assert launched() == before
+
+
+def test_every_product_has_16_inner_entries():
+    """Triton before 3.9 asks for that many in every dtype. layer_grads sums over tokens, all others over features."""
+    for kernel, table in (*tables.LAYER.items(), *tables.AMD.items()):
+        for key, row in table.items():
+            inner = (row.D, row.K, row.N) if kernel == "layer_grads" else (row.D, row.K)
+            assert min(inner) >= 16, (kernel, key)
 
 
 def test_an_override_stays_until_it_is_taken_back(launched):

@@ -54,8 +54,8 @@ def why_general() -> str | None:
             return "a launch hook is set, as profilers do"
     if runtime.debug or knobs.compilation.instrumentation_mode:
         return "Triton's debugging is on"
-    if target() != "cuda":
-        return f"the target is {target()}"
+    if (found := target()) != "cuda":
+        return f"the target is {found}"
     return None
 
 

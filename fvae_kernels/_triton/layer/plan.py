@@ -10,7 +10,7 @@ from .. import tables
 from .._common import precision
 from .launch import stream_of, why_general
 from .prepared import Case, Prepared, numbers_of, prepared
-from .steps import Given, backward, by_rows, forward, given_of, packed_weights
+from .steps import Given, backward, by_rows, forward, packed, packed_weights
 
 
 class TritonSteps:
@@ -87,4 +87,4 @@ def _stream(x: Tensor) -> int | None:
 
 
 def _given(tensors: Tensors) -> Given:
-    return given_of(tensors.x, None, None, tensors.mask, tensors.seed)
+    return Given(by_rows(tensors.x), None, None, None if tensors.mask is None else packed(tensors.mask), tensors.seed)

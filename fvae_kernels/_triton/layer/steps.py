@@ -150,10 +150,12 @@ def aligned(t: Tensor) -> Tensor:
 
 def by_rows(t: Tensor) -> Tensor:
     """t [N, D] with contiguous rows, aligned, whose stride is D or divisible by 16 exactly if D is; else a copy."""
-    D, stride = t.shape[1], _row(t)
-    alike = stride == D or (1 not in (stride, D) and (stride % 16 == 0) == (D % 16 == 0))
-    if alike and (t.stride(1) == 1 or D <= 1) and t.data_ptr() % 16 == 0:
-        return t
+    if t.data_ptr() % 16 == 0:
+        if t.is_contiguous():
+            return t
+        D, stride = t.shape[1], t.stride(0)
+        if t.stride(1) == 1 and 1 not in (stride, D) and (stride % 16 == 0) == (D % 16 == 0):
+            return t
     return t.clone(memory_format=torch.contiguous_format)
 
 
