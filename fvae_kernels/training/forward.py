@@ -99,9 +99,9 @@ class Forward:
             return end
         number = _number(output)
         known = [(_number(t), count) for reference, count in self.ends.values() if (t := reference()) is not None]
-        if number < 0 or not any(other > number for other, _ in known):
+        if number < 0:
             return len(self.values)
-        return max((count for other, count in known if other <= number), default=0)
+        return min((count for other, count in known if other > number), default=len(self.values))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Forward":
         return Forward(self.grad)
