@@ -122,6 +122,6 @@ def _inference(groups: list[dict[str, Any]], ours: str) -> Iterator[Goal]:
 
 def _host(groups: list[dict[str, Any]], ours: str) -> Iterator[Goal]:
     for g in groups:
-        value = pages.beyond(g["found"]["in_model"], "triton") / pages.beyond(g["found"]["in_model"], "dora")
+        value = pages.beyond(us := g["found"]["steps"]["float32"], "triton") / pages.beyond(us, "dora")
         what = "host's time of a layer beyond its base, Triton's launchers, time / PEFT DoRA"
         yield Goal(what, "at most 1.2", f"{value:.2f}", value <= 1.2)

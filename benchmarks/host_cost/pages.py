@@ -39,8 +39,8 @@ def precisions(found: Found) -> list[str]:
 
 
 def last_line(found: Found) -> str:
-    """The most important numbers in one line: of a layer in a model, with the paper's recipe."""
-    ours, lora, dora = (beyond(found["in_model"], side) for side in ("triton", "lora", "dora"))
+    """The most important numbers in one line: of a layer called alone, with the paper's recipe."""
+    ours, lora, dora = (beyond(found["steps"]["float32"], side) for side in ("triton", "lora", "dora"))
     return (
         f"host cost beyond base: ours {ours:.0f} us, LoRA {lora:.0f} us, DoRA {dora:.0f} us; "
         f"ours / LoRA {ours / lora:.2f}, ours / DoRA {ours / dora:.2f}"
