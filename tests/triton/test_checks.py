@@ -19,7 +19,7 @@ import triton.language as tl
 
 from fvae_kernels._triton import _common, divergence, reconstruct, tables
 from fvae_kernels._triton.launchers import FIXED, LAUNCHERS, tuned
-from fvae_kernels._triton.layer.prepared import prepared
+from fvae_kernels._triton.layer.prepared import _prepared
 from fvae_kernels.ops._checks import token_flags
 from tests.helpers.layer_inputs import raw_layer
 from tests.tools.triton.meter import Meter
@@ -126,13 +126,13 @@ def test_entries_for_wide_networks_give_the_same(needs, monkeypatch):
     values["layer_bwd"][-1] = needs
     expected = {name: metered(name, values[name])[1] for name in LAYER}
     monkeypatch.setattr(tables, "NARROW", (0, 0, 0))
-    prepared.cache_clear()
+    _prepared.cache_clear()
     for name in LAYER:
         meter, actual = metered(name, values[name], order="reverse")
         assert_clean(meter)
         for one, other in zip(actual, expected[name], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    prepared.cache_clear()  # those of wide layers
+    _prepared.cache_clear()  # those of wide layers
 
 
 def test_offsets_beyond_two_to_the_31():
