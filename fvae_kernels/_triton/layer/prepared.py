@@ -192,10 +192,11 @@ class Backward:
     def scratch(self, N: int, chunks: int) -> tuple[int, int, int, int]:
         """Entries of the gradient of the state, the output layer's inputs, the gradient of these, and the sums.
 
-        Multiples of 16, so that each part is aligned as a tensor of its own would be.
+        Multiples of 16, so that each part is aligned as a tensor of its own would be. There always are sums, since
+        kernels read their dtype.
         """
         state, inputs = (-(-N * width // 16) * 16 for width in (self.state_width, self.output_inputs))
-        return state * self.latents, inputs * self.inputs, inputs * self.hidden, chunks * self.length
+        return state * self.latents, inputs * self.inputs, inputs * self.hidden, chunks * max(self.length, 16)
 
     def chunks(self, N: int) -> int:
         """Number of chunks of tokens; the programs store sums for each chunk."""
