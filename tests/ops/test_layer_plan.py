@@ -115,10 +115,13 @@ def frozen(adapter):
     adapter.encoder1_mean_weight.requires_grad_(False)
 
 
-CHANGES = (replaced, new_data, other_scale, no_dropout, other_weights, bounded, half_as_wide, frozen)
+CHANGES = (replaced, new_data, half_as_wide, frozen)
+CHANGES_OF_OPTIONS = (other_scale, no_dropout, other_weights, bounded)  # noticed before any backend is asked
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change", [*CHANGES, *(pytest.param(change, marks=pytest.mark.not_interpreted) for change in CHANGES_OF_OPTIONS)]
+)
 def test_a_plan_notices(change, backend_with_plans, device):
     adapter = made(dropout=0.3, device=device)
     before, _ = step(adapter, backend_with_plans)
