@@ -275,16 +275,23 @@ def find_linears(model: nn.Module, named: dict[str, nn.Module], targets: str | l
         embeddings = getattr(model, "get_output_embeddings", lambda: None)()
         found = [n for n in linears if named[n] is not embeddings]
         missing = [] if found else ["all-linear"]
-    elif isinstance(targets, str):
-        found = [n for n in linears if re.fullmatch(targets, n)]
-        missing = [] if found else [targets]
     else:
-        found = [n for n in linears if any(n == t or n.endswith(f".{t}") for t in targets)]
-        missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in linears)]
+        found = [n for n in linears if is_named(n, targets)]
+        if isinstance(targets, str):
+            missing = [] if found else [targets]
+        else:
+            missing = [target for target in targets if not any(is_named(n, [target]) for n in found)]
     if missing:
         ends = sorted({n.rpartition(".")[2] for n in linears})
         raise ValueError(f"target_modules {missing} match no linear layer of {type(model).__name__}; it has {ends}")
     return found
+
+
+def is_named(name: str, targets: str | Iterable[str]) -> bool:
+    """True if a module's name is, or ends with, one of `targets`; or matches it, if it is a regular expression."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _parents(name: str) -> list[str]:

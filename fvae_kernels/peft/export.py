@@ -1,17 +1,17 @@
 """export_for_inference: the parts of an adapter that serving needs, in a file of their own."""
 
 import copy
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
 
 from ..nn.parameters import is_served
-from ..serving.folders import CONTAINER, WEIGHTS
+from ..serving.folders import CONTAINER, WEIGHTS, write_folder
+from ..serving.heads import base_class
+from ..serving.layers import peft_config
 from ..serving.reports import ExportedLayer
 from .config import FVAELoraConfig
 from .trimmed_export import trim_export
@@ -68,7 +68,7 @@ def export_for_inference(
             tolerance; a tolerance out of range; data that does not reach every layer. Nothing is written then.
         TypeError: calibration data that is no iterable of batches.
     """
-    config = getattr(model, "peft_config", {}).get(adapter_name)
+    config = peft_config(model, adapter_name)
     if not isinstance(config, FVAELoraConfig):
         known = sorted(getattr(model, "peft_config", {}))
         raise ValueError(f"the model has no FVAE-LoRA adapter {adapter_name!r}; its adapters are {known}")
@@ -79,22 +79,11 @@ def export_for_inference(
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     method = config.to_fvae_config()
     own = {key: key.rpartition(f"{CONTAINER}.")[2] for key in state if f".{CONTAINER}." in key}
-    served = {
-        key: t.detach().cpu().contiguous().clone()
-        for key, t in state.items()
-        if key not in own or is_served(own[key], method)
-    }
+    served = {key: t for key, t in state.items() if key not in own or is_served(own[key], method)}
     rows: tuple[ExportedLayer, ...] = ()
-    full = sum(state[key].numel() * state[key].element_size() for key in own)
     if tolerance is not None or calibration is not None:
         rows = trim_export(model, config, served, tolerance, calibration, adapter_name)
-    os.makedirs(folder, exist_ok=True)
-    save_file(served, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
-    base = type(model.get_base_model()) if hasattr(model, "get_base_model") else type(model)
-    auto_mapping = {
-        "base_model_class": base.__name__,
-        "parent_library": base.__module__,
-    }  # as PeftModel.save_pretrained
-    config.save_pretrained(str(folder), auto_mapping_dict=auto_mapping if config.task_type is None else None)
-    size = sum(served[key].numel() * served[key].element_size() for key in own if key in served)
-    return ExportReport(str(folder), full, size, rows)
+    write_folder(Path(folder), {WEIGHTS: served})
+    config.save_pretrained(str(folder), auto_mapping_dict=base_class(model) if config.task_type is None else None)
+    full, left = (sum(tensors[key].nbytes for key in own if key in tensors) for tensors in (state, served))
+    return ExportReport(str(folder), full, left, rows)

@@ -39,7 +39,7 @@ def trim_export(
     }
     for name, path in paths.items():
         for parameter, tensor in path.tensors.items():
-            served[f"{prefixes[name]}.{parameter}"] = tensor.cpu().contiguous()
+            served[f"{prefixes[name]}.{parameter}"] = tensor
     config.rank_pattern = {exact_pattern(name): path.rank for name, path in paths.items()}
     config.alpha_pattern = {exact_pattern(layer.name): _alpha(layer, paths[layer.name].rank) for layer in layers}
     if config.encoder_hidden or config.encoder_hidden_pattern:
@@ -55,6 +55,6 @@ def _alpha(layer: AdaptedLayer, rank: int) -> float:
 
 
 def _row(layer: AdaptedLayer, path: TrimmedPath) -> ExportedLayer:
-    before = sum(p.numel() * p.element_size() for p in layer.adapter.parameters())
-    after = sum(t.numel() * t.element_size() for t in path.tensors.values())
+    before = sum(p.nbytes for p in layer.adapter.parameters())
+    after = sum(t.nbytes for t in path.tensors.values())
     return ExportedLayer(layer.name, layer.adapter.config.rank, path.rank, path.lost, before, after, path.hidden)

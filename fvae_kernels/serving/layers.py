@@ -11,7 +11,8 @@ from torch import nn
 from ..nn.adapter import FVAEAdapter
 from ..nn.linear import FusedFVAELinear
 from ..nn.parameters import is_served
-from .folders import CONTAINER, PREFIX
+from ..training.aux_loss import AuxLossLayer
+from .folders import PREFIX
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,12 @@ def adapted_layers(model: nn.Module, adapter_name: str = "default") -> list[Adap
         )
     found, names = [], set()
     for name, module in model.named_modules():
-        adapters = getattr(module, CONTAINER, None)
-        if isinstance(module, FusedFVAELinear):
-            adapters = {"default": module.adapter}
-        elif not isinstance(adapters, nn.ModuleDict):
+        if not isinstance(module, AuxLossLayer):
             continue
+        adapters = {own or "default": adapter for own, adapter in module.adapters().items()}
         names |= set(adapters)
         if adapter_name in adapters:
-            adapter: Any = adapters[adapter_name]
-            found.append(AdaptedLayer(name.removeprefix(PREFIX), module, adapter))
+            found.append(AdaptedLayer(name.removeprefix(PREFIX), module, adapters[adapter_name]))
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no FVAE-LoRA adapter {adapter_name!r}; its adapters are {sorted(names)}"

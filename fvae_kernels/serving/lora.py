@@ -219,6 +219,6 @@ def serving(layers: list[AdaptedLayer], factors: Mapping[str, Factors]) -> Itera
 
 def _row(layer: AdaptedLayer, found: Factors) -> ExportedLayer:
     served = [t for t in (found.A, found.B, found.bias) if t is not None]
-    before = sum(p.numel() * p.element_size() for p in layer.adapter.parameters())
-    after = sum(t.numel() * t.element_size() for t in served)
+    before = sum(p.nbytes for p in layer.adapter.parameters())
+    after = sum(t.nbytes for t in served)
     return ExportedLayer(layer.name, layer.adapter.config.rank, len(found.A), found.lost, before, after)

@@ -242,4 +242,4 @@ def _put(layer: AdaptedLayer, tensors: dict[str, Tensor]) -> None:
 
 
 def _size(layer: AdaptedLayer) -> int:
-    return sum(p.numel() * p.element_size() for p in layer.adapter.parameters())
+    return sum(p.nbytes for p in layer.adapter.parameters())

@@ -3,14 +3,14 @@
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..config import FIELDS, FVAEConfig, matches
-from ..nn.linear import find_linears
+from ..nn.linear import find_linears, is_named
 from .folders import CONFIG
 from .layers import AdaptedLayer, exact_pattern
 
@@ -18,7 +18,7 @@ METHOD = "FVAE"
 TABLES = ("loss_weight", "rank_pattern", "alpha_pattern", "encoder_hidden_pattern")  # pairs in the file: order counts
 BESIDE = ("bias", "trainable_token_indices")
 PLACED = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-BY_LAYER = ("rank", "alpha", "encoder_hidden")
+BY_LAYER = {"rank_pattern": "rank", "alpha_pattern": "alpha", "encoder_hidden_pattern": "encoder_hidden"}
 OF_PEFT = (
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "inference_only", "init_weights"),
@@ -34,18 +34,14 @@ def config_of(layers: list[AdaptedLayer]) -> dict[str, Any]:
     first = layers[0].module.config
     for layer in layers:
         for name in FIELDS:
-            if name not in BY_LAYER and getattr(layer.module.config, name) != getattr(first, name):
+            if name not in BY_LAYER.values() and getattr(layer.module.config, name) != getattr(first, name):
                 raise ValueError(
                     f"{layers[0].name!r} has {name}={getattr(first, name)!r} and {layer.name!r} has "
                     f"{getattr(layer.module.config, name)!r}: a folder holds one value of it. Save a model in which "
                     "they agree"
                 )
     options = {name: getattr(first, name) for name in FIELDS if name != "rank"}
-    for name, field in (
-        ("rank_pattern", "rank"),
-        ("alpha_pattern", "alpha"),
-        ("encoder_hidden_pattern", "encoder_hidden"),
-    ):
+    for name, field in BY_LAYER.items():
         values = {layer.name: getattr(layer.module.config, field) for layer in layers}
         different = len(set(values.values())) > 1
         options[name] = {exact_pattern(n): value for n, value in values.items()} if different else {}
@@ -94,11 +90,7 @@ class Settings:
     def for_layer(self, name: str) -> FVAEConfig:
         """The options of one layer."""
         found = {}
-        for table, field in (
-            ("rank_pattern", "rank"),
-            ("alpha_pattern", "alpha"),
-            ("encoder_hidden_pattern", "encoder_hidden"),
-        ):
+        for table, field in BY_LAYER.items():
             patterns = self.values.get(table) or {}
             key = next((pattern for pattern in patterns if matches(pattern, name)), None)
             if key is not None:
@@ -117,8 +109,8 @@ class Settings:
         if isinstance(targets, str):
             linears = find_linears(model, named, targets)
         else:
-            linears = [name for name in linears if _named(name, targets or ())]
-        linears = [name for name in linears if not (excluded and _named(name, excluded)) and self._in_blocks(name)]
+            linears = [name for name in linears if is_named(name, targets or ())]
+        linears = [name for name in linears if not (excluded and is_named(name, excluded)) and self._in_blocks(name)]
         if not linears:
             raise ValueError(f"{type(model).__name__} has none of the layers that {self.folder} adapts: {targets}")
         first = {id(named[name]): name for name in reversed(linears)}
@@ -131,9 +123,3 @@ class Settings:
         patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
         found = next((m for p in patterns if (m := re.match(rf".*\.{p}\.(\d+)\.", name))), None)
         return found is not None and int(found.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
-
-
-def _named(name: str, targets: str | Iterable[str]) -> bool:
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)

@@ -48,6 +48,11 @@ AUTO = {
 }
 
 
+def served(folder: Path, kind: str = "bert") -> Any:
+    """The adapter of a folder, loaded into its base model."""
+    return peft.PeftModel.from_pretrained(build(kind), folder).eval()
+
+
 def config_for(kind: str = "bert", **options: Any) -> fk.FVAELoraConfig:
     """A small config whose adapters change the output from the start."""
     placed = {"task_type": TASKS[kind], "target_modules": TARGETS[kind], "init_weights": False}

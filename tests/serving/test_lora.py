@@ -15,17 +15,24 @@ from torch import nn
 import fvae_kernels as fk
 from tests import ROOT
 from tests.helpers.calibration import batches, recorded
-from tests.helpers.peft_models import CONFIG, LINEAR, SMALL, WEIGHTS, adapted, config_for, layers, logits, unlabelled
+from tests.helpers.peft_models import (
+    CONFIG,
+    LINEAR,
+    SMALL,
+    WEIGHTS,
+    adapted,
+    config_for,
+    layers,
+    logits,
+    served,
+    unlabelled,
+)
 from tests.helpers.tiny_models import TARGETS, assert_state, build, state_of
 
 pytestmark = [
     pytest.mark.compat("PEFT", "export as stock LoRA"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
-
-
-def served(folder: Path, kind: str = "bert") -> Any:
-    return peft.PeftModel.from_pretrained(build(kind), folder).eval()
 
 
 def assert_serves(model: nn.Module, folder: Path, kind: str) -> None:

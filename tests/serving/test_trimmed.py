@@ -11,17 +11,13 @@ from torch import nn
 
 import fvae_kernels as fk
 from tests.helpers.calibration import batches, recorded
-from tests.helpers.peft_models import CONFIG, LINEAR, adapted, layers, logits
-from tests.helpers.tiny_models import assert_state, build, state_of
+from tests.helpers.peft_models import CONFIG, LINEAR, adapted, layers, logits, served
+from tests.helpers.tiny_models import assert_state, state_of
 
 pytestmark = [
     pytest.mark.compat("PEFT", "export for serving at the ranks that are used"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
-
-
-def served(folder: Path, kind: str = "bert") -> Any:
-    return peft.PeftModel.from_pretrained(build(kind), folder).eval()
 
 
 @torch.no_grad()

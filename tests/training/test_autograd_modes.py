@@ -12,15 +12,12 @@ from fvae_kernels.training import warn
 from tests.helpers.forwards import LABELS, SEEN, assert_unused_or_same, branches, by_terms, inputs
 from tests.helpers.gradients import adapted, assert_same, grads
 from tests.helpers.padded_batches import padded, sequences
-from tests.helpers.total_loss import by_hand, fix_noise
+from tests.helpers.total_loss import by_hand
 
-pytestmark = pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    fix_noise(monkeypatch)
-    monkeypatch.setattr(warn, "said", set())
+pytestmark = [
+    pytest.mark.usefixtures("fixed_noise", "nothing_said"),
+    pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning"),
+]
 
 
 def test_full_backward_hooks_on_every_module() -> None:

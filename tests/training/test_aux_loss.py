@@ -26,14 +26,12 @@ from tests.helpers.gradients import (
     params,
 )
 from tests.helpers.tiny_models import batch
-from tests.helpers.total_loss import by_hand, fix_noise
+from tests.helpers.total_loss import by_hand
 
-pytestmark = pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    fix_noise(monkeypatch)
+pytestmark = [
+    pytest.mark.usefixtures("fixed_noise"),
+    pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning"),
+]
 
 
 def test_the_measure_sees_a_missing_auxiliary_loss() -> None:

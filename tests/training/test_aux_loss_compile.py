@@ -11,18 +11,13 @@ from fvae_kernels.ops._versions import parsed
 from fvae_kernels.training.aux_loss import aux_loss_layers
 from tests.helpers.gradients import adapted, assert_same, checkpoint_activations, direct, own_criterion
 from tests.helpers.tiny_models import batch
-from tests.helpers.total_loss import fix_noise
 
 TORCH = parsed(torch.__version__)
 pytestmark = [
+    pytest.mark.usefixtures("fixed_noise"),
     pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning"),
     pytest.mark.compat("Training loops", "`torch.compile` of models and of layers, fullgraph"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    fix_noise(monkeypatch)
 
 
 def loss_of(criterion: str, model: nn.Module, called: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

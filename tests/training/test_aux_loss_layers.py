@@ -7,14 +7,12 @@ from torch import nn
 import fvae_kernels as fk
 from tests.helpers.gradients import OPTIONS, assert_same, grads, params
 from tests.helpers.tiny_models import Regressor
-from tests.helpers.total_loss import by_hand, fix_noise
+from tests.helpers.total_loss import by_hand
 
-pytestmark = pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    fix_noise(monkeypatch)
+pytestmark = [
+    pytest.mark.usefixtures("fixed_noise"),
+    pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning"),
+]
 
 
 def replaced() -> Regressor:

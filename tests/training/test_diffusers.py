@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fvae_kernels as fk
 from tests.helpers.gradients import assert_same, grads
 from tests.helpers.peft_models import SMALL
-from tests.helpers.total_loss import by_hand, fix_noise
+from tests.helpers.total_loss import by_hand
 
 BLOCKS: dict[str, Any] = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -25,9 +25,7 @@ SIZES = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1,
 TEXT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
 
 
-@pytest.fixture(autouse=True)
-def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    fix_noise(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fixed_noise")
 
 
 def unet(how: str, targets: list[str]) -> nn.Module:

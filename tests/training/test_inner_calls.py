@@ -7,17 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fvae_kernels as fk
-from fvae_kernels.training import warn
 from tests.helpers.forwards import CHECKPOINTS, LABELS, by_terms, check, check_against, inputs
 from tests.helpers.gradients import adapted, assert_same, checkpoint_activations, params
 from tests.helpers.padded_batches import padded, sequences
-from tests.helpers.total_loss import fix_noise
 
-
-@pytest.fixture(autouse=True)
-def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    fix_noise(monkeypatch)
-    monkeypatch.setattr(warn, "said", set())
+pytestmark = pytest.mark.usefixtures("fixed_noise", "nothing_said")
 
 
 @CHECKPOINTS

@@ -13,12 +13,9 @@ import fvae_kernels as fk
 from tests.helpers.forwards import CHECKPOINTS
 from tests.helpers.gradients import adapted, assert_same, checkpoint_activations, grads
 from tests.helpers.padded_batches import padded, sequences
-from tests.helpers.total_loss import by_hand, fix_noise
+from tests.helpers.total_loss import by_hand
 
-
-@pytest.fixture(autouse=True)
-def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    fix_noise(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fixed_noise")
 
 
 def trunk() -> tuple[nn.Module, dict[str, Tensor]]:

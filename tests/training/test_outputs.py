@@ -6,16 +6,11 @@ import pytest
 import torch
 
 import fvae_kernels as fk
-from fvae_kernels.training import warn
 from tests.helpers.forwards import FORMS, assert_unused_or_same, branches, by_terms, trained
 from tests.helpers.gradients import OPTIONS
-from tests.helpers.total_loss import by_hand, fix_noise
+from tests.helpers.total_loss import by_hand
 
-
-@pytest.fixture(autouse=True)
-def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    fix_noise(monkeypatch)
-    monkeypatch.setattr(warn, "said", set())
+pytestmark = pytest.mark.usefixtures("fixed_noise", "nothing_said")
 
 
 @pytest.mark.parametrize("form", list(FORMS))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fvae_kernels as fk
 from fvae_kernels import testing
 from tests.helpers.precisions import BF16, F16, Setting, adapted, inputs_for
-from tests.helpers.total_loss import by_hand, fix_noise
+from tests.helpers.total_loss import by_hand
 
 SETTINGS = {
     "autocast bfloat16": Setting(autocast=BF16),
@@ -25,9 +25,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    fix_noise(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fixed_noise")
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

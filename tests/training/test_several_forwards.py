@@ -9,20 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fvae_kernels as fk
-from fvae_kernels.training import warn
 from fvae_kernels.training.forward import PENDING
 from tests.helpers.forwards import CHECKPOINTS, LABELS, by_terms, check, check_against, inputs
 from tests.helpers.gradients import adapted, assert_same, checkpoint_activations, grads
 from tests.helpers.padded_batches import padded, sequences
-from tests.helpers.total_loss import by_hand, fix_noise
+from tests.helpers.total_loss import by_hand
 
-pytestmark = pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    fix_noise(monkeypatch)
-    monkeypatch.setattr(warn, "said", set())
+pytestmark = [
+    pytest.mark.usefixtures("fixed_noise", "nothing_said"),
+    pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning"),
+]
 
 
 @CHECKPOINTS

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.total_loss import fix_noise
 from tests.helpers.trainer_tools import (
     QUIET,
     STEPS,
@@ -22,14 +21,10 @@ from tests.helpers.trainer_tools import (
 )
 
 pytestmark = [
+    pytest.mark.usefixtures("fixed_noise"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.compat("Trainers", "`transformers.Trainer`: accumulation, `num_items_in_batch`, checkpointing, resume"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    fix_noise(monkeypatch)
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])

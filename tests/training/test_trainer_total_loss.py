@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 import fvae_kernels as fk
 from fvae_kernels.training import warn
 from tests.helpers.tiny_models import batch
-from tests.helpers.total_loss import by_hand, fix_noise
+from tests.helpers.total_loss import by_hand
 from tests.helpers.trainer_tools import (
     OLD,
     ONE_STEP,
@@ -35,17 +35,15 @@ from tests.helpers.trainer_tools import (
     trainer_of,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fixed_noise"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "vit": None}
 Criterion = Callable[[Any, dict[str, Tensor], int], Tensor]  # outputs, inputs, items of the step -> task loss
 # transformers' causal LM losses are float32, and so is their gradient
 RTOL = {"llama": 1e-6, "bert": 1e-9, "vit": 1e-9}
-
-
-@pytest.fixture(autouse=True)
-def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    fix_noise(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -105,6 +105,10 @@ class Prepared:
         self.mean = Launch(layer_mean_kernel, blocks, tables.MEAN["num_warps"], 3)
         self._backwards: dict[Any, Backward] = {}
 
+    def knows(self, key: Any) -> bool:
+        """True if both launches of forward can go directly; `key` is of the one that reads tokens."""
+        return self.fwd.knows(key) and self.mean.knows(None)
+
     def launch(self, name: str, kernel: Any, **constants: Any) -> Launch:
         """A kernel of the layer with its row of the table; blocks of features are cut to the features there are."""
         # products of 16-bit factors need at least 16 inner entries, so wide layers take smaller blocks

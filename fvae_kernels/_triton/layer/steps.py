@@ -34,6 +34,10 @@ class Weights(NamedTuple):
     tensors: Networks  # the same ones, named
     addresses: Networks | None  # cost the host less than tensors, but only a direct launch takes them
 
+    def for_launch(self, direct: bool) -> Networks:
+        """The form that costs the launch least."""
+        return self.addresses if direct and self.addresses is not None else self.tensors
+
 
 def forward(
     base: Tensor | None, given: Given, weights: Weights, ready: Prepared, numbers: Numbers, stream: int | None = None
@@ -45,8 +49,7 @@ def forward(
     if N == 0:
         return y, x.new_zeros(4, dtype=ready.wide), state
     key = x.dtype, None if base is None else base.dtype
-    direct = stream is not None and ready.fwd.knows(key) and ready.mean.knows(None)
-    networks = weights.addresses if direct and weights.addresses else weights.tensors
+    networks = weights.for_launch(stream is not None and ready.knows(key))
     layer = _layer(given, networks)
     programs = -(-N // ready.fwd.constants["BLOCK_N"])
     statistics = x.new_empty((programs, 16), dtype=ready.wide)
@@ -86,7 +89,7 @@ def backward(
     grad_y, nothing, state = arriving.grad_y, zeros(ready.wide, x.device, 1), packed(state)
     key = x.dtype, None if grad_y is None else grad_y.dtype
     direct = stream is not None and plan.knows(key)
-    layer = _layer(given, weights.addresses if direct and weights.addresses else weights.tensors)
+    layer = _layer(given, weights.for_launch(direct))
     chunks = plan.chunks(N)
     memory = x.new_empty(sum(sizes := plan.scratch(N, chunks)), dtype=ready.wide)
     grad_state, inputs, grad_hidden, parts = _split(memory, sizes, direct)
