@@ -5,13 +5,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-FILE = Path(__file__).with_name("runs.jsonl")
-CELL = ("task", "method", "seed", "epochs", "lr")
+from examples.assets import ROOT
+
+FILE = ROOT / "benchmarks" / "results" / "runs.jsonl"
+CELL = ("task", "method", "seed", "epochs", "lr", "weight")
 
 
 def cell(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """The key of a run: runs with equal keys are the same cell."""
-    return tuple(row[name] for name in CELL)
+    return tuple(row.get(name) for name in CELL)
 
 
 def read(path: Path = FILE) -> Iterator[dict[str, Any]]:

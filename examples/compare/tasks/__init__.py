@@ -44,12 +44,13 @@ class Placement:
 
 
 class Task(Protocol):
-    """A task under group shift: label and spurious attribute correlate in training, but not in the tests."""
+    """A task. Under group shift, label and spurious attribute correlate in training, but not in the tests."""
 
     name: str
     recipe: Recipe
     placement: Placement
-    minority: Sequence[Group]  # rare in training
+    minority: Sequence[Group]  # rare in training; () where groups are just labels
+    classes: int  # 0 for a language model, which is scored in nats a token
 
     def splits(self, seed: int) -> Splits:
         """The examples; the seed chooses the training examples."""

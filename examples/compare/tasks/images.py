@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from . import image_assets
-from .tasks import Group, Placement, Recipe, Splits
+from . import Group, Placement, Recipe, Splits, image_assets
 
 SIZE = 70
 BLOCKS = 2  # adapted, of 12
@@ -61,6 +60,7 @@ class ImageTask:
         ("query", "value", "q_proj", "v_proj"), {"modules_to_save": ["classifier"]}
     )  # transformers 4 and 5
     minority = ((0, 1), (1, 0))
+    classes = 2
 
     def __init__(self, size: int = 480, rho: float = 0.95, cache: Path = image_assets.CACHE) -> None:
         self.cache, self.size, self.rho = image_assets.fetch(cache), size, rho

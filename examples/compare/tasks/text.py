@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from examples import assets, data, train
 
-from .tasks import Placement, Recipe, Splits
+from . import Placement, Recipe, Splits
 
 
 class TextTask:
@@ -17,6 +17,7 @@ class TextTask:
     recipe = Recipe(epochs=3, lr=5e-3)
     placement = Placement(("query", "value"), {"task_type": "SEQ_CLS"})
     minority = ((0, 0), (1, 1))
+    classes = 2
 
     def __init__(self, size: int = 1200, rho: float = 0.8) -> None:
         files = assets.fetch()

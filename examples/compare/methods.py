@@ -81,26 +81,17 @@ def _fvae(name: str = "default", **options: Any) -> peft.PeftConfig:
     return fk.FVAELoraConfig.preset(name, r=RANK, alpha=ALPHA, **options)
 
 
-_LINEAR = {"encoder_hidden": (), "start": "lora", "logvar1_start": -4.0, "kl_weight": 3.0, "loss_weight": None}
-_DECODERS: dict[str, tuple[int, ...]] = {"0": (), "64": (64,), "128": (128, 128, 128)}
-
 METHODS = {
     "lora": Method("LoRA", _lora),
     "lora-dropout": Method("LoRA, dropout 0.1", _lora, {"lora_dropout": 0.1}),
     "lora-4": Method("LoRA, rank 4", _lora, {"rank": 4}),
-    "lora-ada-4": Method("AdaLoRA, rank 4 on average", _adalora, {"rank": 4}),
-    "default": Method("FVAE-LoRA, the default", _fvae),
-    "trimmed-4": Method("FVAE-LoRA, the default, trimmed to rank 4 after half of the steps", _fvae, trim_to=4),
-    "exchange": Method("FVAE-LoRA, the default, z₂ exchanged for half of the examples", _fvae, exchange=0.5),
-    "paper": Method("FVAE-LoRA, the paper's recipe", _fvae, {"name": "paper"}),
-    "authors": Method("FVAE-LoRA, the authors' code", _fvae, {"name": "authors"}),
-    **{
-        f"{kind}-{size}": Method(
-            f"linear encoder, LoRA's start, log-variance {words}, decoder {hidden}",
-            _fvae,
-            {**_LINEAR, "decoder_hidden": hidden, "logvar1_held": kind == "held"},
-        )
-        for kind, words in (("held", "held at -4"), ("free", "from -4"))
-        for size, hidden in _DECODERS.items()
-    },
+    "adalora-4": Method("AdaLoRA, rank 4 on average", _adalora, {"rank": 4}),
+    "fvae": Method("FVAE-LoRA, the default", _fvae),
+    "fvae-free": Method("FVAE-LoRA, log-variance of z₁ learned from -4", _fvae, {"logvar1_held": False}),
+    "fvae-64": Method("FVAE-LoRA, decoder (64,)", _fvae, {"decoder_hidden": (64,)}),
+    "fvae-128": Method("FVAE-LoRA, decoder (128, 128, 128)", _fvae, {"decoder_hidden": (128, 128, 128)}),
+    "fvae-trimmed-4": Method("FVAE-LoRA, trimmed to rank 4 after half of the steps", _fvae, trim_to=4),
+    "fvae-exchange": Method("FVAE-LoRA, z₂ exchanged for half of the examples", _fvae, exchange=0.5),
+    "fvae-paper": Method("FVAE-LoRA, the paper's recipe", _fvae, {"name": "paper"}),
+    "fvae-authors": Method("FVAE-LoRA, the authors' code", _fvae, {"name": "authors"}),
 }

@@ -1,4 +1,4 @@
-"""python -m benchmarks.evidence.report: means, and differences to LoRA paired by seed, as Markdown tables.
+"""python -m examples.compare.report: means, and differences to LoRA paired by seed, as Markdown tables.
 
 --write puts them into docs/recipes.md.
 """
@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import replace_block
 from examples.assets import ROOT
 from examples.report import interval
 
-from ..pages import replace_block
 from . import records
 from .methods import METHODS
 
@@ -73,8 +73,8 @@ def tables(rows: Iterable[Mapping[str, Any]], baseline: str = "lora") -> list[st
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables, or write them into the page."""
-    options = argparse.ArgumentParser(prog="benchmarks.evidence.report", description=__doc__)
-    options.add_argument("--runs", type=Path, default=records.FILE, help="JSON lines (benchmarks/evidence/runs.jsonl)")
+    options = argparse.ArgumentParser(prog="examples.compare.report", description=__doc__)
+    options.add_argument("--runs", type=Path, default=records.FILE, help="JSON lines (benchmarks/results/runs.jsonl)")
     options.add_argument("--baseline", default="lora", choices=sorted(METHODS))
     options.add_argument("--write", action="store_true", help=f"into {PAGE.name} instead of printing")
     args = options.parse_args(argv)

@@ -1,4 +1,4 @@
-"""python -m benchmarks.evidence: run the cells that are not yet in the file, seed by seed."""
+"""python -m examples.compare: run the cells that are not yet in the file, seed by seed."""
 
 import argparse
 import os
@@ -21,13 +21,13 @@ def seeds(text: str) -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the cells, and print each one when it is finished."""
-    options = argparse.ArgumentParser(prog="benchmarks.evidence", description=__doc__)
+    options = argparse.ArgumentParser(prog="examples.compare", description=__doc__)
     options.add_argument("--tasks", default="text,images", help="comma-separated (text,images)")
-    options.add_argument("--methods", required=True, help="comma-separated names of benchmarks/evidence/methods.py")
+    options.add_argument("--methods", required=True, help="comma-separated names of examples/compare/methods.py")
     options.add_argument("--seeds", type=seeds, default=seeds("0-9"), help="as 0-4,7 (0-9)")
     options.add_argument("--epochs", type=int, help="instead of the task's own")
     options.add_argument("--lr", type=float, help="instead of the task's own")
-    options.add_argument("--out", type=Path, default=records.FILE, help="JSON lines (benchmarks/evidence/runs.jsonl)")
+    options.add_argument("--out", type=Path, default=records.FILE, help="JSON lines (benchmarks/results/runs.jsonl)")
     args = options.parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # model and data are local files
     from . import tasks, training
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in args.seeds:
         for task in found:
             recipe = replace(task.recipe, epochs=args.epochs or task.recipe.epochs, lr=args.lr or task.recipe.lr)
-            cell = {"task": task.name, "seed": seed, "epochs": recipe.epochs, "lr": recipe.lr}
+            cell = {"task": task.name, "seed": seed, "epochs": recipe.epochs, "lr": recipe.lr, "weight": None}
             done = {records.cell(row) for row in records.read(args.out)}
             todo = [row for row in ({**cell, "method": m} for m in methods) if records.cell(row) not in done]
             splits = task.splits(seed) if todo else None
