@@ -105,6 +105,7 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "images-other": _images("cats and horses in place of birds and elephants", animals=("cat", "horse")),
     "images-long": _images("30 epochs", epochs=30),
     "audio": BuiltIn("language of telephone prompts, voices that training did not hear", "audio", "AudioTask"),
+    "perplexity": BuiltIn("a small language model on product reviews", "language", "LanguageTask"),
 }
 
 

@@ -44,7 +44,7 @@ class AudioTask:
     classes = len(audio_assets.LANGUAGES)
 
     def __init__(self, size: int = 600, epochs: int = 3, cache: Path = audio_assets.CACHE, name: str = "audio") -> None:
-        self.name, self.size, self.recipe = name, size, Recipe(epochs=epochs, lr=1e-3)
+        self.name, self.size, self.recipe = name, size, Recipe(epochs=epochs, lr=5e-3)
         cache = audio_assets.fetch(cache)
         encoder = audio_assets.encoder(cache)
         self.layers, self.norm = encoder.layers[-LAYERS:], encoder.layer_norm
