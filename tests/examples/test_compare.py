@@ -81,8 +81,8 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["--methods", "lora,lorra"])
     assert "there is no method ['lorra']" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="there is no task 'audio'; there are text and images"):
-        tasks.find("audio")
+    with pytest.raises(ValueError, match=r"there is no task 'sounds'; there are text, text-0\.5"):
+        tasks.find("sounds")
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("0-9", list(range(10))), ("5,7-8", [5, 7, 8]), ("3", [3])])
