@@ -68,8 +68,10 @@ class Head(Method):
         """See `Method.adapt`."""
         names = tuple(task.placement.options.get("modules_to_save") or HEADS)
         head = [p for name, p in model.named_parameters() if not set(names).isdisjoint(name.split("."))]
-        if not head or task.classes == 0:
-            raise DoesNotApply(f"this model has no new head: no module named {' or '.join(names)}")
+        if not task.classes:
+            raise DoesNotApply("a language model has no new head")
+        if not head:
+            raise DoesNotApply(f"this model has no module named {' or '.join(names)}")
         model.requires_grad_(False)
         for parameter in head:
             parameter.requires_grad_(True)

@@ -21,7 +21,7 @@ from .methods import METHODS
 from .tasks import Splits, Task
 
 Row = dict[str, Any]
-QUICK = {"batch_size": 4, "batches": 2, "held_out": 16}  # of --quick
+QUICK = {"epochs": 2, "batch_size": 4, "batches": 2, "held_out": 16}  # of --quick
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,12 @@ class Worker:
         try:
             task = self.task(cell["task"])
             recipe = replace(task.recipe, epochs=cell["epochs"], lr=cell["lr"])
-            size = QUICK["batch_size"] if self.setup.quick else cell.get("batch_size")
             return training.run(
                 task,
                 METHODS[cell["method"]],
                 cell["seed"],
                 self.splits(task, cell["seed"]),
-                replace(recipe, batch_size=size or recipe.batch_size),
+                replace(recipe, batch_size=cell.get("batch_size") or recipe.batch_size),
                 weight=cell["weight"],
                 early_stopping=self.setup.early_stopping,
                 search=cell["search"],

@@ -1,8 +1,9 @@
 """What the runner shows: progress with what is left, a line for each finished cell, tables at the end."""
 
+import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from . import records, report
 from .methods import METHODS
-from .search import Candidate
+from .search import Candidate, value
 
 Row = dict[str, Any]
 LINES = 10  # of progress, without a terminal
@@ -66,12 +67,14 @@ def _scores(scores: dict[str, Any]) -> str:
     return ", ".join(f"{k} {'-' if v is None else format(v, '.3f')}" for k, v in shown.items())
 
 
-def choices(found: dict[tuple[str, str], Candidate]) -> list[str]:
-    """What the search chose."""
+def choices(found: Mapping[tuple[str, str], Candidate], rows: Iterable[Row]) -> list[str]:
+    """What the search chose; of methods that apply."""
+    scored = {(row["task"], row["method"]) for row in rows if row.get("search") and value(row) > -math.inf}
     out = []
     for (task, method), (lr, weight) in found.items():
         own = "" if weight is None else f", {METHODS[method].search.option} {weight:g}"
-        out.append(f"chosen on validation: {task}, {method}: lr {lr:g}{own}")
+        why = "" if (task, method) in scored else ", the first one, for no run of its search has succeeded"
+        out.append(f"chosen on validation: {task}, {method}: lr {lr:g}{own}{why}")
     return out
 
 

@@ -16,9 +16,9 @@ Key = tuple[Any, ...]
 def cell(row: Mapping[str, Any]) -> Key:
     """The key of a run: runs with equal keys are the same cell.
 
-    A run of the search, or with a batch size other than the task's, is another cell.
+    A run of the search, a quick one, or one with a batch size other than the task's, is another cell.
     """
-    return (*(row.get(name) for name in CELL), bool(row.get("search")), row.get("batch_size"))
+    return (*(row.get(name) for name in CELL), bool(row.get("search")), bool(row.get("quick")), row.get("batch_size"))
 
 
 def read(path: Path = FILE) -> Iterator[dict[str, Any]]:

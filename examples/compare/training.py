@@ -51,9 +51,8 @@ def run(
     if len(splits.train) < recipe.batch_size:
         raise ValueError(f"{len(splits.train)} training examples do not fill a batch of {recipe.batch_size}")
     steps = recipe.epochs * (len(splits.train) // recipe.batch_size)
-    base = task.model(seed)
-    chance = guessing(task, base, splits)
-    model = method.adapt(base, task, steps, weight)
+    model = method.adapt(task.model(seed), task, steps, weight)
+    chance = guessing(task, seed, splits)
     watch = Watch(task, model, splits, recipe.epochs) if early_stopping else None
     start, cpu = time.perf_counter(), time.process_time()
     losses = train(task, model, splits.train, recipe, seed, method=method, weight=weight, watch=watch)
@@ -72,13 +71,13 @@ def run(
     }
 
 
-def guessing(task: Task, model: Any, splits: Splits) -> float:
+def guessing(task: Task, seed: int, splits: Splits) -> float:
     """Task loss of a guesser who knows how often each label comes in training; of a language model that is not trained.
 
     For classes of equal size this is ln of their number.
     """
     if not task.classes:
-        return float(score(task, model, splits.validation)["nats"])
+        return float(score(task, task.model(seed), splits.validation)["nats"])
     train = splits.train
     return entropy(label for i in range(0, len(train), 64) for label in task.batch(train[i : i + 64])[1].tolist())
 

@@ -15,15 +15,15 @@ from benchmarks.pages import block
 from examples.compare import __main__ as command
 from examples.compare import records, report, tasks
 from examples.compare.methods import METHODS
-from tests.helpers import points as points_task
-from tests.helpers.points import Points
+from tests.helpers import compare_tasks
+from tests.helpers.compare_tasks import Points
 
 PROMPTS = ("prompt-tuning", "p-tuning")  # need tokens
 
 
 @pytest.fixture
 def points(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "find", points_task.find)
+    monkeypatch.setattr(tasks, "find", compare_tasks.find)
 
 
 def run(path: Path, *more: str) -> list[dict[str, Any]]:
