@@ -7,7 +7,6 @@ from typing import NoReturn
 
 from . import records, search
 
-KINDS = ("text", "images", "audio", "perplexity")
 EPILOG = "docs/compare.md says how to read what it prints. Ctrl-C stops it; the same command goes on."
 
 
@@ -86,7 +85,7 @@ def _what(group: "argparse._ArgumentGroup") -> None:
 def _own(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--data", type=Path, help="a CSV or JSONL, a folder of images or audio by class, or a text")
     group.add_argument("--model", help="folder or name of a pretrained model")
-    group.add_argument("--kind", choices=KINDS, help="where the path does not say it")
+    group.add_argument("--kind", help="text, images, audio or language, where the path does not say it")
     group.add_argument("--text", help="column of the texts")
     group.add_argument("--label", help="column of the labels")
     group.add_argument("--group", help="column of the groups, for the worst group")

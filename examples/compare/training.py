@@ -78,8 +78,7 @@ def guessing(task: Task, seed: int, splits: Splits) -> float:
     """
     if not task.classes:
         return float(score(task, task.model(seed), splits.validation)["nats"])
-    train = splits.train
-    return entropy(label for i in range(0, len(train), 64) for label in task.batch(train[i : i + 64])[1].tolist())
+    return entropy(example.label for example in splits.train)
 
 
 def _scores(task: Task, model: Any, splits: Splits, watch: Watch | None, epochs: int, search: bool) -> dict[str, Any]:
