@@ -91,7 +91,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     build("llama", num_hidden_layers=5).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr(language_assets, "fetch", lambda cache: tmp_path)
-    monkeypatch.setattr(language_assets, "reviews", lambda _: [words(i, 60 + i) for i in range(20)])
+    monkeypatch.setattr(language_assets, "reviews", lambda _: [f"w{i} " * (60 + i) for i in range(20)])
     monkeypatch.setattr(assets, "fetch", lambda: assets.Assets(tmp_path, tmp_path))
     monkeypatch.setattr(language, "WINDOW", 16)
     monkeypatch.setattr(language, "TEST", 6)
@@ -176,13 +176,20 @@ def test_adapted_layers_go_on_where_the_frozen_ones_end(sounds: Make, texts: Mak
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
 
 
-def test_reviews_are_in_one_split(texts: Make) -> None:
+def test_reviews_are_in_one_split_and_states_are_kept(texts: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     task = texts()
-    ends = [int((t == 1).sum()) for t in (torch.stack([e.tokens for e in task.test]), task.pool)]
-    assert len(task.test), len(task.validation) == (6, 3)
-    assert sum(ends) <= 20
-    assert len(task.splits(0).train) == 16
-    assert not torch.equal(task.splits(0).train[0].tokens, task.splits(1).train[0].tokens)
+    parts = [torch.stack([e.tokens for e in part]) for part in (task.test, task.validation, task.pool)]
+    assert [len(t) for t in parts[:2]] == [6, 3]
+    words_of = [set(t.flatten().tolist()) - {1} for t in parts]
+    assert sum(map(len, words_of)) == len(set().union(*words_of)) == 20
+    seeds = [task.splits(seed).train for seed in (0, 0, 1)]
+    assert len(seeds[0]) == 16
+    assert [torch.equal(seeds[0][0].tokens, other[0].tokens) for other in seeds[1:]] == [True, False]
+    monkeypatch.setattr(language, "halves", lambda model, last: (None, model))  # nothing to compute states with
+    assert all(torch.equal(a.states, b.states) for a, b in zip(task.pool, texts().pool, strict=True))
+    monkeypatch.setattr(language, "WINDOW", 8)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        texts()
 
 
 def test_every_built_in_task_has_a_maker() -> None:
