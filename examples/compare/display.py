@@ -88,7 +88,7 @@ def table(rows: Sequence[Row], baseline: str, searched: bool, console: Console) 
         console.print("\n".join(text), soft_wrap=True, markup=False, highlight=False)
     for said, count in Counter(map(_without, rows)).items():
         if said:
-            console.print(f"{said} ({count} runs)", soft_wrap=True, markup=False, highlight=False)
+            console.print(f"{said} ({count} run{'s' * (count > 1)})", soft_wrap=True, markup=False, highlight=False)
 
 
 def _without(row: Row) -> str:
