@@ -67,11 +67,14 @@ def _scores(scores: dict[str, Any]) -> str:
     return ", ".join(f"{k} {'-' if v is None else format(v, '.3f')}" for k, v in shown.items())
 
 
-def choices(found: Mapping[tuple[str, str], Candidate], rows: Iterable[Row]) -> list[str]:
+def choices(found: Mapping[tuple[str, str], Candidate | None], rows: Iterable[Row]) -> list[str]:
     """What the search chose; of methods that apply."""
     scored = {(row["task"], row["method"]) for row in rows if row.get("search") and value(row) > -math.inf}
     out = []
-    for (task, method), (lr, weight) in found.items():
+    for (task, method), candidate in found.items():
+        if candidate is None:
+            continue
+        lr, weight = candidate
         own = "" if weight is None else f", {METHODS[method].search.option} {weight:g}"
         why = "" if (task, method) in scored else ", the first one, for no run of its search has succeeded"
         out.append(f"chosen on validation: {task}, {method}: lr {lr:g}{own}{why}")
