@@ -1,127 +1,173 @@
-"""One cell: train a method on a task with one seed, score it on validation and test."""
+"""One cell: train a method on a task with one seed, score it at the last step and where validation was best."""
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import fvae_kernels as fk
 from examples.data import batches
 from examples.train import linear_schedule
-from fvae_kernels import diagnostics
-from fvae_kernels.callbacks.observe import active_adapter
-from fvae_kernels.training.aux_loss import AuxLossLayer
 
-from .methods import Method
+from .adapt import Method
+from .scoring import anatomy, entropy, score, task_loss
 from .tasks import Recipe, Splits, Task
+from .watch import Watch
 
-Scores = dict[str, Any]
+AT_CHANCE = 0.95  # of a guesser's loss: a run whose last third is above has failed
+PLAIN = Method("what requires a gradient, by AdamW")
 
 
-def run(task: Task, method: Method, seed: int, splits: Splits, recipe: Recipe) -> dict[str, Any]:
-    """The results of a run for its JSON line, apart from the cell's settings."""
+def run(
+    task: Task,
+    method: Method,
+    seed: int,
+    splits: Splits,
+    recipe: Recipe,
+    *,
+    weight: float | None = None,
+    early_stopping: bool = True,
+    search: bool = False,
+) -> dict[str, Any]:
+    """The results of a run for its JSON line, apart from the cell's settings.
+
+    Args:
+        task: the task.
+        method: the method.
+        seed: of the model's head, the order of the examples, the noise.
+        splits: the task's examples for this seed.
+        recipe: epochs, learning rate, batch size.
+        weight: the method's own; None is its default.
+        early_stopping: evaluate along the training, and score the best state too.
+        search: a run of the search, which does not look at the test examples.
+
+    Raises:
+        DoesNotApply: if the method has no place in the task's model.
+        ValueError: if there are fewer training examples than a batch holds.
+    """
+    if len(splits.train) < recipe.batch_size:
+        raise ValueError(f"{len(splits.train)} training examples do not fill a batch of {recipe.batch_size}")
     steps = recipe.epochs * (len(splits.train) // recipe.batch_size)
-    model = method.adapt(task.model(seed), task, steps)
+    model = method.adapt(task.model(seed), task, steps, weight)
+    chance = guessing(task, seed, splits)
+    watch = Watch(task, model, splits, recipe.epochs) if early_stopping else None
     start, cpu = time.perf_counter(), time.process_time()
-    losses = train(task, model, splits.train, recipe, seed, method.trim_to)
+    losses = train(task, model, splits.train, recipe, seed, method=method, weight=weight, watch=watch)
     took, cpu_took = time.perf_counter() - start, time.process_time() - cpu
-    third = max(1, len(losses) // 3)
+    if watch:
+        took, cpu_took = took - watch.seconds, cpu_took - watch.cpu_seconds
+        watch.note(losses, steps // recipe.epochs)
     return {
-        "test": score(task, model, splits.test),
-        "validation": score(task, model, splits.validation),
-        "task_loss": [round(statistics.mean(losses[i * third : (i + 1) * third]), 4) for i in range(3)],
-        "anatomy": anatomy(task, model, splits.validation),
+        **_scores(task, model, splits, watch, recipe.epochs, search),
+        **_losses(losses, chance, AT_CHANCE if task.classes else 1.0),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": len(losses),
         "seconds": round(took, 1),
         "cpu_seconds": round(cpu_took, 1),
+        "cpu_seconds_per_step": round(cpu_took / len(losses), 4),
     }
+
+
+def guessing(task: Task, seed: int, splits: Splits) -> float:
+    """Task loss of a guesser who knows how often each label comes in training; of a language model that is not trained.
+
+    For classes of equal size this is ln of their number.
+    """
+    if not task.classes:
+        return float(score(task, task.model(seed), splits.validation)["nats"])
+    return entropy(example.label for example in splits.train)
+
+
+def _scores(task: Task, model: Any, splits: Splits, watch: Watch | None, epochs: int, search: bool) -> dict[str, Any]:
+    """Scores at the last step; then the model is put where validation was best, and scored again."""
+    last = watch.at(epochs) if watch else None
+    out = {"metric": "accuracy" if task.classes else "nats"}
+    if not search:
+        out["test"] = score(task, model, splits.test)
+    out["validation"] = last or score(task, model, splits.validation)
+    if not search:
+        out["anatomy"] = anatomy(task, model, splits.validation)
+    if watch is None:
+        return out
+    if watch.best is None:  # it diverged before
+        return {**out, "curve": watch.curve}
+    if not search:
+        same = last is not None and watch.epoch == epochs
+        out["test_best"] = out["test"] if same else score(task, watch.load_best(), splits.test)
+    return {**out, "validation_best": watch.best, "best_epoch": watch.epoch, "curve": watch.curve}
+
+
+def _losses(losses: Sequence[float], chance: float, share: float) -> dict[str, Any]:
+    """Task loss by thirds, and whether the run failed: loss at a `share` of chance in the end, or not a number."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    third = max(1, len(finite) // 3)
+    parts = [finite[i * third : (i + 1) * third] for i in range(3)]
+    thirds = [round(statistics.mean(part), 4) for part in parts if part]
+    diverged = len(finite) < len(losses)
+    failed = diverged or thirds[-1] >= share * chance
+    return {"task_loss": thirds, "chance": round(chance, 6), "diverged": diverged, "failed": failed}
 
 
 def train(
-    task: Task, model: Any, examples: Sequence[Any], recipe: Recipe, seed: int, trim_to: int | None = None
+    task: Task,
+    model: Any,
+    examples: Sequence[Any],
+    recipe: Recipe,
+    seed: int,
+    *,
+    method: Method = PLAIN,
+    weight: float | None = None,
+    watch: Watch | None = None,
 ) -> list[float]:
     """Train; return the task loss of every step. A step's noise depends only on seed and step, as in the demo.
 
-    With `trim_to` the adapters are trimmed to this rank after half of the steps, and a new optimiser goes on.
+    Where the method trims, the adapters are trimmed after half of the steps, and a new optimiser goes on. A loss
+    that is not finite ends the training, and is the last one.
     """
-    steps = recipe.epochs * (len(examples) // recipe.batch_size)
-    parameters, optimizer, schedule = _optimizer(model, recipe, steps, 0)
-    losses = []
+    epoch = len(examples) // recipe.batch_size
+    steps = recipe.epochs * epoch
+    optimizer, schedule = _optimizer(method, model, recipe, weight, steps, 0)
+    losses: list[float] = []
     for index, batch in enumerate(batches(examples, recipe.batch_size, steps, seed)):
         torch.manual_seed(seed * 1_000_003 + index)
-        if trim_to is not None and index == steps // 2:
-            fk.trim(model, trim_to, [dict(task.batch(examples[i : i + 64])[0]) for i in range(0, len(examples), 64)])
-            parameters, optimizer, schedule = _optimizer(model, recipe, steps, index)
-        inputs, labels = task.batch(batch)
-        out = model(**inputs, labels=labels)  # in training its loss includes the objective of the adapters
-        out["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if hasattr(model.base_model, "update_and_allocate"):  # AdaLoRA's ranks
-            model.base_model.update_and_allocate(index)
-        optimizer.zero_grad()
+        if method.trim_to is not None and index == steps // 2:
+            data = [dict(task.batch(examples[i : i + 64])[0]) for i in range(0, len(examples), 64)]
+            fk.trim(model, method.trim_to, data)
+            optimizer, schedule = _optimizer(method, model, recipe, weight, steps, index)
+            if watch:
+                watch.restart()
+        losses.append(_step(task, model, batch, optimizer, index))
+        if not math.isfinite(losses[-1]):
+            break
         schedule.step()
-        losses.append(F.cross_entropy(out["logits"].detach(), labels).item())
+        if watch and (index + 1) % epoch == 0:
+            watch((index + 1) // epoch)
     return losses
 
 
-def _optimizer(model: Any, recipe: Recipe, steps: int, done: int) -> tuple[list[Any], Any, Any]:
-    """AdamW for what is trained, and its schedule from the step `done` on."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr)
+def _step(task: Task, model: Any, batch: Sequence[Any], optimizer: torch.optim.Optimizer, index: int) -> float:
+    """One step; its task loss, or not a number if the loss is none."""
+    inputs, labels = task.batch(batch)
+    out = model(**inputs, labels=labels)  # in training its loss includes the objective of the adapters
+    if not out["loss"].isfinite():
+        return math.nan
+    out["loss"].backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)  # AdaLoRA's ranks
+    if allocate is not None:
+        allocate(index)
+    optimizer.zero_grad()
+    return task_loss(task, out["logits"].detach(), labels).item()
+
+
+def _optimizer(
+    method: Method, model: Any, recipe: Recipe, weight: float | None, steps: int, done: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """The method's optimizer, and its schedule from the step `done` on."""
+    optimizer = method.optimizer(model, recipe.lr, weight)
     schedule = linear_schedule(steps)
-    return parameters, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step + done))
-
-
-@torch.no_grad()
-def score(task: Task, model: Any, examples: Sequence[Any]) -> Scores:
-    """Accuracy by group: mean, worst, and mean of the two groups that are rare in training."""
-    model.eval()
-    right: dict[tuple[int, int], list[bool]] = {}
-    order = sorted(examples, key=lambda e: len(getattr(e, "text", "")))  # batches of similar length
-    for start in range(0, len(order), 64):
-        part = order[start : start + 64]
-        inputs, labels = task.batch(part)
-        hits = model(**inputs)["logits"].argmax(-1) == labels
-        for example, hit in zip(part, hits.tolist(), strict=True):
-            right.setdefault(tuple(example.group), []).append(hit)
-    groups = {f"{y}{a}": sum(hits) / len(hits) for (y, a), hits in sorted(right.items())}
-    rare = [groups[f"{y}{a}"] for y, a in task.minority]
-    return {
-        "average": round(statistics.mean(groups.values()), 6),
-        "worst": round(min(groups.values()), 6),
-        "minority": round(statistics.mean(rare), 6),
-        "groups": {name: round(value, 6) for name, value in groups.items()},
-    }
-
-
-@torch.no_grad()
-def anatomy(task: Task, model: Any, examples: Sequence[Any]) -> dict[str, float]:
-    """Diagnostics of the latents on a batch, averaged over the FVAE layers; empty for other methods."""
-    adapted = {m: active_adapter(m) for m in model.modules() if isinstance(m, AuxLossLayer)}
-    seen: list[dict[str, float]] = []
-
-    def look(module: Any, args: Any) -> None:
-        adapter = adapted[module]
-        assert adapter is not None
-        mean1, logvar1, _, logvar2 = diagnostics.posteriors(adapter, args[0])
-        seen.append(
-            {
-                "noise1": float((logvar1 / 2).exp().mean()),
-                "noise2": float((logvar2 / 2).exp().mean()),
-                "signal_to_noise": diagnostics.signal_to_noise(mean1, logvar1),
-                "effective_rank": diagnostics.effective_rank(mean1, adapter.B),
-                "token_independent": diagnostics.token_independent_share(mean1, adapter.B),
-                "active_units": diagnostics.active_units(mean1),
-            }
-        )
-
-    handles = [module.register_forward_pre_hook(look) for module in adapted]
-    model(**task.batch(examples[:: max(1, len(examples) // 64)])[0])
-    for handle in handles:
-        handle.remove()
-    return {name: round(statistics.mean(s[name] for s in seen), 4) for name in seen[0]} if seen else {}
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step + done))
