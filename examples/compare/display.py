@@ -58,7 +58,7 @@ def line(row: Row) -> str:
     if "best_epoch" in row and not row.get("search"):
         said.append(f"of epoch {row['best_epoch']}, best on validation: {_scores(row['test_best'])}")
     if row["failed"]:
-        said.append("DIVERGED" if row["diverged"] else "FAILED: its loss stayed at chance")
+        said.append("DIVERGED" if row["diverged"] else "FAILED: its loss was at chance in the last third")
     return f"{name(row)}: {'; '.join(said)}; {row['seconds']:.0f} s"
 
 

@@ -64,19 +64,26 @@ def test_the_search_looks_at_validation_alone_and_is_not_repeated(
 
 
 def test_the_choice_leaves_failures_out() -> None:
-    cell = {"task": "t", "method": "lora", "epochs": 1, "weight": None, "search": True, "failed": False}
+    cell = {"task": "t", "method": "lora", "seed": 1000, "epochs": 1, "weight": None, "search": True}
+
+    def row(lr: float, **more: Any) -> dict[str, Any]:
+        return {**cell, "lr": lr, "failed": False, **more}
+
     rows = [
-        {**cell, "lr": 0.1, "validation": {"average": 0.9}, "failed": True},
-        {**cell, "lr": 0.2, "validation": {"average": 0.5}, "validation_best": {"average": 0.7}},
-        {**cell, "lr": 0.3, "validation": {"average": 0.7}},
-        {**cell, "lr": 0.4, "error": "RuntimeError"},
-        {**cell, "lr": 0.5, "validation": {"average": 1.0}, "search": False},
+        row(0.1, validation={"average": 0.9}, failed=True),
+        row(0.3, validation={"average": 0.7}),
+        row(0.2, validation={"average": 0.5}, validation_best={"average": 0.7}),
+        row(0.4, error="RuntimeError"),
+        row(0.5, validation={"average": 1.0}, search=False),
+        row(0.2, validation={"average": 1.0}, batch_size=4),
     ]
-    tried = [(lr, None) for lr in (0.1, 0.2, 0.3, 0.4)]
-    assert search.chosen(rows, "t", "lora", 1, tried) == (0.2, None)
-    assert search.chosen(rows, "t", "lora", 1, [*tried, (0.5, None)]) is None
-    language = [{**cell, "lr": lr, "validation": {"nats": nats}} for lr, nats in ((0.1, 3.0), (0.2, 2.0))]
-    assert search.chosen(language, "t", "lora", 1, tried[:2]) == (0.2, None)
+    cells = [row(lr) for lr in (0.1, 0.2, 0.3, 0.4)]
+    assert search.chosen(rows, cells) == (0.2, None)
+    assert search.chosen(rows, [*cells, row(0.5)]) is None
+    assert search.chosen(rows, [cells[3], cells[0]]) == (0.4, None)
+    language = [row(lr, validation={"nats": nats}) for lr, nats in ((0.1, 3.0), (0.2, 2.0))]
+    assert search.chosen(language, cells[:2]) == (0.2, None)
+    assert search.Search((0.2, 0.3)).best(rows[1:3])["lr"] == 0.2
 
 
 def test_several_processes_give_the_same_rows(tmp_path: Path) -> None:
