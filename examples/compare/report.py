@@ -1,6 +1,6 @@
 """python -m examples.compare.report: means, and differences to LoRA paired by seed, as Markdown tables.
 
---write puts them into docs/claims.md, with verdicts on the paper's claims and pictures; the presets into docs/recipes.md.
+--write puts them into docs/claims.md, with verdicts and pictures, and those of the presets into docs/recipes.md.
 """
 
 import argparse
