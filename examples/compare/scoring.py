@@ -48,11 +48,12 @@ def entropy(labels: Iterable[int]) -> float:
 
 
 def _batches(task: Task, model: Any, examples: Sequence[Any]) -> Iterator[tuple[Sequence[Any], Tensor, Tensor]]:
-    """Examples, logits and labels, in batches of similar length."""
+    """Examples, logits and labels, in batches of similar length; smaller ones where logits are over a vocabulary."""
     model.eval()
+    size = 64 if task.classes else task.recipe.batch_size
     order = sorted(examples, key=lambda e: len(getattr(e, "text", "")))
-    for start in range(0, len(order), 64):
-        part = order[start : start + 64]
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
         inputs, labels = task.batch(part)
         yield part, model(**inputs)["logits"], labels
 
