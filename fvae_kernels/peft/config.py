@@ -17,10 +17,6 @@ from ..serving.saved import read_adapter
 METHOD = "fvae"
 DEFAULT = FVAEConfig()
 BIASES = ("none", "all", "fvae_only")
-REFUSED = {
-    "target_parameters": "fused experts hold their weights as parameters that no input passes through, and an encoder "
-    "needs the tokens of its layer. Adapt linear layers by target_modules, or the experts by PEFT's LoRA",
-}
 TABLES = ("loss_weight", "rank_pattern", "alpha_pattern", "encoder_hidden_pattern")
 
 
@@ -39,6 +35,8 @@ class FVAELoraConfig(PeftConfig):
         target_modules: names or name ends of the linear layers to adapt, a regular expression, or "all-linear".
             A list may hold the names of several versions of a model: names that match nothing are ignored if one
             matches.
+        target_parameters: names or name ends of projections of fused experts to adapt ("experts.gate_up_proj"), for
+            each expert apart, as LoRA does; with transformers 5. Their layers are called after expert and parameter.
         exclude_modules: names, or a regular expression, of layers to leave out.
         layers_to_transform: indices of the blocks to adapt; needs a list in target_modules.
         layers_pattern: name of the list of blocks, if PEFT does not find it.
@@ -82,6 +80,7 @@ class FVAELoraConfig(PeftConfig):
     mask_padding: bool = _option("mask_padding")
     sample_at_inference: bool = _option("sample_at_inference")
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "linear layers to adapt"})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "parameters of fused experts to adapt"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to leave out"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "indices of blocks to adapt"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of blocks"})
@@ -105,9 +104,6 @@ class FVAELoraConfig(PeftConfig):
         """
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(kwargs) - known)
-        for name in REFUSED.keys() & kwargs.keys():
-            if kwargs[name]:
-                raise TypeError(f"{name} is not supported: {REFUSED[name]}")
         if unknown:
             raise TypeError(
                 f"FVAELoraConfig got an unexpected keyword argument: it has no option {unknown}. Check the spelling. "
@@ -185,6 +181,16 @@ class FVAELoraConfig(PeftConfig):
         return {len(indices) for indices in lists}
 
     def _check_placement(self) -> None:
+        parameters = self.target_parameters
+        if parameters is not None and (
+            isinstance(parameters, str) or not all(isinstance(name, str) and name for name in parameters)
+        ):
+            raise ValueError(f"target_parameters={parameters!r} is not allowed: expected a list of names, or None")
+        if parameters and self.bias == "fvae_only":
+            raise ValueError(
+                "bias='fvae_only' is not allowed with target_parameters: experts share one tensor of biases. Take "
+                "'all' or 'none'"
+            )
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
+from ..nn.experts import ExpertLinear
 from ..serving.factors import directions, wide
 from ..serving.layers import exact_pattern
 
@@ -102,6 +103,7 @@ def _ranks(model: Any, adapter: str) -> list[int]:
 def weighted_config(model: Any, first: str, factors: dict[str, tuple[Tensor, Tensor]]) -> Any:
     """The config of the sum: served alone, at a scale of 1."""
     ranks = {exact_pattern(name): len(A) for name, (A, _) in factors.items()}
+    experts = [name for name in factors if isinstance(model.model.get_submodule(name).base_layer, ExpertLinear)]
     highest = max(ranks.values())
     return replace(
         model.peft_config[first],
@@ -114,7 +116,8 @@ def weighted_config(model: Any, first: str, factors: dict[str, tuple[Tensor, Ten
         alpha_pattern={pattern: float(rank) for pattern, rank in ranks.items()},
         encoder_hidden_pattern={},
         loss_weight=None,
-        target_modules=sorted(factors),
+        target_modules=sorted(set(factors) - set(experts)),
+        target_parameters=sorted({name.rpartition(".")[0] for name in experts}) or None,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

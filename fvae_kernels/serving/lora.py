@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .calibration import Statistics, calibrate
 from .factors import Directions, directions, lost_energy, ridge_fit, wide
 from .layers import AdaptedLayer, adapted_layers, check_served, evaluating
+from .lora_experts import is_expert
 from .lora_files import write_lora
 from .options import check_patterns, check_tolerance, rank_of
 from .reports import ExportedLayer, LoraReport
@@ -127,9 +128,9 @@ def _check(layers: list[AdaptedLayer], calibration: Any, bias: bool, ridge: floa
         raise ValueError(f"ridge={ridge!r} is not allowed: expected a relative penalty above 0, or None")
     if bias and not hidden:
         raise ValueError("bias=True is not allowed: a linear encoder has no bias, and LoRA is exact without one")
-    without = [layer.name for layer in layers if _base_bias(layer) is None]
+    without = [layer.name for layer in layers if _base_bias(layer) is None or is_expert(layer)]
     if bias and without:
-        raise ValueError(f"bias=True is not allowed: the base layer {without[0]!r} has no bias to merge it into")
+        raise ValueError(f"bias=True is not allowed: the base layer {without[0]!r} has no bias of its own")
 
 
 def _base_bias(layer: AdaptedLayer) -> Tensor | None:

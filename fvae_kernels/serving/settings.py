@@ -16,7 +16,7 @@ from .layers import AdaptedLayer, exact_pattern
 
 METHOD = "FVAE"
 TABLES = ("loss_weight", "rank_pattern", "alpha_pattern", "encoder_hidden_pattern")  # pairs in the file: order counts
-BESIDE = ("bias", "trainable_token_indices")
+BESIDE = ("bias", "trainable_token_indices", "target_parameters")
 PLACED = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 BY_LAYER = {"rank_pattern": "rank", "alpha_pattern": "alpha", "encoder_hidden_pattern": "encoder_hidden"}
 OF_PEFT = (
