@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -126,9 +127,9 @@ def _saved(folder: Path, **options: Any) -> Any:
 def test_a_second_adapter_may_target_layers_of_the_experts_name() -> None:
     """The experts' layers are called down_proj too; target_modules does not mean them."""
     model = adapted(target_modules=["q_proj"])
-    with pytest.raises(ValueError, match=r"\['down_proj'\]|down_proj.* not found"):
-        model.add_adapter("other", config(target_parameters=None, target_modules=["down_proj"]))
-    assert list(model.peft_config) == ["default"]
+    model.add_adapter("other", config(target_parameters=None, target_modules=["q_proj", "down_proj"]))
+    owners = [name for name, layer in layers(model).items() if "other" in layer.fvae_adapter]
+    assert [name.rpartition(".")[2] for name in owners] == ["q_proj", "q_proj"]
 
 
 def test_a_weighted_sum_of_experts_is_exact(tmp_path: Path) -> None:
@@ -178,6 +179,38 @@ def test_hidden_layers_are_calibrated_trimmed_and_exported(tmp_path: Path) -> No
     assert len(ranks) == 8
     fk.trim(model, dict.fromkeys(ranks, 2), batches)
     assert model.get_submodule(f"base_model.model.{GATE_UP}.1").fvae_adapter["default"].config.rank == 2
+
+
+class Routed(nn.Module):
+    """Experts without a gate, with a norm after each, run by transformers' own batched implementation."""
+
+    def __init__(self) -> None:
+        from transformers.integrations.moe import use_experts_implementation
+
+        class Experts(nn.Module):
+            def __init__(self, config: Any) -> None:
+                super().__init__()
+                self.up_proj = nn.Parameter(torch.randn(3, 5, 4))
+                self.down_proj = nn.Parameter(torch.randn(3, 4, 5))
+                self.num_experts, self.act_fn, self.post_expert_norm = 3, torch.relu, nn.LayerNorm(4)
+
+        super().__init__()
+        made = use_experts_implementation(Experts, has_gate=False, has_post_expert_norm=True)
+        self.experts = made(SimpleNamespace(_experts_implementation="batched_mm"))
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return self.experts(x, index, weights)
+
+
+def test_experts_without_a_gate_and_with_a_norm() -> None:
+    torch.manual_seed(0)
+    model, inputs = Routed(), (torch.randn(6, 4), torch.rand(6, 3).topk(2).indices, torch.rand(6, 2))
+    base = model(*inputs)
+    options: dict[str, Any] = {"task_type": None, "target_parameters": ["experts.up_proj"]}
+    same(peft.get_peft_model(model, config(**options, init_weights=True)).eval()(*inputs), base)
+    ours = peft.get_peft_model(Routed(), config(**options)).eval()
+    unmerged = ours(*inputs)
+    same(ours.merge_and_unload()(*inputs), unmerged)
 
 
 def test_checkpointing_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
