@@ -4,15 +4,16 @@ import enum
 import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 
-from ..config import FIELDS, FVAEConfig
+from ..config import FIELDS, FVAEConfig, check_table
 from ..presets import preset
 from ..serving.saved import read_adapter
+from ..serving.settings import table_of
 
 METHOD = "fvae"
 DEFAULT = FVAEConfig()
@@ -133,7 +134,7 @@ class FVAELoraConfig(PeftConfig):
         self.peft_type = PeftType(METHOD.upper())
         for name in TABLES:
             value = getattr(self, name)  # a file has pairs, see to_dict
-            setattr(self, name, dict(value) if isinstance(value, list) else value)
+            setattr(self, name, table_of(value))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
@@ -142,17 +143,18 @@ class FVAELoraConfig(PeftConfig):
             setattr(self, name, getattr(validated, name))
         for name in ("rank_pattern", "alpha_pattern", "encoder_hidden_pattern"):
             setattr(self, name, getattr(self, name) or {})
+            check_table(name, getattr(self, name))
         for pattern, rank in self.rank_pattern.items():  # type: ignore[union-attr]
             try:
-                self.to_fvae_config(rank=rank)
+                replace(validated, rank=rank)
             except ValueError as error:
                 raise ValueError(
                     f"{error}. rank_pattern gives it to {pattern!r}; exclude_modules leaves layers out"
                 ) from None
         for alpha in self.alpha_pattern.values():  # type: ignore[union-attr]
-            self.to_fvae_config(alpha=alpha)
+            replace(validated, alpha=alpha)
         for pattern, sizes in self.encoder_hidden_pattern.items():  # type: ignore[union-attr]
-            self.encoder_hidden_pattern[pattern] = self.to_fvae_config(hidden=sizes).encoder_hidden  # type: ignore[index]
+            self.encoder_hidden_pattern[pattern] = replace(validated, encoder_hidden=sizes).encoder_hidden  # type: ignore[index]
         if self.inference_only and self.sample_at_inference:
             raise ValueError(
                 "inference_only=True keeps the mean path alone; it does not go with sample_at_inference=True"
@@ -167,8 +169,9 @@ class FVAELoraConfig(PeftConfig):
         if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise ValueError(f"bias={self.bias!r} needs PEFT 0.21 or newer: older ones do not save the biases")
         tokens = self.trainable_token_indices
-        for indices in tokens.values() if isinstance(tokens, dict) else [] if tokens is None else [tokens]:
-            if not isinstance(indices, (list, tuple)) or not all(isinstance(i, int) and i >= 0 for i in indices):
+        table = tokens if isinstance(tokens, dict) else {} if tokens is None else {"": tokens}
+        for name, indices in table.items():
+            if not (isinstance(name, str) and isinstance(indices, (list, tuple)) and all(map(_is_index, indices))):
                 raise ValueError(
                     f"trainable_token_indices={tokens!r} is not allowed: expected a list of token numbers, or "
                     "a table of lists by embedding"
@@ -183,7 +186,8 @@ class FVAELoraConfig(PeftConfig):
     def _check_placement(self) -> None:
         parameters = self.target_parameters
         if parameters is not None and (
-            isinstance(parameters, str) or not all(isinstance(name, str) and name for name in parameters)
+            not isinstance(parameters, (list, tuple, set))
+            or not all(isinstance(name, str) and name for name in parameters)
         ):
             raise ValueError(f"target_parameters={parameters!r} is not allowed: expected a list of names, or None")
         if parameters and self.bias == "fvae_only":
@@ -235,6 +239,10 @@ class FVAELoraConfig(PeftConfig):
         if os.path.isdir(folder) and not kwargs.get("ignore_mismatched_sizes"):
             config.__dict__["_saved"] = read_adapter(folder)  # checked against the model when it is adapted
         return config
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _as_in_file(value: Any) -> Any:
