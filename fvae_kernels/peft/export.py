@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import get_peft_model_state_dict
 
+from ..nn.linear import FusedFVAELinear
 from ..nn.parameters import is_served
 from ..serving.folders import CONTAINER, WEIGHTS, folder_of, write_folder
 from ..serving.heads import base_class
@@ -72,7 +73,11 @@ def export_for_inference(
     path, config = folder_of(folder), peft_config(model, adapter_name)
     if not isinstance(config, FVAELoraConfig):
         known = sorted(getattr(model, "peft_config", {}))
-        raise ValueError(f"the model has no FVAE-LoRA adapter {adapter_name!r}; its adapters are {known}")
+        plain = any(isinstance(module, FusedFVAELinear) for module in model.modules())
+        advice = (
+            ". Layers of replace_linears are exported by export_as_lora, or saved by save_adapters" if plain else ""
+        )
+        raise ValueError(f"the model has no FVAE-LoRA adapter {adapter_name!r}; its adapters are {known}{advice}")
     config = copy.deepcopy(config)
     if config.sample_at_inference:
         raise ValueError("sample_at_inference=True needs encoder 1's logvar too: save the whole adapter instead")

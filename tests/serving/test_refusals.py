@@ -141,6 +141,13 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
         config_for("bert", **options)
 
 
+def test_layers_without_peft_have_other_exports(tmp_path: Path) -> None:
+    plain = build("bert")
+    fk.replace_linears(plain, fk.FVAEConfig(rank=2), TARGETS)
+    with pytest.raises(ValueError, match="Layers of replace_linears are exported by export_as_lora"):
+        fk.export_for_inference(plain, tmp_path)
+
+
 def test_wrong_inputs_of_the_generator() -> None:
     layer = fk.FusedFVAELinear(torch.nn.Linear(DIM, 4), fk.FVAEConfig(rank=2))
     x = torch.randn(3, DIM)
