@@ -105,9 +105,11 @@ class Comparison:
 
     def choices(self) -> Chosen:
         """Rate and weight that the search found, by task and method; None where it is not finished."""
-        rows, cells = list(records.read(self.out)), self.cells(search=True)
-        pairs = {(cell["task"], cell["method"]): cell["epochs"] for cell in cells}
-        return {(t, m): chosen(rows, t, m, epochs, self.candidates[m]) for (t, m), epochs in pairs.items()}
+        rows = list(records.read(self.out))
+        found: dict[tuple[str, str], list[Row]] = {}
+        for cell in self.cells(search=True):
+            found.setdefault((cell["task"], cell["method"]), []).append(cell)
+        return {pair: chosen(rows, cells) for pair, cells in found.items()}
 
     def _count(self) -> None:
         found = self.choices() if self.args.search else None

@@ -58,7 +58,7 @@ def line(row: Row) -> str:
     if "best_epoch" in row and not row.get("search"):
         said.append(f"of epoch {row['best_epoch']}, best on validation: {_scores(row['test_best'])}")
     if row["failed"]:
-        said.append("DIVERGED" if row["diverged"] else "FAILED: its loss stayed at chance")
+        said.append("DIVERGED" if row["diverged"] else "FAILED: its loss was at chance in the last third")
     return f"{name(row)}: {'; '.join(said)}; {row['seconds']:.0f} s"
 
 
@@ -67,11 +67,14 @@ def _scores(scores: dict[str, Any]) -> str:
     return ", ".join(f"{k} {'-' if v is None else format(v, '.3f')}" for k, v in shown.items())
 
 
-def choices(found: Mapping[tuple[str, str], Candidate], rows: Iterable[Row]) -> list[str]:
+def choices(found: Mapping[tuple[str, str], Candidate | None], rows: Iterable[Row]) -> list[str]:
     """What the search chose; of methods that apply."""
     scored = {(row["task"], row["method"]) for row in rows if row.get("search") and value(row) > -math.inf}
     out = []
-    for (task, method), (lr, weight) in found.items():
+    for (task, method), candidate in found.items():
+        if candidate is None:
+            continue
+        lr, weight = candidate
         own = "" if weight is None else f", {METHODS[method].search.option} {weight:g}"
         why = "" if (task, method) in scored else ", the first one, for no run of its search has succeeded"
         out.append(f"chosen on validation: {task}, {method}: lr {lr:g}{own}{why}")
@@ -88,7 +91,7 @@ def table(rows: Sequence[Row], baseline: str, searched: bool, console: Console) 
         console.print("\n".join(text), soft_wrap=True, markup=False, highlight=False)
     for said, count in Counter(map(_without, rows)).items():
         if said:
-            console.print(f"{said} ({count} runs)", soft_wrap=True, markup=False, highlight=False)
+            console.print(f"{said} ({count} run{'s' * (count > 1)})", soft_wrap=True, markup=False, highlight=False)
 
 
 def _without(row: Row) -> str:

@@ -20,8 +20,10 @@ def _lora(rank: int = RANK, **options: Any) -> peft.PeftConfig:
 
 def _adalora(rank: int = RANK, **options: Any) -> peft.PeftConfig:
     """AdaLoRA from half as much rank again down to `rank` on average; its own total_step is set when it is placed."""
-    budget = {"init_r": rank * 3 // 2, "target_r": rank, "lora_alpha": rank * 3 // 2, "total_step": 3, "tfinal": 1}
-    return peft.AdaLoraConfig(**budget, tinit=0, deltaT=1, **options)
+    first = rank * 3 // 2
+    return peft.AdaLoraConfig(
+        init_r=first, target_r=rank, lora_alpha=first, total_step=3, tinit=0, tfinal=1, deltaT=1, **options
+    )
 
 
 def _hira(**options: Any) -> peft.PeftConfig:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from . import search
+from .methods import METHODS
 
 Row = Mapping[str, Any]
 Runs = Mapping[int, Row]  # by seed
@@ -36,7 +36,7 @@ def searched(rows: Iterable[Row], task: str, method: str) -> Runs:
     tried = [row for row in rows if row.get("search") and (row["task"], row["method"]) == (task, method)]
     if not tried:
         return {}
-    best = max(tried, key=search.value)
+    best = METHODS[method].search.best(tried)
     return by_setting(rows, task, method).get((best["epochs"], best["lr"], best.get("weight")), {})
 
 

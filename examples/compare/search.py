@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
 
+from . import records
+
 SEED = 1000  # not among the reported ones
 BUDGET = 4  # runs of each method
 
@@ -46,6 +48,19 @@ class Search:
         rates = self.rates[: math.ceil(budget / len(weights))]
         return list(islice(product(rates, weights), budget))
 
+    def best(self, rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Of runs of a search the best on validation, in whatever order they were run; of equals the first candidate.
+
+        Candidates that are no longer in the lists come last.
+        """
+        known = list(product(self.rates, (None, *self.values)))
+
+        def place(row: Mapping[str, Any]) -> int:
+            candidate = row["lr"], row["weight"]
+            return known.index(candidate) if candidate in known else len(known)
+
+        return max(sorted(rows, key=place), key=value)
+
 
 def value(row: Mapping[str, Any]) -> float:
     """Validation of a run, higher is better; minus infinity if it failed."""
@@ -55,15 +70,14 @@ def value(row: Mapping[str, Any]) -> float:
     return float(scores["average"]) if "average" in scores else -float(scores["nats"])
 
 
-def chosen(
-    rows: Iterable[Mapping[str, Any]], task: str, method: str, epochs: int, candidates: Sequence[Candidate]
-) -> Candidate | None:
-    """The candidate that is best on validation, the earlier one of equals; None while one has not been run."""
-    found = {
-        (row["lr"], row["weight"]): value(row)
-        for row in rows
-        if row.get("search") and (row["task"], row["method"], row["epochs"]) == (task, method, epochs)
-    }
-    if not all(candidate in found for candidate in candidates):
+def chosen(rows: Iterable[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]]) -> Candidate | None:
+    """The candidate among these cells of a search that is best on validation; None while one has not been run.
+
+    Of equals it is the first one. If every run has failed it is the first one too.
+    """
+    by_cell = {records.cell(row): row for row in rows}
+    found = [by_cell.get(records.cell(cell)) for cell in cells]
+    if not all(found):
         return None
-    return max(candidates, key=lambda candidate: found[candidate])
+    best = max(filter(None, found), key=value)
+    return best["lr"], best["weight"]

@@ -84,7 +84,7 @@ def guessing(task: Task, seed: int, splits: Splits) -> float:
 def _scores(task: Task, model: Any, splits: Splits, watch: Watch | None, epochs: int, search: bool) -> dict[str, Any]:
     """Scores at the last step; then the model is put where validation was best, and scored again."""
     last = watch.at(epochs) if watch else None
-    out = {"metric": "accuracy" if task.classes else "nats"}
+    out: dict[str, Any] = {"metric": "accuracy" if task.classes else "nats"}
     if not search:
         out["test"] = score(task, model, splits.test)
     out["validation"] = last or score(task, model, splits.validation)

@@ -28,7 +28,8 @@ class Watch:
     def restart(self) -> None:
         """Forget the best state, for a model whose parameters have changed shape."""
         self.best: Scores | None = None
-        self.epoch, self.state = 0, {}
+        self.epoch = 0
+        self.state: dict[str, torch.Tensor] = {}
 
     def __call__(self, epoch: int) -> None:
         """Evaluate after this epoch, if it is its turn."""

@@ -15,7 +15,16 @@ from examples.compare.paired import at_one_rate, differences, searched
 def rows(method: str, scores: Sequence[float], lr: float = 0.1, **more: Any) -> list[dict[str, Any]]:
     """Runs with these test scores, from seed 0 on."""
     return [
-        {"task": "t", "method": method, "seed": i, "epochs": 1, "lr": lr, "weight": None, "test": {"average": s}, **more}
+        {
+            "task": "t",
+            "method": method,
+            "seed": i,
+            "epochs": 1,
+            "lr": lr,
+            "weight": None,
+            "test": {"average": s},
+            **more,
+        }
         for i, s in enumerate(scores)
     ]
 

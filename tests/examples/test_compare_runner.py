@@ -13,9 +13,9 @@ pytest.importorskip("rich")
 
 from examples.compare import __main__ as command
 from examples.compare import cells, records, search, tasks, training
-from examples.compare.methods import GROUPS, METHODS, named
+from examples.compare.methods import METHODS
 from examples.compare.tasks import Recipe
-from examples.compare.watch import Watch, evaluations
+from examples.compare.watch import evaluations
 from tests.helpers import compare_tasks
 from tests.helpers.compare_tasks import Counting, Points, run
 
@@ -30,70 +30,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
     return sorted(rows, key=lambda row: str(records.cell(row)))
-
-
-def test_every_method_runs_quickly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The smoke run: what --quick does to all methods on a model of transformers, to some on a language model."""
-    some = "head,full,prompt-tuning,p-tuning,lora-family,fvae-family"
-    rows = run(tmp_path / "runs.jsonl", "--quick", "--tasks", "sentences")
-    assert [row["method"] for row in rows] == list(METHODS)
-    rows = run(tmp_path / "runs.jsonl", "--quick", "--tasks", "counting", "--methods", some)
-    assert all(row["steps"] == 4 and row["quick"] for row in rows if "test" in row)
-    assert [(row["task"], row["method"]) for row in rows if "test" not in row] == [("counting", "head")]
-    said = capsys.readouterr().out
-    assert "counting, head: does not apply: a language model has no new head (1 runs)" in said
-    assert "| FVAE-LoRA, the default | 1 |" in said
-
-
-def test_a_prompt_needs_tokens(tmp_path: Path) -> None:
-    rows = run(tmp_path / "runs.jsonl", "--tasks", "points", "--methods", "prompt-tuning,p-tuning", "--seeds", "0-1")
-    assert all(row["does_not_apply"].startswith("a prompt needs a model of transformers") for row in rows)
-    assert len(run(tmp_path / "runs.jsonl", "--tasks", "points", "--methods", "p-tuning", "--seeds", "0-1")) == 4
-
-
-@pytest.mark.parametrize(
-    ("method", "trained"),
-    [("head", ["classifier"]), ("full", ["classifier", "query"])],
-)
-def test_methods_without_adapters_train_what_they_say(method: str, trained: list[str]) -> None:
-    model = METHODS[method].adapt(Points().model(0), Points())
-    assert sorted({name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}) == trained
-    assert model.training
-
-
-def test_prompts_train_the_head_too() -> None:
-    model = METHODS["prompt-tuning"].adapt(compare_tasks.Sentences().model(0), compare_tasks.Sentences())
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert any("classifier" in name for name in trained)
-    assert any("prompt_encoder" in name for name in trained)
-
-
-def test_loraplus_has_a_higher_rate_for_b() -> None:
-    method = METHODS["lora-plus"]
-    model = method.adapt(Points().model(0), Points())
-    rates = {id(p): group["lr"] for group in method.optimizer(model, 0.1).param_groups for p in group["params"]}
-    names = {name.split(".")[-3]: p for name, p in model.named_parameters() if "lora_" in name}
-    assert rates[id(names["lora_A"])] == 0.1
-    assert rates[id(names["lora_B"])] == pytest.approx(1.6)
-    weighted = method.optimizer(model, 0.1, 4.0).param_groups
-    assert max(group["lr"] for group in weighted) == pytest.approx(0.4)
-
-
-def test_the_own_weight_reaches_the_config() -> None:
-    model = METHODS["fvae"].adapt(Points().model(0), Points(), weight=10.0)
-    assert model.peft_config["default"].kl_weight == 10.0
-    assert METHODS["fvae"].adapt(Points().model(0), Points()).peft_config["default"].kl_weight == 3.0
-
-
-def test_every_ablation_changes_the_preset() -> None:
-    def of(method: str) -> dict[str, Any]:
-        return dict(METHODS[method].adapt(Points().model(0), Points()).peft_config["default"].to_dict())
-
-    for name in GROUPS["ablations"]:
-        base = of("fvae-paper" if name.startswith("fvae-paper") else "fvae")
-        changed = {key for key, value in of(name).items() if value != base[key]}
-        assert changed, name
-        assert len(changed) <= 2, name
 
 
 @pytest.mark.parametrize("budget", range(1, 9))
@@ -128,19 +64,26 @@ def test_the_search_looks_at_validation_alone_and_is_not_repeated(
 
 
 def test_the_choice_leaves_failures_out() -> None:
-    cell = {"task": "t", "method": "lora", "epochs": 1, "weight": None, "search": True, "failed": False}
+    cell = {"task": "t", "method": "lora", "seed": 1000, "epochs": 1, "weight": None, "search": True}
+
+    def row(lr: float, **more: Any) -> dict[str, Any]:
+        return {**cell, "lr": lr, "failed": False, **more}
+
     rows = [
-        {**cell, "lr": 0.1, "validation": {"average": 0.9}, "failed": True},
-        {**cell, "lr": 0.2, "validation": {"average": 0.5}, "validation_best": {"average": 0.7}},
-        {**cell, "lr": 0.3, "validation": {"average": 0.7}},
-        {**cell, "lr": 0.4, "error": "RuntimeError"},
-        {**cell, "lr": 0.5, "validation": {"average": 1.0}, "search": False},
+        row(0.1, validation={"average": 0.9}, failed=True),
+        row(0.3, validation={"average": 0.7}),
+        row(0.2, validation={"average": 0.5}, validation_best={"average": 0.7}),
+        row(0.4, error="RuntimeError"),
+        row(0.5, validation={"average": 1.0}, search=False),
+        row(0.2, validation={"average": 1.0}, batch_size=4),
     ]
-    tried = [(lr, None) for lr in (0.1, 0.2, 0.3, 0.4)]
-    assert search.chosen(rows, "t", "lora", 1, tried) == (0.2, None)
-    assert search.chosen(rows, "t", "lora", 1, [*tried, (0.5, None)]) is None
-    language = [{**cell, "lr": lr, "validation": {"nats": nats}} for lr, nats in ((0.1, 3.0), (0.2, 2.0))]
-    assert search.chosen(language, "t", "lora", 1, tried[:2]) == (0.2, None)
+    cells = [row(lr) for lr in (0.1, 0.2, 0.3, 0.4)]
+    assert search.chosen(rows, cells) == (0.2, None)
+    assert search.chosen(rows, [*cells, row(0.5)]) is None
+    assert search.chosen(rows, [cells[3], cells[0]]) == (0.4, None)
+    language = [row(lr, validation={"nats": nats}) for lr, nats in ((0.1, 3.0), (0.2, 2.0))]
+    assert search.chosen(language, cells[:2]) == (0.2, None)
+    assert search.Search((0.2, 0.3)).best(rows[1:3])["lr"] == 0.2
 
 
 def test_several_processes_give_the_same_rows(tmp_path: Path) -> None:
@@ -289,12 +232,6 @@ def test_an_interruption_keeps_what_is_finished(tmp_path: Path, monkeypatch: pyt
     assert [row["seed"] for row in run(path, *asked)] == [0, 1, 2]
 
 
-def test_groups_of_methods() -> None:
-    assert named("lora,lora-family,lora")[:2] == ["lora", "lora-dropout"]
-    assert set(named("all")) == set(METHODS)
-    assert all(set(members) <= set(METHODS) for members in GROUPS.values())
-
-
 def test_the_list_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
     command.main(["--list"])
     lines = capsys.readouterr().out.splitlines()
@@ -308,11 +245,3 @@ def test_old_rows_are_cells_of_plain_runs() -> None:
     assert records.cell(old) == records.cell({**old, "search": False})
     others = [{**old, "search": True}, {**old, "batch_size": 8}, {**old, "quick": True}]
     assert len({records.cell(row) for row in [old, *others]}) == 4
-
-
-def test_the_watch_forgets_nothing_but_the_best() -> None:
-    watch = Watch(Points(), Points().model(0), Points().splits(0), 2)
-    watch(1)
-    watch.restart()
-    assert watch.best is None
-    assert watch.at(1) == watch.at(1) != watch.at(2)

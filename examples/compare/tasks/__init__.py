@@ -63,6 +63,11 @@ class Task(Protocol):
         """Keyword arguments of the model, and the labels."""
 
 
+def first(output: Any) -> Any:
+    """The states that a block returns; in transformers 4 they come in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @dataclass(frozen=True)
 class BuiltIn:
     """A task by name: the module of this package and the class that make it, with their options."""
@@ -99,6 +104,8 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "images-0.98": _images("98 % on the background that goes with the label", rho=0.98),
     "images-other": _images("cats and horses in place of birds and elephants", animals=("cat", "horse")),
     "images-long": _images("30 epochs", epochs=30),
+    "audio": BuiltIn("language of telephone prompts, voices that training did not hear", "audio", "AudioTask"),
+    "perplexity": BuiltIn("a small language model on product reviews", "language", "LanguageTask"),
 }
 
 

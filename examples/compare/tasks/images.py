@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from . import Group, Placement, Recipe, Splits, image_assets
+from . import Group, Placement, Recipe, Splits, first, image_assets
 
 SIZE = 70
 BLOCKS = 2  # adapted, of 12
@@ -115,14 +115,9 @@ class TopBlocks(nn.Module):
     def forward(self, states: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Loss (if labels are given) and logits."""
         for block in self.blocks:
-            states = _first(block(states))
+            states = first(block(states))
         logits = self.classifier(self.norm(states)[:, 0])
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
-
-
-def _first(output: Any) -> Tensor:
-    """The output of a block; in transformers 4 it comes in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _groups() -> list[Group]:
@@ -137,7 +132,7 @@ def _states(backbone: Any, images: Tensor) -> Tensor:
         pixels = (part.float() / 255 - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)
         states = backbone.embeddings(pixels)
         for block in backbone.encoder.layer[:-BLOCKS]:
-            states = _first(block(states))
+            states = first(block(states))
         found.append(states)
     return torch.cat(found)
 
