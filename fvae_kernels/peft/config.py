@@ -37,7 +37,7 @@ class FVAELoraConfig(PeftConfig):
             A list may hold the names of several versions of a model: names that match nothing are ignored if one
             matches.
         target_parameters: names or name ends of projections of fused experts to adapt ("experts.gate_up_proj"), for
-            each expert apart, as LoRA does; with transformers 5. Their layers are called after expert and parameter.
+            each expert apart, as LoRA does; needs transformers 5. Expert 3 is the layer "...experts.gate_up_proj.3".
         exclude_modules: names, or a regular expression, of layers to leave out.
         layers_to_transform: indices of the blocks to adapt; needs a list in target_modules.
         layers_pattern: name of the list of blocks, if PEFT does not find it.
