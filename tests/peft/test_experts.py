@@ -251,14 +251,29 @@ def test_what_is_refused(options: dict[str, Any], error: type[Exception], messag
     assert_state(model, before)
 
 
-def test_experts_that_cannot_run_one_by_one_are_refused() -> None:
-    """As the fused experts of transformers 4 and of models outside of the experts interface."""
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: delattr(m, "is_transposed"), r"inputs of each expert.*MixtralExperts has no \['is_transposed'\]"),
+        (lambda m: setattr(m, "_is_expert_parallel", True), "they are split over processes"),
+        (lambda m: setattr(m, "down_proj", nn.Parameter(m.down_proj.to(torch.int8), False)), "they are torch.int8"),
+    ],
+)
+def test_experts_that_cannot_run_one_by_one_are_refused(change: Any, message: str) -> None:
+    """Without `is_transposed` they are as the fused experts of transformers 4."""
     model = moe()
-    del model.model.layers[1].mlp.experts.is_transposed
+    change(model.model.layers[1].mlp.experts)
     before = state_of(model)
-    with pytest.raises(TypeError, match=r"needs the inputs of each expert.*MixtralExperts has no \['is_transposed'\]"):
+    with pytest.raises(TypeError, match=message):
         peft.get_peft_model(model, config())
     assert_state(model, before)
+
+
+def test_a_replica_is_refused() -> None:
+    model = adapted()
+    model.get_submodule("base_model.model.model.layers.0.mlp.experts")._is_replica = True  # as nn.DataParallel marks it
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        logits(model)
 
 
 def test_plain_linears_do_not_load_experts(tmp_path: Path) -> None:
