@@ -1,6 +1,7 @@
 """JSON lines, one for each finished run, and the cells they belong to."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -56,10 +57,19 @@ def scored(row: Mapping[str, Any]) -> bool:
 def append(path: Path, row: Mapping[str, Any]) -> None:
     """Append a run, whole: in one write, so that several processes may append and a killed one leaves no half line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = (json.dumps(row, allow_nan=False) + "\n").encode()
+    line = (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         if os.write(file, line) != len(line):
             raise OSError(f"{path}: the disk took part of a line; remove its last line and run again")
     finally:
         os.close(file)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for each number in it that is infinite or not a number, which JSON has no words for."""
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -98,6 +98,14 @@ def test_the_last_of_two_equal_cells_counts(tmp_path: Path) -> None:
     assert [row["value"] for row in records.read(path)] == [2]
 
 
+def test_numbers_that_json_lacks_become_none(tmp_path: Path) -> None:
+    path, cell = tmp_path / "runs.jsonl", {"task": "t", "method": "lora", "seed": 0, "epochs": 1, "lr": 0.1}
+    records.append(path, {**cell, "anatomy": {"noise1": math.inf}, "task_loss": [1.0, math.nan]})
+    (row,) = records.read(path)
+    assert row["anatomy"] == {"noise1": None}
+    assert row["task_loss"] == [1.0, None]
+
+
 def test_interval() -> None:
     """Student's sleep data, with its textbook interval."""
     mean, low, high = report.interval([1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4])
