@@ -140,7 +140,7 @@ def _options(kind: str, model: nn.Module, targets: Sequence[str]) -> dict[str, A
 def _pretrained(auto: Any, model: str | Path, **options: Any) -> Any:
     try:
         return auto.from_pretrained(model, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         said = " ".join(str(error).split())[:300]
         raise DataError(
             f"{auto.__name__} cannot load {str(model)!r} ({said}): give a folder that save_pretrained wrote, with the "

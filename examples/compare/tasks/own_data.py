@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import random
 import warnings
@@ -190,8 +191,7 @@ def _records(path: Path) -> Iterator[Mapping[str, Any]]:
                 raise DataError(f"line {number} of {path} is {type(row).__name__}: give one object a line")
             yield row
         return
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        yield from csv.DictReader(file, delimiter=delimiter)
+    yield from csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter)
 
 
 def _text(path: Path) -> str:
