@@ -1,6 +1,5 @@
 """Your own data as a task: every kind trains, splits are disjoint and stratified, every error says what to do."""
 
-import json
 import math
 import shutil
 import wave
@@ -17,13 +16,13 @@ pytest.importorskip("rich")
 pytest.importorskip("transformers")
 
 import transformers
-from PIL import Image
 
 from examples.compare import training
 from examples.compare.methods import METHODS
-from examples.compare.tasks import own_data, sound
+from examples.compare.tasks import Placement, own_data, sound
 from examples.compare.tasks.own import own_task
 from examples.compare.tasks.own_data import DataError
+from tests.helpers.own_data import pictures, recordings, rows, write
 from tests.helpers.texts import tokenizer, words
 from tests.helpers.tiny_models import build
 
@@ -44,45 +43,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         build(name).save_pretrained(out[kind])
         processor().save_pretrained(out[kind])
     return out
-
-
-def rows(count: int = 40, labels: tuple[str, ...] = ("bad", "good"), sources: int = 2) -> list[dict[str, Any]]:
-    """Texts whose first word tells the label; a third of each label's are from the source of another."""
-    found = []
-    for i in range(count):
-        y = i % len(labels)
-        source = f"s{(y + (i // len(labels) % 3 == 0)) % sources}"
-        found.append({"text": f"{words(7 * y, 2)} {words(i, 3)} n{i}", "label": labels[y], "group": source})
-    return found
-
-
-def write(path: Path, found: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(exist_ok=True, parents=True)
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in found))
-    else:
-        lines = [",".join(found[0]), *(",".join(f'"{value}"' for value in row.values()) for row in found)]
-        path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def pictures(folder: Path, counts: dict[str, int]) -> Path:
-    for y, (name, count) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            Image.new("RGB", (12, 10), (200 * y, i, 40)).save(folder / name / f"{i}.png")
-    return folder
-
-
-def recordings(folder: Path, count: int = 8, rate: int = 800) -> Path:
-    for y, name in enumerate(("low", "high")):
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            tone = torch.sin(torch.arange(160 + 8 * i) * 2 * math.pi * (20 + 80 * y) / rate)
-            with wave.open(str(folder / name / f"{i}.wav"), "wb") as file:
-                file.setparams((1, 2, rate, 0, "NONE", ""))
-                file.writeframes((tone * 20000).to(torch.int16).numpy().tobytes())
-    return folder
 
 
 def data_of(kind: str, folder: Path) -> Path:
@@ -123,6 +83,17 @@ def test_what_is_new_is_trained_whole(kind: str, heads: list[str], models: dict[
     }
     assert different == {"classifier.weight"}
     assert first.config.id2label == dict(enumerate(task.labels))
+
+
+def test_recordings_become_features_of_a_fixed_length(tmp_path: Path) -> None:
+    build("whisper").save_pretrained(tmp_path / "model")
+    sizes = {"feature_size": 4, "sampling_rate": 400, "hop_length": 100, "n_fft": 100, "chunk_length": 3}
+    transformers.WhisperFeatureExtractor(**sizes).save_pretrained(tmp_path / "model")
+    task = own_task(recordings(tmp_path / "data"), tmp_path / "model")
+    assert task.placement == Placement(("q_proj", "v_proj"), {"modules_to_save": ["projector", "classifier"]})
+    inputs, labels = task.batch(task.splits(0).test)
+    assert inputs["input_features"].shape == (2, 4, 12)
+    assert task.model(0)(**inputs, labels=labels)["loss"].isfinite()
 
 
 def test_texts_are_padded_cut_and_in_the_order_of_their_labels(models: dict[str, Path], tmp_path: Path) -> None:
@@ -210,7 +181,8 @@ def test_the_name_changes_with_data_and_options(models: dict[str, Path], tmp_pat
 def test_targets(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write(tmp_path / "d.csv", rows())
     assert own_task(data, models["text"]).placement.target_modules == ("query", "value")
-    assert own_task(data, models["text"], targets=["key"]).placement.target_modules == ("key",)
+    for targets in (("key",), ("layer.1.attention.self.key", "query")):
+        assert own_task(data, models["text"], targets=targets).placement.target_modules == targets
     with pytest.raises(
         DataError, match=r"no linear layers named \['keys'\]: choose targets from \['classifier', 'dense'"
     ):
@@ -230,7 +202,9 @@ def test_a_language_model_can_classify(models: dict[str, Path], tmp_path: Path) 
 
 TEXT_ERRORS = {
     "no column 'text', only \\['words', 'label'\\]": [{"words": "a", "label": "b"}],
-    "5 examples of 1 class\\['good'\\]: give examples of two": [{"text": f"{i}", "label": "good"} for i in range(5)],
+    "5 examples of the classes \\['good'\\]: give examples of two": [
+        {"text": f"{i}", "label": "good"} for i in range(5)
+    ],
     "1 examples of class 'rare', and none is left for": [*rows(20), {"text": "x", "label": "rare", "group": "s0"}],
     "row 3 of .* has no text in 'text' \\(' '\\): fill it in": [*rows(2), {"text": " ", "label": "bad", "group": "s0"}],
     "row 3 of .* has no 'label' or 'group'": [*rows(2), {"text": "a", "label": "", "group": "s0"}],
@@ -267,7 +241,7 @@ def test_errors_of_files(models: dict[str, Path], tmp_path: Path) -> None:
     refused("has \\['train.csv'\\] but no test: give train and test", tmp_path / "parts", "text")
     write(tmp_path / "two" / "a.csv", rows())
     shutil.copy(tmp_path / "two" / "a.csv", tmp_path / "two" / "b.csv")
-    refused("has the tables \\['a.csv', 'b.csv'\\]: give one of them", tmp_path / "two", "text")
+    refused("has the tables \\['a.csv', 'b.csv'\\]: give one as the data", tmp_path / "two", "text")
 
 
 def test_errors_of_pictures_and_recordings(models: dict[str, Path], tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.setattr(language, "WINDOW", 16)
     monkeypatch.setattr(language, "TEST", 6)
     monkeypatch.setattr(language, "VALIDATION", 3)
+    monkeypatch.setattr(language, "POOL", 24)
     return lambda **options: language.LanguageTask(**{"size": 16, **options})
 
 
@@ -179,9 +180,9 @@ def test_adapted_layers_go_on_where_the_frozen_ones_end(sounds: Make, texts: Mak
 def test_reviews_are_in_one_split_and_states_are_kept(texts: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     task = texts()
     parts = [torch.stack([e.tokens for e in part]) for part in (task.test, task.validation, task.pool)]
-    assert [len(t) for t in parts[:2]] == [6, 3]
+    assert [len(t) for t in parts] == [6, 3, 24]
     words_of = [set(t.flatten().tolist()) - {1} for t in parts]
-    assert sum(map(len, words_of)) == len(set().union(*words_of)) == 20
+    assert sum(map(len, words_of)) == len(set().union(*words_of))
     seeds = [task.splits(seed).train for seed in (0, 0, 1)]
     assert len(seeds[0]) == 16
     assert [torch.equal(seeds[0][0].tokens, other[0].tokens) for other in seeds[1:]] == [True, False]

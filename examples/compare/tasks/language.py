@@ -22,7 +22,7 @@ from . import Group, Placement, Recipe, Splits, language_assets
 LAYERS = 4  # adapted, of 30
 WINDOW = 64  # tokens
 SEED = 2014
-VALIDATION, TEST = 32, 96  # windows
+TEST, VALIDATION, POOL = 96, 32, 448  # windows; training windows are drawn from the last
 
 
 class Window(NamedTuple):
@@ -100,9 +100,9 @@ def _windows(folder: Path) -> Tensor:
     reviews = language_assets.reviews(assets.fetch().sdist)
     random.Random(SEED).shuffle(reviews)
     parts = []
-    for count in (TEST, VALIDATION, None):
+    for count in (TEST, VALIDATION, POOL):
         tokens: list[int] = []
-        while reviews and (count is None or len(tokens) < count * WINDOW):
+        while reviews and len(tokens) < count * WINDOW:
             tokens += [*tokenizer(reviews.pop())["input_ids"], tokenizer.eos_token_id]
         windows = torch.tensor(tokens[: len(tokens) // WINDOW * WINDOW]).view(-1, WINDOW)
         parts.append(windows[:count])

@@ -146,8 +146,8 @@ def _parts(data: Path, suffixes: Iterable[str] | None) -> dict[str, Path]:
         tables = [p for p in inside if p.is_file()]
         if suffixes is TABLES and len(tables) != 1:
             raise DataError(
-                f"{data} has the tables {[p.name for p in tables]}: give one of them, or call them train, validation "
-                "and test"
+                f"{data} has the tables {[p.name for p in tables]}: give one as the data, or call them train, "
+                "validation and test"
             )
         return {"all": tables[0] if suffixes is TABLES else data}
     if absent := {"train", "test"} - set(found):
@@ -224,7 +224,7 @@ def _labelled(parts: dict[str, list[Raw]], source: Path) -> Labelled:
     labels, attributes = _order(r.label for r in every), _order(r.group for r in every)
     if len(labels) < 2:
         raise DataError(
-            f"{source} has {len(every)} examples of {len(labels)} class{list(labels)}: give examples of two or more"
+            f"{source} has {len(every)} examples of the classes {list(labels)}: give examples of two classes or more"
         )
     found = {
         part: [Example(r.content, labels.index(r.label), attributes.index(r.group)) for r in rows]
