@@ -118,7 +118,9 @@ class Comparison:
             self.console.print(f"search: {len(self.open(cells))} of {len(cells)} cells are open")
         known = {key: pair or (None, None) for key, pair in found.items()} if found else None  # not known yet: open
         cells = self.cells(search=False, found=known)
-        self.console.print(f"{len(self.open(cells))} of {len(cells)} cells are open; {self.out} has the others")
+        self.console.print(
+            f"{len(self.open(cells))} of {len(cells)} cells are open; {self.out} has the others", soft_wrap=True
+        )
 
     def _finish(self) -> None:
         found = None

@@ -83,7 +83,7 @@ FVAE: dict[str, Method] = {
 # One option apart from a preset each. The paper's delta = 1, beta = 3 are the presets' own.
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "vae2lat": ("objective vae2lat", {"objective": "vae2lat", "kl_weight": 1.0}),
-    "beta-vae2lat": ("objective beta-vae2lat", {"objective": "beta_vae2lat"}),
+    "beta-vae2lat": ("objective beta-vae2lat, β = 10", {"objective": "beta_vae2lat", "kl_weight": 10.0}),
     "symmetric": ("objective symmetric", {"objective": "symmetric"}),
     "monte-carlo": ("the authors' Γ", {"gamma_estimator": "monte_carlo", "gamma_weight": 2 / RANK}),
     "lambda-0": ("λ = 0", {"loss_weight": 0.0}),

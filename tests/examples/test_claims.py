@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("matplotlib")
+
 from benchmarks.pages import block
 from examples.compare import claims, records, report
 from examples.compare.claims import CANNOT_TELL, CONFIRMED, NOT_CONFIRMED, Claim, Comparison, Measured

@@ -115,7 +115,7 @@ class Counting:
         tokens = torch.stack(list(examples))
         labels = tokens.clone()
         labels[:, -2:] = -100
-        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, labels
+        return {"input_ids": tokens}, labels
 
 
 class Failing(Points):
