@@ -6,7 +6,7 @@ confirmed if all of its comparisons are, and not confirmed if one is not confirm
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from examples.report import interval
@@ -104,11 +104,6 @@ def _line(measured: Measured) -> str:
     return f"| | {task} | {titles} | {one.score}{behind} | {len(values)} | {shown} | {measured.verdict} |"
 
 
-def _over(tasks: Sequence[str], comparison: Comparison) -> Iterator[Comparison]:
-    """The same comparison on other tasks."""
-    return (replace(comparison, task=task) for task in tasks)
-
-
 def _against_lora(task: str, score: str = "average") -> Iterator[Comparison]:
     """The recipe of the paper, and the default, against LoRA."""
     return (Comparison(task, method, score=score) for method in ("fvae-paper", "fvae"))
@@ -116,44 +111,19 @@ def _against_lora(task: str, score: str = "average") -> Iterator[Comparison]:
 
 _PAPER = "fvae-paper"
 PAPER: tuple[Claim, ...] = (
-    Claim(
-        "Better than LoRA on images",
-        "Table 1",
-        (*_against_lora("images"), *_against_lora("images-long")),
-    ),
-    Claim("Better than LoRA on text", "Tables 2 and 3", (*_against_lora("text"), *_against_lora("perplexity", "nats"))),
+    Claim("Better than LoRA on images", "Table 1", tuple(_against_lora("images"))),
+    Claim("Better than LoRA on text", "Tables 2 and 3", tuple(_against_lora("text"))),
     Claim("Better than LoRA on audio", "Table 4", tuple(_against_lora("audio"))),
     Claim(
         "More robust under group shift",
         "Table 5",
-        (
-            *_against_lora("images", "minority"),
-            *_against_lora("images-0.98", "minority"),
-            *_against_lora("images-long", "minority"),
-            *_against_lora("text", "minority"),
-            *_against_lora("text-0.95", "minority"),
-            *_against_lora("audio", "minority"),
-        ),
+        tuple(one for task in ("images", "text", "audio") for one in _against_lora(task, "minority")),
     ),
+    Claim("β = 0.1 hurts", "Appendix G", (Comparison("images", _PAPER, f"{_PAPER}-beta-0.1"),)),
+    Claim("Γ adds to VAE2LAT", "Table 6", (Comparison("images", _PAPER, f"{_PAPER}-vae2lat"),)),
+    Claim("Γ adds to β-VAE2LAT", "Table 6", (Comparison("images", _PAPER, f"{_PAPER}-beta-vae2lat"),)),
     Claim(
-        "β = 0.1 hurts",
-        "Appendix G",
-        tuple(_over(("images", "audio"), Comparison("", _PAPER, f"{_PAPER}-beta-0.1"))),
-    ),
-    Claim(
-        "Γ adds to VAE2LAT",
-        "Table 6",
-        tuple(_over(("images", "audio"), Comparison("", _PAPER, f"{_PAPER}-vae2lat"))),
-    ),
-    Claim(
-        "Γ adds to β-VAE2LAT",
-        "Table 6",
-        tuple(_over(("images", "audio"), Comparison("", _PAPER, f"{_PAPER}-beta-vae2lat"))),
-    ),
-    Claim(
-        "Symmetric repulsion is worse than LoRA",
-        "Appendix E",
-        tuple(_over(("images", "audio"), Comparison("", "lora", f"{_PAPER}-symmetric"))),
+        "Symmetric repulsion is worse than LoRA", "Appendix E", (Comparison("images", "lora", f"{_PAPER}-symmetric"),)
     ),
     Claim(
         "δ = 1 is a good default",
@@ -180,8 +150,9 @@ OURS: tuple[Claim, ...] = (
         "Over a long schedule it overtrains less than LoRA",
         "30 epochs",
         tuple(
-            Comparison("images-long", "fvae-free", other, score, own_rates)
-            for other, own_rates in (("lora", False), ("lora-dropout", False), ("lora", True))
+            Comparison("images-long", method, other, score)
+            for method in ("fvae", "fvae-free")
+            for other in ("lora", "lora-dropout")
             for score in ("average", "minority")
         ),
     ),
