@@ -168,12 +168,16 @@ def test_windows_of_neighbours_stay_in_one_split(models: dict[str, Path], tmp_pa
     assert labels.shape == (3, 4)
 
 
-def test_the_name_changes_with_data_and_options(models: dict[str, Path], tmp_path: Path) -> None:
+def test_the_name_changes_with_data_options_and_model(models: dict[str, Path], tmp_path: Path) -> None:
     data = write(tmp_path / "d.csv", rows())
     names = [own_task(data, models["text"]).name, own_task(data, models["text"], max_tokens=9).name]
     write(data, rows(38))
     names.append(own_task(data, models["text"]).name)
-    assert len(set(names)) == 3
+    other = shutil.copytree(models["text"], tmp_path / "other" / models["text"].name)  # the same name elsewhere
+    names.append(own_task(data, other).name)
+    (other / "model.safetensors").touch()  # trained further
+    names.append(own_task(data, other).name)
+    assert len(set(names)) == 5
     assert all(name.startswith(f"d.csv, {models['text'].name}, ") for name in names)
     assert own_task(data, models["text"], name="mine").name == "mine"
 

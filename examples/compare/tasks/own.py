@@ -83,7 +83,7 @@ def own_task(
         epochs: of the recipe.
         lr: learning rate of the recipe.
         batch_size: of the recipe.
-        name: of the task; None: names of data and model, and a digest of the data and these options.
+        name: of the task; None: names of data and model, and a digest of data, model and these options.
 
     Raises:
         DataError: if the data or the model cannot be used. It says what to do.
@@ -96,7 +96,7 @@ def own_task(
     found, load, encode = KINDS[kind](data, model, columns, max_tokens)
     probe = load()
     chosen = _targets(probe, targets)
-    digest = own_data.digest(data, kind, columns, max_tokens, chosen)
+    digest = own_data.digest(data, own_data.version(model), kind, columns, max_tokens, chosen)
     return OwnTask(
         name=name or f"{data.name}, {Path(model).name}, {digest}",
         recipe=Recipe(epochs, lr, batch_size),

@@ -93,6 +93,13 @@ def digest(data: Path, *options: Any) -> str:
     return found.hexdigest()[:8]
 
 
+def version(model: str | Path) -> list[Any]:
+    """What tells a model from others of its name: path and times of the files of a folder; a hub's name is enough."""
+    folder = Path(model).resolve()
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    return [str(folder if files else model), *(path.stat().st_mtime_ns for path in files)]
+
+
 def table(data: Path, text: str, label: str, group: str | None) -> Labelled:
     """Texts of a CSV or JSONL file, or of a folder with one for each of train, validation and test."""
     parts = _parts(data, TABLES)
