@@ -17,7 +17,7 @@ from .paired import at_one_rate, differences, searched
 CONFIRMED, NOT_CONFIRMED, CANNOT_TELL = "confirmed", "not confirmed", "cannot tell"
 POINT = 0.01  # of accuracy, or nats: a smaller advantage is none
 MARGIN = 0.02  # a good default may be so much behind
-SEEDS = 3  # fewer decide nothing
+SEEDS = 5  # fewer decide nothing
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Verdicts on claims: from differences paired by seed, and never from fewer than three."""
+"""Verdicts on claims: from differences paired by seed, and never from fewer than five."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,15 +34,15 @@ def rows(method: str, scores: Sequence[float], lr: float = 0.1, **more: Any) -> 
 @pytest.mark.parametrize(
     ("values", "allowed", "verdict"),
     [
-        ([0.03, 0.04, 0.05], 0.0, CONFIRMED),  # .04 +- .025
-        ([0.03, 0.04], 0.0, CANNOT_TELL),  # two seeds decide nothing
+        ([0.03, 0.04, 0.05, 0.04, 0.03], 0.0, CONFIRMED),
+        ([0.03, 0.04, 0.05, 0.04], 0.0, CANNOT_TELL),  # four seeds decide nothing
         ([], 0.0, CANNOT_TELL),
-        ([-0.03, -0.04, -0.05], 0.0, NOT_CONFIRMED),
-        ([0.001, 0.0, -0.001], 0.0, NOT_CONFIRMED),  # no room for a point
-        ([0.05, 0.0, -0.05], 0.0, CANNOT_TELL),
-        ([0.001, 0.0, -0.001], 0.02, CONFIRMED),  # not so much behind
-        ([-0.05, -0.06, -0.055], 0.02, NOT_CONFIRMED),
-        ([-0.05, 0.03, 0.0], 0.02, CANNOT_TELL),
+        ([-0.03, -0.04, -0.05, -0.04, -0.03], 0.0, NOT_CONFIRMED),
+        ([0.001, 0.0, -0.001, 0.0, 0.001], 0.0, NOT_CONFIRMED),  # no room for a point
+        ([0.05, 0.0, -0.05, 0.03, 0.0], 0.0, CANNOT_TELL),
+        ([0.001, 0.0, -0.001, 0.0, 0.001], 0.02, CONFIRMED),  # not so much behind
+        ([-0.05, -0.06, -0.055, -0.05, -0.06], 0.02, NOT_CONFIRMED),
+        ([-0.05, 0.03, 0.0, 0.0, 0.02], 0.02, CANNOT_TELL),
     ],
 )
 def test_verdict_of_a_comparison(values: list[float], allowed: float, verdict: str) -> None:
@@ -50,8 +50,8 @@ def test_verdict_of_a_comparison(values: list[float], allowed: float, verdict: s
 
 
 def test_a_claim_has_the_verdict_of_its_weakest_comparison() -> None:
-    won, lost, open_ = (Measured(Comparison("t", "fvae"), [x, x, x]) for x in (0.1, -0.1, 0.005))
-    open_ = Measured(open_.comparison, [0.1, -0.1, 0.0])
+    won, lost, open_ = (Measured(Comparison("t", "fvae"), [x] * 5) for x in (0.1, -0.1, 0.0))
+    open_ = Measured(open_.comparison, [0.1, -0.1, 0.0, 0.1, -0.1])
     assert claims.verdict([won, won]) == CONFIRMED
     assert claims.verdict([won, open_]) == CANNOT_TELL
     assert claims.verdict([won, open_, lost]) == NOT_CONFIRMED
@@ -78,16 +78,16 @@ def test_searched_rates_are_those_best_on_validation_and_searched_runs_do_not_co
 def test_nats_are_turned() -> None:
     found = [
         {**row, "test": {"nats": row["test"]["average"]}}
-        for row in (*rows("fvae", [3.0, 3.1, 3.2]), *rows("lora", [3.5, 3.6, 3.7]))
+        for row in (*rows("fvae", [3.0, 3.1, 3.2, 3.3, 3.4]), *rows("lora", [3.5, 3.6, 3.7, 3.8, 3.9]))
     ]
     measured = claims.measure(Comparison("t", "fvae", score="nats"), found)
-    assert measured.values == pytest.approx([0.5] * 3)
+    assert measured.values == pytest.approx([0.5] * 5)
     assert measured.verdict == CONFIRMED
 
 
 def test_the_table_has_a_line_for_each_comparison() -> None:
     claim = Claim("It is better", "Table 0", (Comparison("t", "fvae"), Comparison("u", "fvae", searched=True)))
-    table = list(claims.lines([*rows("fvae", [0.5] * 3), *rows("lora", [0.4] * 3)], [claim]))
+    table = list(claims.lines([*rows("fvae", [0.5] * 5), *rows("lora", [0.4] * 5)], [claim]))
     assert "**It is better** (Table 0)" in table[2]
     assert "**cannot tell**" in table[2]
     assert "+0.100 [+0.100, +0.100] | confirmed" in table[3]
