@@ -40,17 +40,22 @@ class Weights(NamedTuple):
 
 
 def forward(
-    base: Tensor | None, given: Given, weights: Weights, ready: Prepared, numbers: Numbers, stream: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [N, M], the terms [4], and the state [N, state_width] for backward."""
+    y: Tensor,
+    base: Tensor | None,
+    given: Given,
+    weights: Weights,
+    ready: Prepared,
+    numbers: Numbers,
+    stream: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fill y, contiguous with N rows of M entries; return the terms [4] and the state [N, state_width] for backward."""
     case, x, N = ready.case, given.x, given.x.shape[0]
-    y = x.new_empty((N, case.M), dtype=case.dtype if base is None else base.dtype)
     state = x.new_empty((N, ready.state_width), dtype=ready.wide)
     if N == 0:
-        return y, x.new_zeros(4, dtype=ready.wide), state
+        return x.new_zeros(4, dtype=ready.wide), state
     key = x.dtype, None if base is None else base.dtype
     networks = weights.for_launch(stream is not None and ready.knows(key))
-    layer = _layer(given, networks)
+    layer = _layer(given, networks, ready.no_flags)
     programs = -(-N // ready.fwd.constants["BLOCK_N"])
     statistics = x.new_empty((programs, 16), dtype=ready.wide)
     of_latents = numbers.scaling, numbers.prior2_mean, numbers.logvar1_low, numbers.logvar1_high
@@ -60,10 +65,11 @@ def forward(
     table = numbers.objective, numbers.rest
     arguments = statistics, networks.decoder.scale, *table, layer.kept, terms, programs, N, case.D, case.R
     ready.mean((1, 1), arguments, None, stream)
-    return y, terms, state
+    return terms, state
 
 
 def backward(
+    grad_x: Tensor,
     arriving: Arriving,
     given: Given,
     weights: Weights,
@@ -74,26 +80,27 @@ def backward(
     ready: Prepared,
     numbers: Numbers,
     stream: int | None = None,
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """grad_x [N, D] and the gradients of those parameters that are there and needed; no two share memory.
+) -> Sequence[Tensor]:
+    """Fill grad_x; return the gradients of those parameters that are there and needed; no two share memory.
 
+    grad_x is contiguous with N rows of D entries, or empty if it is not needed.
     `there`: of each parameter, whether there is one, which a bias may not be.
     """
     case, x, N = ready.case, given.x, given.x.shape[0]
     plan = ready.backward(needs, detach_target, arriving.at_decoder, there)
-    grad_x = x.new_empty(x.shape if needs.x else (0,))
     gradients = tuple(map(torch.empty_like, compress(weights.flat, plan.flags)))
     if N == 0 or not any(needs):
-        return grad_x.zero_(), [grad.zero_() for grad in gradients]
+        grad_x.zero_()
+        return [grad.zero_() for grad in gradients]
 
-    grad_y, nothing, state = arriving.grad_y, zeros(ready.wide, x.device, 1), packed(state)
+    grad_y, state = arriving.grad_y, packed(state)
     key = x.dtype, None if grad_y is None else grad_y.dtype
     direct = stream is not None and plan.knows(key)
-    layer = _layer(given, weights.for_launch(direct))
-    chunks = plan.chunks(N)
-    memory = x.new_empty(sum(sizes := plan.scratch(N, chunks)), dtype=ready.wide)
-    grad_state, inputs, grad_hidden, parts = _split(memory, sizes, direct)
-    term_grads = TermGrads(*[nothing if grad is None else aligned(grad) for grad in arriving[1:]])
+    layer = _layer(given, weights.for_launch(direct), ready.no_flags)
+    chunks, scratch = plan.work(N)
+    memory = x.new_empty(scratch.entries, dtype=ready.wide)
+    grad_state, inputs, grad_hidden, parts = scratch.addresses(memory) if direct else scratch.tensors(memory)
+    term_grads = TermGrads(*[ready.no_gradient if grad is None else aligned(grad) for grad in arriving[1:]])
     arrives = layer, grad_y, _row(grad_y), term_grads
     bounds = numbers.logvar1_low, numbers.logvar1_high
     if plan.latents or plan.inputs:
@@ -109,22 +116,12 @@ def backward(
     if plan.entries:
         arguments = parts, gradients, plan.starts, plan.entries, chunks, plan.length
         plan.reduce((plan.reduce_programs, 1), arguments, None, stream)
-    return grad_x, gradients
+    return gradients
 
 
-def _split(memory: Tensor, sizes: Sequence[int], direct: bool) -> list[Any]:
-    """The parts of `memory`, which must outlive their launches; as addresses for a direct launch, and None if empty."""
-    if not direct:
-        return [part if part.numel() else None for part in memory.split(tuple(sizes))]
-    at, step, parts = memory.data_ptr(), memory.itemsize, []
-    for size in sizes:
-        parts.append(at if size else None)
-        at += size * step
-    return parts
-
-
-def _layer(given: Given, networks: Networks) -> Layer:
-    x, nothing = given.x, zeros(torch.int64, given.x.device, 1)
+def _layer(given: Given, networks: Networks, nothing: Tensor) -> Layer:
+    """The kernels' inputs; what is missing is `nothing`, or x, and is not read."""
+    x = given.x
     return Layer(
         x,
         _row(x),
@@ -195,20 +192,24 @@ def layer_fwd(base: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The raw operator."""
     count = len(Tensors._fields)
     given, weights, ready, numbers = _all_of(Tensors(*rest[:count]), _options(rest[count:]))
-    return forward(None if base is None else by_rows(base), given, weights, ready, numbers)
+    dtype = ready.case.dtype if base is None else base.dtype
+    y = given.x.new_empty((given.x.shape[0], ready.case.M), dtype=dtype)
+    return y, *forward(y, None if base is None else by_rows(base), given, weights, ready, numbers)
 
 
 def layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     """The raw operator; no two gradients share memory."""
     *arguments, state, detach_target, needs = arguments  # type: ignore[assignment]
+    needs = Needs(*needs)
     first, count = len(Arriving._fields), len(Arriving._fields) + len(Tensors._fields)
     grad_y, *grad_terms = arguments[:first]
     tensors, options = Tensors(*arguments[first:count]), _options(arguments[count:])
     given, weights, ready, numbers = _all_of(tensors, options)
     arriving = Arriving(None if grad_y is None else by_rows(grad_y), *grad_terms)
     there = tuple(p is not None for p in tensors.parameters)
-    grad_x, grads = backward(arriving, given, weights, state, Needs(*needs), detach_target, there, ready, numbers)
-    left, flags = iter(grads), Needs(*needs).flags(there, options.encoder_hidden)
+    grad_x = given.x.new_empty(given.x.shape if needs.x else 0)
+    grads = backward(grad_x, arriving, given, weights, state, needs, detach_target, there, ready, numbers)
+    left, flags = iter(grads), needs.flags(there, options.encoder_hidden)
     return grad_x, [next(left) if flag else weights.tensors.B.new_empty(0) for flag in flags]
 
 
