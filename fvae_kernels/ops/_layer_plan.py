@@ -84,7 +84,7 @@ class Asked(NamedTuple):
     """What a backward computes and returns."""
 
     needs: Needs
-    # (None, *gradients that `Steps.backward` returns) -> of each parameter: its gradient, or None if it is not asked for
+    # (None, *what `Steps.backward` returns) -> of each parameter: its gradient, or None if it is not asked for
     of_parameters: Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...]]
 
 

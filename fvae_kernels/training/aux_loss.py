@@ -62,19 +62,15 @@ class AuxLossLayer:
         repeats = repeated_call(self.aux_key, x.device)
         if repeats is not None:
             return _repeated_call(repeats, adapter, x, base)
-        forward, grad = current(), torch.is_grad_enabled()
+        grad = torch.is_grad_enabled()
         call = Call(self.aux_key, loss_weight, self.token_mask(x, adapter.config))
-        if _will_be_recomputed(forward):
+        if inside_checkpoint() if grad else _inside_reentrant_checkpoint():
             call.checkpointed, call.noise = True, generator_state(x.device)
         general = transformed() or _in_traced_checkpoint()
         planned = None if general else adapter.planned(x, base, call.mask, call.gradient if grad else None)
         call.asked = grad and planned is not None  # the layer's own backward asks for the gradient
         y, terms = planned or adapter(x, mask=call.mask, base=base)
-        self._note(terms, forward, grad)
-        if grad:
-            return _injected(forward, y, terms.loss, call)
-        _without_graph(forward, terms.loss, call)
-        return y
+        return self.inject(y, terms, call)
 
     def _compiled_call(self, adapter: Any, x: Tensor, base: Tensor, loss_weight: float) -> Tensor:
         """The same while torch.compile traces: the loss of the model, or the layer's own node, gets the term."""
@@ -108,6 +104,15 @@ class AuxLossLayer:
             forward.scopes.extend(local.traced if _in_traced_checkpoint() else [])
         return None if forward is None else forward.token_mask(self.aux_key, x)
 
+    def inject(self, out: Tensor, terms: Any, call: Call) -> Tensor:
+        """`out`. The gradient of ``loss_weight * terms.loss`` will enter in the backward of a loss."""
+        forward, grad = current(), torch.is_grad_enabled()
+        self._note(terms, forward, grad)
+        if grad:
+            return _injected(forward, out, terms.loss, call)
+        _without_graph(forward, terms.loss, call)
+        return out
+
     def _note(self, terms: Any, forward: Forward | None, grad: bool) -> None:
         """Keep the values for the log, summed over the calls of a forward."""
         if not (grad or (forward is not None and forward.grad)):
@@ -125,15 +130,14 @@ def _in_traced_checkpoint() -> bool:
     return bool(local.traced) and in_backward()
 
 
-def _will_be_recomputed(forward: Forward | None) -> bool:
-    """True if this call is inside a checkpoint, as far as can be seen."""
-    if torch.is_grad_enabled():
-        return inside_checkpoint()
+def _inside_reentrant_checkpoint() -> bool:
+    """True if autograd is off inside a forward with autograd, as far as can be seen."""
+    forward = current()
     return forward is not None and forward.grad
 
 
 def _injected(forward: Forward | None, out: Tensor, loss: Tensor, call: Call) -> Tensor:
-    """`out` of a call with a graph. The gradient of its term will enter in the backward of a loss."""
+    """`out` of a call with a graph."""
     alone = forward is None
     if forward is None:
         forward = Forward(grad=True)

@@ -10,7 +10,7 @@ from ...ops._checks import rows
 from ...ops._layer_inputs import Arriving, Needs, Networks, Options, Tensors
 from .. import tables
 from .._common import precision
-from .launch import stream_of, why_general
+from .launch import plain, stream_of, why_general
 from .prepared import Case, Prepared, numbers_of, prepared
 from .steps import Given, backward, by_rows, forward, packed, packed_weights
 
@@ -30,7 +30,7 @@ class TritonSteps:
         addresses = self._addresses(self.parameters)
         if addresses != self.addresses:
             self._note(addresses)
-        y, given, ready = base.new_empty(base.shape), _given(tensors), self._ready(tensors)
+        y, given, ready = base.new_empty(*base.shape), _given(tensors), self._ready(tensors)
         return y, *forward(y, by_rows(rows(base)), given, self.weights, ready, self.numbers, _stream(given.x)), ready
 
     def backward(
@@ -43,7 +43,7 @@ class TritonSteps:
         grad_y, x = arriving.grad_y, tensors.x
         known = self._addresses(tensors.parameters) == self.addresses
         weights = self.weights if known else packed_weights(tensors.parameters, self.options.encoder_hidden)
-        grad_x, given = x.new_empty(x.shape if needs.x else 0), _given(tensors)
+        grad_x, given = x.new_empty(*(x.shape if needs.x else (0,))), _given(tensors)
         gradients = backward(
             grad_x,
             Arriving(None if grad_y is None else by_rows(rows(grad_y)), *arriving[1:]),
@@ -69,7 +69,7 @@ class TritonSteps:
             self.addresses = []  # kernels read copies, and each step makes them anew
             return
         flat = [p.data_ptr() for p in self.weights.flat]
-        self.weights = self.weights._replace(addresses=Networks.of(flat, self.options.encoder_hidden))
+        self.weights = self.weights._replace(addresses=plain(Networks.of(flat, self.options.encoder_hidden)))
 
     def _ready(self, tensors: Tensors) -> Prepared:
         x, masked, networks = tensors.x, tensors.mask is not None, self.weights.tensors
@@ -93,4 +93,5 @@ def _stream(x: Tensor) -> int | None:
 
 
 def _given(tensors: Tensors) -> Given:
-    return Given(by_rows(rows(tensors.x)), None, None, None if tensors.mask is None else packed(tensors.mask), tensors.seed)
+    mask = None if tensors.mask is None else packed(tensors.mask)
+    return Given(by_rows(rows(tensors.x)), None, None, mask, None if mask is None else mask.sum(), tensors.seed)

@@ -16,7 +16,7 @@ from .._common import precision, target, triton_dtype
 from .arguments import Sizes
 from .features import EncoderTiles, Made, layer_grads_kernel
 from .forward import layer_fwd_kernel, layer_mean_kernel
-from .launch import Launch
+from .launch import Launch, plain
 from .sums import layer_reduce_kernel
 from .tokens import layer_bwd_kernel
 
@@ -65,11 +65,16 @@ class Numbers(NamedTuple):
 
     objective: Objective
     rest: Objective
+    plain: tuple[Any, ...]  # both, for direct launches
     recon_weight: float
     scaling: float
     prior2_mean: float
     logvar1_low: float
     logvar1_high: float
+
+    def tables(self, direct: bool) -> tuple[Any, ...]:
+        """The objective and its rest."""
+        return self.plain if direct else (self.objective, self.rest)
 
 
 @functools.lru_cache(maxsize=512)
@@ -79,7 +84,8 @@ def numbers_of(options: Options) -> Numbers:
     high = tuple(ctypes.c_float(entry).value for entry in table)
     rest = tuple(entry - first for entry, first in zip(table, high, strict=True))
     others = Objective.of(table).loss.nll, options.scaling, options.prior2_mean
-    return Numbers(Objective.of(high), Objective.of(rest), *others, options.logvar1_low, options.logvar1_high)
+    tables = Objective.of(high), Objective.of(rest)
+    return Numbers(*tables, plain(tables), *others, options.logvar1_low, options.logvar1_high)
 
 
 class Prepared:
@@ -188,6 +194,7 @@ class Backward:
             starts.append(self.length)
             self.length += -(-math.prod(shape) // 16) * 16 if flag else 0
         self.places = Networks.of(starts, hidden)
+        self.plain_places = plain(self.places)
         self.starts = tuple(start for flag, start in zip(self.flags, starts, strict=True) if flag)
         self.entries = tuple(math.prod(shape) for flag, shape in zip(self.flags, shapes, strict=True) if flag)
 

@@ -24,6 +24,7 @@ class Given(NamedTuple):
     noise1: Tensor | None
     noise2: Tensor | None
     mask: Tensor | None
+    kept: Tensor | None  # number of tokens that the mask keeps
     seed: Tensor | None
 
 
@@ -32,9 +33,9 @@ class Weights(NamedTuple):
 
     flat: Sequence[Tensor]  # in the order of `Networks.flat`
     tensors: Networks  # the same ones, named
-    addresses: Networks | None  # cost the host less than tensors, but only a direct launch takes them
+    addresses: tuple[Any, ...] | None  # cost the host less than tensors, but only a direct launch takes them
 
-    def for_launch(self, direct: bool) -> Networks:
+    def for_launch(self, direct: bool) -> Any:
         """The form that costs the launch least."""
         return self.addresses if direct and self.addresses is not None else self.tensors
 
@@ -50,20 +51,20 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Fill y, contiguous with N rows of M entries; return the terms [4] and the state [N, state_width] for backward."""
     case, x, N = ready.case, given.x, given.x.shape[0]
-    state = x.new_empty((N, ready.state_width), dtype=ready.wide)
+    state = x.new_empty(N, ready.state_width, dtype=ready.wide)
     if N == 0:
         return x.new_zeros(4, dtype=ready.wide), state
     key = x.dtype, None if base is None else base.dtype
-    networks = weights.for_launch(stream is not None and ready.knows(key))
-    layer = _layer(given, networks, ready.no_flags)
+    direct = stream is not None and ready.knows(key)
+    layer, table = _layer(given, weights, ready.no_flags, direct), numbers.tables(direct)
     programs = -(-N // ready.fwd.constants["BLOCK_N"])
-    statistics = x.new_empty((programs, 16), dtype=ready.wide)
+    statistics = x.new_empty(programs, 16, dtype=ready.wide)
     of_latents = numbers.scaling, numbers.prior2_mean, numbers.logvar1_low, numbers.logvar1_high
     arguments: tuple[Any, ...] = (layer, base, _row(base), y, state, statistics, *of_latents, N, case.D, case.M)
     ready.fwd((programs, 1), arguments, key, stream)
     terms = x.new_empty(4, dtype=ready.wide)
-    table = numbers.objective, numbers.rest
-    arguments = statistics, networks.decoder.scale, *table, layer.kept, terms, programs, N, case.D, case.R
+    kept = ready.no_flags if given.kept is None else given.kept
+    arguments = statistics, weights.tensors.decoder.scale, *table, kept, terms, programs, N, case.D, case.R
     ready.mean((1, 1), arguments, None, stream)
     return terms, state
 
@@ -96,22 +97,23 @@ def backward(
     grad_y, state = arriving.grad_y, packed(state)
     key = x.dtype, None if grad_y is None else grad_y.dtype
     direct = stream is not None and plan.knows(key)
-    layer = _layer(given, weights.for_launch(direct), ready.no_flags)
+    layer = _layer(given, weights, ready.no_flags, direct)
     chunks, scratch = plan.work(N)
     memory = x.new_empty(scratch.entries, dtype=ready.wide)
     grad_state, inputs, grad_hidden, parts = scratch.addresses(memory) if direct else scratch.tensors(memory)
-    term_grads = TermGrads(*[ready.no_gradient if grad is None else aligned(grad) for grad in arriving[1:]])
-    arrives = layer, grad_y, _row(grad_y), term_grads
+    term_grads = tuple([ready.no_gradient if grad is None else aligned(grad) for grad in arriving[1:]])
+    arrives = layer, grad_y, _row(grad_y), term_grads if direct else TermGrads(*term_grads)
     bounds = numbers.logvar1_low, numbers.logvar1_high
     if plan.latents or plan.inputs:
         programs = -(-N // plan.tokens.constants["BLOCK_N"])
-        table, to = (numbers.objective, numbers.rest), (state, grad_state, inputs, grad_hidden)
+        table, to = numbers.tables(direct), (state, grad_state, inputs, grad_hidden)
         scalars: tuple[float, ...] = numbers.recon_weight, numbers.scaling, numbers.prior2_mean
         plan.tokens((programs, 1), (*arrives, *table, *to, *scalars, *bounds, N, case.D, case.M), key, stream)
 
     tensors = state, grad_state, inputs, grad_hidden, grad_x if needs.x else None, parts
     scalars = numbers.recon_weight, numbers.scaling
-    arguments: tuple[Any, ...] = (*arrives, *tensors, plan.places, plan.length, *scalars, *bounds, N, case.D, case.M)
+    places = plan.plain_places if direct else plan.places
+    arguments: tuple[Any, ...] = (*arrives, *tensors, places, plan.length, *scalars, *bounds, N, case.D, case.M)
     plan.grads((plan.programs, chunks), arguments, key, stream)
     if plan.entries:
         arguments = parts, gradients, plan.starts, plan.entries, chunks, plan.length
@@ -119,19 +121,20 @@ def backward(
     return gradients
 
 
-def _layer(given: Given, networks: Networks, nothing: Tensor) -> Layer:
-    """The kernels' inputs; what is missing is `nothing`, or x, and is not read."""
+def _layer(given: Given, weights: Weights, nothing: Tensor, direct: bool) -> Any:
+    """`Layer`, or its fields for a direct launch. What is missing is `nothing`, or x, and is not read."""
     x = given.x
-    return Layer(
+    fields = (
         x,
         _row(x),
-        networks,
+        weights.for_launch(direct),
         x if given.noise1 is None else given.noise1,
         x if given.noise2 is None else given.noise2,
         nothing if given.mask is None else given.mask,
-        nothing if given.mask is None else given.mask.sum(),
+        nothing if given.kept is None else given.kept,
         nothing if given.seed is None else given.seed,
     )
+    return fields if direct else Layer(*fields)
 
 
 def _row(t: Tensor | None) -> int:
@@ -167,8 +170,9 @@ def packed(t: Tensor) -> Tensor:
 def given_of(
     x: Tensor, noise1: Tensor | None, noise2: Tensor | None, mask: Tensor | None, seed: Tensor | None
 ) -> Given:
-    """The inputs in the layout that kernels read."""
-    return Given(by_rows(x), *(None if t is None else packed(t) for t in (noise1, noise2, mask, seed)))
+    """The inputs in the layout that kernels read. x is [N, D]."""
+    noise1, noise2, mask, seed = [None if t is None else packed(t) for t in (noise1, noise2, mask, seed)]
+    return Given(by_rows(x), noise1, noise2, mask, None if mask is None else mask.sum(), seed)
 
 
 def packed_weights(parameters: Sequence[Tensor | None], encoder_hidden: int) -> Weights:
