@@ -6,6 +6,7 @@ and dispatch; on a GPU it launches the compiled kernels directly. Otherwise a ne
 serves go through `layer` itself, with the same results.
 """
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +21,11 @@ from . import _backend
 from ._checks import rows, token_flags
 from ._layer_inputs import Arriving, Needs, Options, Tensors
 from ._layer_path import autocast_products
+from ._many import looks_of
 from ._once import differentiable_once
 from ._raw import RAW, triton_part
 
 Parameters = Sequence[Tensor | None]
-LOOKS = operator.attrgetter("shape", "dtype", "device")  # of a parameter; its identity is compared too
 # The gradient of a layer's loss beside the one from the graph, in a dtype and on a device; None if there is none
 LossGradient = Callable[[torch.dtype, torch.device], Tensor | None]
 
@@ -48,8 +49,10 @@ class Steps(Protocol):
 class CppSteps:
     """The raw C++ operators, called without overload resolution."""
 
-    def __init__(self, options: Options, detach_target: bool) -> None:
+    def __init__(self, parameters: Parameters, options: Options, detach_target: bool) -> None:
         self.options, self.detach_target = options, detach_target
+        there = [p is not None for p in parameters]
+        self._flags = functools.cache(lambda needs: needs.flags(there, options.encoder_hidden))
         self._forward, self._backward = RAW["cpp"].layer_fwd.default, RAW["cpp"].layer_bwd.default
 
     def forward(self, base: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
@@ -64,8 +67,8 @@ class CppSteps:
         grad_y, *grad_terms = arriving
         arrives = None if grad_y is None else rows(grad_y), *grad_terms
         grad_x, grads = self._backward(*arrives, *_flat(tensors), *self.options, state, self.detach_target, needs)
-        flags = needs.flags([p is not None for p in tensors.parameters], self.options.encoder_hidden)
-        return _shaped(grad_x, tensors.x) if needs.x else grad_x, list(itertools.compress(grads, flags))
+        grad_x = _shaped(grad_x, tensors.x) if needs.x else grad_x
+        return grad_x, list(itertools.compress(grads, self._flags(needs)))
 
 
 def _flat(tensors: Tensors) -> Tensors:
@@ -94,7 +97,7 @@ class Plan:
     def __init__(self, backend: str, steps: Steps, parameters: Parameters, config: FVAEConfig) -> None:
         self.backend, self.steps, self.parameters, self.config = backend, steps, parameters, config
         self.there = [p for p in parameters if p is not None]
-        self.looks = list(map(LOOKS, self.there))
+        self.looks = looks_of(self.there)
         B = parameters[-1]
         assert B is not None
         self.M, self.dtype, self.device = B.shape[0], B.dtype, B.device
@@ -132,8 +135,7 @@ class Plans:
             or plan.config is not config
             or not all(map(operator.is_, parameters, plan.parameters))
             or self.key != key_of(x, dropout, plan.dtype, plan.device, base)
-            or plan.looks != list(map(LOOKS, plan.there))
-            or not all(map(Tensor.is_contiguous, plan.there))
+            or plan.looks != looks_of(plan.there)
             or torch._C._len_torch_dispatch_stack() > 0
             or base.shape != (*x.shape[:-1], plan.M)
             or (mask is not None and (mask.shape != x.shape[:-1] or mask.device != plan.device))
@@ -181,7 +183,7 @@ def make_plan(parameters: Parameters, config: FVAEConfig, dropout: float, backen
     if backend == "triton":
         steps = triton_part("layer.plan").TritonSteps(parameters, options, config.detach_target)
     else:
-        steps = CppSteps(options, config.detach_target)
+        steps = CppSteps(parameters, options, config.detach_target)
     return Plan(backend, steps, parameters, config)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...ops._layer_inputs import Arriving, Needs, Networks, Options, Tensors
+from ...ops._many import empties_like
 from .arguments import Layer
 from .objective import TermGrads
 from .prepared import Case, Numbers, Prepared, numbers_of, prepared, zeros
@@ -89,7 +90,7 @@ def backward(
     """
     case, x, N = ready.case, given.x, given.x.shape[0]
     plan = ready.backward(needs, detach_target, arriving.at_decoder, there)
-    gradients = tuple(map(torch.empty_like, compress(weights.flat, plan.flags)))
+    gradients = tuple(empties_like(list(compress(weights.flat, plan.flags))))
     if N == 0 or not any(needs):
         grad_x.zero_()
         return [grad.zero_() for grad in gradients]
