@@ -90,8 +90,8 @@ def predictions(model: nn.Module, batches: list[Any]) -> tuple[Tensor, Tensor]:
 
 def compare(name: str, task: Any, recipe: Any, seconds: float) -> list[list[str]]:
     """A row for each form of one method."""
-    from .evidence.methods import METHODS as ADAPTED
-    from .evidence.training import train
+    from examples.compare.methods import METHODS as ADAPTED
+    from examples.compare.training import train
 
     splits = task.splits(0)
     trained = ADAPTED[name].adapt(task.model(0), task)
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--write", action="store_true", help="write the tables of README.md and docs/serving.md")
     args = options.parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # model and data are local files
-    from .evidence import tasks
+    from examples.compare import tasks
 
     task = tasks.find("text")
     recipe = replace(task.recipe, epochs=args.epochs)

@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except assets.AssetError as error:
         print(error, file=sys.stderr)
         return 1
-    from examples.compare import one_seed
+    from examples.one_seed import one_seed
     from examples.train import shrink
 
     console = Console(highlight=False)

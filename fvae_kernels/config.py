@@ -141,13 +141,8 @@ class FVAEConfig:
         table = weight if isinstance(weight, Mapping) else {".*": weight}
         if not table:
             raise _wrong("loss_weight", weight, "a number or a table with at least one pattern")
-        for pattern, value in table.items():
-            if not isinstance(pattern, str):
-                raise _wrong("loss_weight", weight, "a table whose keys are strings, patterns of module names")
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise _wrong("loss_weight", pattern, "a regular expression", str(error)) from None
+        check_table("loss_weight", table)
+        for value in table.values():
             _number("loss_weight", value, low=0.0, why="a negative lambda would maximise the objective's loss")
 
     def _check_logvar1(self) -> None:
@@ -227,6 +222,23 @@ class FVAEConfig:
         unused = [pattern for pattern in table if not any(matches(pattern, name) for name in names)]
         if unused:
             raise ValueError(f"loss_weight has patterns that match no adapted layer: {unused}; the layers are {names}")
+
+
+def check_table(name: str, table: Any) -> None:
+    """Raise unless the option called `name` is a table of values by module name pattern.
+
+    Raises:
+        ValueError: it is no mapping, or a key is no regular expression.
+    """
+    if not isinstance(table, Mapping):
+        raise _wrong(name, table, "a table of values by module name pattern")
+    for pattern in table:
+        if not isinstance(pattern, str):
+            raise _wrong(name, table, "a table whose keys are strings, patterns of module names")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise _wrong(name, pattern, "a regular expression", str(error)) from None
 
 
 def matches(pattern: str, module_name: str) -> bool:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BOUNDS_PASS = torch.__version__ < "2.14"  # torch.clamp's gradient is 1 at its bounds; from 2.14 on it is 0
 LOGVAR_LIMIT = 20.0  # log-variances are clamped to [-20, 20] wherever a Gaussian is made of them
 Linears = Sequence[tuple[Tensor, Tensor | None]]  # (weight [out, in], bias [out]) of each layer, input first
 
@@ -70,18 +71,25 @@ def mlp(x: Tensor, layers: Linears, dropout: float = 0.0) -> Tensor:
     return x
 
 
+def clamp(logvar: Tensor, low: float = -LOGVAR_LIMIT, high: float = LOGVAR_LIMIT) -> Tensor:
+    """logvar clamped to [low, high], with a gradient of 1 at the bounds too."""
+    if BOUNDS_PASS:
+        return logvar.clamp(low, high)
+    return torch.where((logvar >= low) & (logvar <= high), logvar, logvar.detach().clamp(low, high))
+
+
 def bounded(logvar: Tensor, low: float, high: float) -> Tensor:
     """logvar clamped to [low, high]; held at `low`, with a gradient of zero, where the two are equal."""
     if (low, high) == (-LOGVAR_LIMIT, LOGVAR_LIMIT):
         return logvar  # clamped where a Gaussian is made of it
     if low < high:
-        return logvar.clamp(low, high)
+        return clamp(logvar, low, high)
     return torch.where(torch.ones_like(logvar, dtype=torch.bool), torch.full_like(logvar, low), logvar)
 
 
 def sample(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
     """Reparameterisation: z = mean + exp(logvar / 2) * noise."""
-    return mean + (logvar.clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT) / 2).exp() * noise
+    return mean + (clamp(logvar) / 2).exp() * noise
 
 
 def encode(
@@ -94,14 +102,14 @@ def encode(
 
 def gaussian_kl(mean: Tensor, logvar: Tensor, prior_mean: float = 0.0, prior_std: float = 1.0) -> Tensor:
     """KL( N(mean, exp logvar) || N(prior_mean, prior_std^2) ) of each token."""
-    mean, logvar = widen(mean), widen(logvar).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT)
+    mean, logvar = widen(mean), clamp(widen(logvar))
     squares = ((mean - prior_mean).square() + logvar.exp()) / prior_std**2
     return 0.5 * (squares - 1 - logvar + 2 * math.log(prior_std)).sum(-1)
 
 
 def expected_log_prior(mean: Tensor, logvar: Tensor, prior_mean: float = 0.0, prior_std: float = 1.0) -> Tensor:
     """E log N(z; prior_mean, prior_std^2) over z ~ N(mean, exp logvar), of each token, less -r/2 log(2 pi)."""
-    variance = widen(logvar).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT).exp()
+    variance = clamp(widen(logvar)).exp()
     squares = ((widen(mean) - prior_mean).square() + variance) / prior_std**2
     return -0.5 * (squares + 2 * math.log(prior_std)).sum(-1)
 
@@ -137,7 +145,7 @@ def geometry(
     """Lambda and Delta of (5), the squared 2-Wasserstein distance of q_1 and q_2, and its bound of |Delta|."""
     mismatch = gaussian_kl(mean2, logvar2) - gaussian_kl(mean2, logvar2, prior2_mean, prior2_std)
     mean1, mean2 = widen(mean1), widen(mean2)
-    var1, var2 = (widen(v).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT).exp() for v in (logvar1, logvar2))
+    var1, var2 = (clamp(widen(v)).exp() for v in (logvar1, logvar2))
     norm1, norm2 = (mean1.square() + var1).sum(-1), (mean2.square() + var2).sum(-1)
     w2_squared = ((mean1 - mean2).square() + (var1.sqrt() - var2.sqrt()).square()).sum(-1)
     bound = w2_squared / 2 + norm1.sqrt() * w2_squared.sqrt()

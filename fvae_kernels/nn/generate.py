@@ -46,14 +46,18 @@ def generate_features(
         ``[..., D]``, in the adapter's dtype.
 
     Raises:
-        TypeError: a layer without adapter, or x not floating point.
+        TypeError: a layer without adapter, or x no floating-point tensor.
         ValueError: shapes that do not fit, no such adapter, or an adapter that was exported for inference.
     """
     adapter = _adapter_of(layer, adapter_name)
-    for given in (x,) if other is None else (x, other):
-        check_input(given, adapter.in_features)
-    if other is not None and other.shape != x.shape:
-        raise ValueError(f"other has shape {tuple(other.shape)}; expected that of x, {tuple(x.shape)}")
+    for name, given in (("x", x), ("other", x if other is None else other)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} is a {type(given).__name__}; expected a tensor [..., {adapter.in_features}]")
+    check_input(x, adapter.in_features)
+    if other is not None:
+        if other.shape != x.shape:
+            raise ValueError(f"other has shape {tuple(other.shape)}; expected that of x, {tuple(x.shape)}")
+        check_input(other, adapter.in_features)
     config, dtype = adapter.config, adapter.B.dtype
 
     def normal(size: int) -> Tensor:

@@ -4,23 +4,20 @@ import enum
 import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 
-from ..config import FIELDS, FVAEConfig
+from ..config import FIELDS, FVAEConfig, check_table
 from ..presets import preset
 from ..serving.saved import read_adapter
+from ..serving.settings import table_of
 
 METHOD = "fvae"
 DEFAULT = FVAEConfig()
 BIASES = ("none", "all", "fvae_only")
-REFUSED = {
-    "target_parameters": "fused experts hold their weights as parameters that no input passes through, and an encoder "
-    "needs the tokens of its layer. Adapt linear layers by target_modules, or the experts by PEFT's LoRA",
-}
 TABLES = ("loss_weight", "rank_pattern", "alpha_pattern", "encoder_hidden_pattern")
 
 
@@ -39,6 +36,8 @@ class FVAELoraConfig(PeftConfig):
         target_modules: names or name ends of the linear layers to adapt, a regular expression, or "all-linear".
             A list may hold the names of several versions of a model: names that match nothing are ignored if one
             matches.
+        target_parameters: names or name ends of projections of fused experts to adapt ("experts.gate_up_proj"), for
+            each expert apart, as LoRA does; needs transformers 5. Expert 3 is the layer "...experts.gate_up_proj.3".
         exclude_modules: names, or a regular expression, of layers to leave out.
         layers_to_transform: indices of the blocks to adapt; needs a list in target_modules.
         layers_pattern: name of the list of blocks, if PEFT does not find it.
@@ -82,6 +81,7 @@ class FVAELoraConfig(PeftConfig):
     mask_padding: bool = _option("mask_padding")
     sample_at_inference: bool = _option("sample_at_inference")
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "linear layers to adapt"})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "parameters of fused experts to adapt"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to leave out"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "indices of blocks to adapt"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of blocks"})
@@ -105,9 +105,6 @@ class FVAELoraConfig(PeftConfig):
         """
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(kwargs) - known)
-        for name in REFUSED.keys() & kwargs.keys():
-            if kwargs[name]:
-                raise TypeError(f"{name} is not supported: {REFUSED[name]}")
         if unknown:
             raise TypeError(
                 f"FVAELoraConfig got an unexpected keyword argument: it has no option {unknown}. Check the spelling. "
@@ -137,7 +134,7 @@ class FVAELoraConfig(PeftConfig):
         self.peft_type = PeftType(METHOD.upper())
         for name in TABLES:
             value = getattr(self, name)  # a file has pairs, see to_dict
-            setattr(self, name, dict(value) if isinstance(value, list) else value)
+            setattr(self, name, table_of(value))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
@@ -146,17 +143,18 @@ class FVAELoraConfig(PeftConfig):
             setattr(self, name, getattr(validated, name))
         for name in ("rank_pattern", "alpha_pattern", "encoder_hidden_pattern"):
             setattr(self, name, getattr(self, name) or {})
+            check_table(name, getattr(self, name))
         for pattern, rank in self.rank_pattern.items():  # type: ignore[union-attr]
             try:
-                self.to_fvae_config(rank=rank)
+                replace(validated, rank=rank)
             except ValueError as error:
                 raise ValueError(
                     f"{error}. rank_pattern gives it to {pattern!r}; exclude_modules leaves layers out"
                 ) from None
         for alpha in self.alpha_pattern.values():  # type: ignore[union-attr]
-            self.to_fvae_config(alpha=alpha)
+            replace(validated, alpha=alpha)
         for pattern, sizes in self.encoder_hidden_pattern.items():  # type: ignore[union-attr]
-            self.encoder_hidden_pattern[pattern] = self.to_fvae_config(hidden=sizes).encoder_hidden  # type: ignore[index]
+            self.encoder_hidden_pattern[pattern] = replace(validated, encoder_hidden=sizes).encoder_hidden  # type: ignore[index]
         if self.inference_only and self.sample_at_inference:
             raise ValueError(
                 "inference_only=True keeps the mean path alone; it does not go with sample_at_inference=True"
@@ -171,8 +169,9 @@ class FVAELoraConfig(PeftConfig):
         if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise ValueError(f"bias={self.bias!r} needs PEFT 0.21 or newer: older ones do not save the biases")
         tokens = self.trainable_token_indices
-        for indices in tokens.values() if isinstance(tokens, dict) else [] if tokens is None else [tokens]:
-            if not isinstance(indices, (list, tuple)) or not all(isinstance(i, int) and i >= 0 for i in indices):
+        table = tokens if isinstance(tokens, dict) else {} if tokens is None else {"": tokens}
+        for name, indices in table.items():
+            if not (isinstance(name, str) and isinstance(indices, (list, tuple)) and all(map(_is_index, indices))):
                 raise ValueError(
                     f"trainable_token_indices={tokens!r} is not allowed: expected a list of token numbers, or "
                     "a table of lists by embedding"
@@ -185,6 +184,17 @@ class FVAELoraConfig(PeftConfig):
         return {len(indices) for indices in lists}
 
     def _check_placement(self) -> None:
+        parameters = self.target_parameters
+        if parameters is not None and (
+            not isinstance(parameters, (list, tuple, set))
+            or not all(isinstance(name, str) and name for name in parameters)
+        ):
+            raise ValueError(f"target_parameters={parameters!r} is not allowed: expected a list of names, or None")
+        if parameters and self.bias == "fvae_only":
+            raise ValueError(
+                "bias='fvae_only' is not allowed with target_parameters: experts share one tensor of biases. Take "
+                "'all' or 'none'"
+            )
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(
@@ -229,6 +239,10 @@ class FVAELoraConfig(PeftConfig):
         if os.path.isdir(folder) and not kwargs.get("ignore_mismatched_sizes"):
             config.__dict__["_saved"] = read_adapter(folder)  # checked against the model when it is adapted
         return config
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _as_in_file(value: Any) -> Any:

@@ -8,10 +8,11 @@ from typing import Any
 
 from peft import get_peft_model_state_dict
 
+from ..nn.linear import FusedFVAELinear
 from ..nn.parameters import is_served
-from ..serving.folders import CONTAINER, WEIGHTS, write_folder
+from ..serving.folders import CONTAINER, WEIGHTS, folder_of, write_folder
 from ..serving.heads import base_class
-from ..serving.layers import peft_config
+from ..serving.layers import check_model, peft_config
 from ..serving.reports import ExportedLayer
 from .config import FVAELoraConfig
 from .trimmed_export import trim_export
@@ -68,10 +69,15 @@ def export_for_inference(
             tolerance; a tolerance out of range; data that does not reach every layer. Nothing is written then.
         TypeError: calibration data that is no iterable of batches.
     """
-    config = peft_config(model, adapter_name)
+    check_model(model)
+    path, config = folder_of(folder), peft_config(model, adapter_name)
     if not isinstance(config, FVAELoraConfig):
         known = sorted(getattr(model, "peft_config", {}))
-        raise ValueError(f"the model has no FVAE-LoRA adapter {adapter_name!r}; its adapters are {known}")
+        plain = any(isinstance(module, FusedFVAELinear) for module in model.modules())
+        advice = (
+            ". Layers of replace_linears are exported by export_as_lora, or saved by save_adapters" if plain else ""
+        )
+        raise ValueError(f"the model has no FVAE-LoRA adapter {adapter_name!r}; its adapters are {known}{advice}")
     config = copy.deepcopy(config)
     if config.sample_at_inference:
         raise ValueError("sample_at_inference=True needs encoder 1's logvar too: save the whole adapter instead")
@@ -83,7 +89,7 @@ def export_for_inference(
     rows: tuple[ExportedLayer, ...] = ()
     if tolerance is not None or calibration is not None:
         rows = trim_export(model, config, served, tolerance, calibration, adapter_name)
-    write_folder(Path(folder), {WEIGHTS: served})
+    write_folder(path, {WEIGHTS: served})
     config.save_pretrained(str(folder), auto_mapping_dict=base_class(model) if config.task_type is None else None)
     full, left = (sum(tensors[key].nbytes for key in own if key in tensors) for tensors in (state, served))
     return ExportReport(str(folder), full, left, rows)

@@ -1,23 +1,24 @@
 """FVAELoraModel: puts the layers into a model, and the hooks for their auxiliary loss."""
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..config import FVAEConfig
+from ..nn.experts import expert_sizes, find_experts
 from ..nn.linear import is_attention, linear_shape
 from ..nn.parameters import is_served, parameter_shapes
 from ..nn.quantised import refuse_merge
 from ..serving.saved import Beside, Shapes, check_complete, check_fits
 from ..training.hooks import install_hooks, remove_hooks
-from .config import FVAELoraConfig
+from .experts import UnfusedExperts, unfused
 from .layer import FVAELoraLayer, FVAELoraLinear
+from .patterns import OF_PEFT, layer_config, warn_unmatched
 from .weighted import check_weighted, weighted_config, weighted_factors
 
 QUERY_VALUE, Q_V = ["query", "value"], ["q_proj", "v_proj"]
@@ -42,10 +43,17 @@ class FVAELoraModel(BaseTuner):
     prefix: str = "fvae_"
     tuner_layer_cls = FVAELoraLayer
     target_module_mapping = TARGETS
+    _experts: tuple[str, ...] = ()  # what names inside of unfused experts begin with
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model itself. Older versions of PEFT call its `forward`, which would bypass the hooks."""
         return self.model(*args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        """As LoRA's: a model without default targets needs no target_modules if target_parameters are given."""
+        if peft_config.target_parameters and model_config.get("model_type") not in self.target_module_mapping:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Run every check that needs the model, before the first layer is replaced."""
@@ -55,17 +63,19 @@ class FVAELoraModel(BaseTuner):
                 "this adapter was exported for inference and cannot be trained: encoder 2 and the decoder are not in "
                 "it. Load it with is_trainable=False, or load the full adapter"
             )
+        self._experts = _prefixes(model, UnfusedExperts)
         resolved = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
-        names = self._target_names(resolved, model)
+        sizes = {name: _shape(name, model) for name in self._target_names(resolved, model)}
+        sizes.update(expert_sizes(find_experts(model, sorted(peft_config.target_parameters or ()))))
         shapes: Shapes = {}
-        for name in names:
-            method = _layer_config(peft_config, name)
-            D, M = _shape(name, model)
+        for name, (D, M) in sizes.items():
+            method = layer_config(peft_config, name)
             kept = parameter_shapes(D, M, method)
             shapes[name] = {n: s for n, s in kept if not peft_config.inference_only or is_served(n, method)}
-        self._count = len(names)
-        if names:
-            peft_config.to_fvae_config().check_loss_weight_patterns(names)
+        self._count, self._first = len(sizes), not any(map(_adapters, self._layers()))
+        if sizes:
+            peft_config.to_fvae_config().check_loss_weight_patterns(sizes)
+            warn_unmatched(peft_config, sizes)
         saved = peft_config.__dict__.pop("_saved", None)
         if saved is None:
             return
@@ -76,8 +86,12 @@ class FVAELoraModel(BaseTuner):
         elif peft_config.inference_mode:  # a config without weights can start a training, but cannot serve
             raise ValueError(f"{saved.folder} has a config and no adapter_model.safetensors: no adapter to load")
 
+    def _check_target_module_exists(self, config: Any, key: str) -> Any:  # type: ignore[override]
+        """As PEFT's; the layers of unfused experts are no targets."""
+        return not key.startswith(self._experts) and super()._check_target_module_exists(config, key)
+
     def _target_names(self, peft_config: Any, model: nn.Module) -> list[str]:
-        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        inside = _prefixes(model, BaseTunerLayer)
         names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
         return [name for name in names if self._check_target_module_exists(peft_config, name)]
 
@@ -91,7 +105,12 @@ class FVAELoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        method = _layer_config(peft_config, current_key)
+        if parameter_name is not None:
+            layers = unfused(parent, target_name, target).unfuse(parameter_name)
+            for index, layer in enumerate(layers):
+                self._create_and_replace(peft_config, adapter_name, layer, str(index), layers, f"{current_key}.{index}")
+            return
+        method = layer_config(peft_config, current_key)
         options: dict[str, Any] = {
             "config": method,
             "loss_weight": method.loss_weight_for(current_key, self._count),
@@ -102,11 +121,10 @@ class FVAELoraModel(BaseTuner):
             target.update_layer(adapter_name, **options)
             return
         linear_shape(_base(target))  # raises for a layer that cannot be adapted
-        first = all(names <= {adapter_name} for names in map(_adapters, self._layers()))
         new_module = FVAELoraLinear(target, adapter_name, **options)
         # A new module starts in train mode, PEFT's convention for the first adapter. One added to a model in eval
         # mode must not begin to sample.
-        new_module.train(self.training if first else self.training and target.training)
+        new_module.train(self.training if self._first else self.training and target.training)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
@@ -118,7 +136,9 @@ class FVAELoraModel(BaseTuner):
         """Inject as PEFT does, then put hooks on the model. If anything fails, the model stays unchanged."""
         undo = _Undo(model)
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", OF_PEFT, RuntimeWarning)
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             undo(adapter_name)
             if not any(adapter_name in layer.fvae_adapter for layer in self._layers()):
@@ -240,6 +260,11 @@ class _Undo:
                 self.model.__dict__.pop(mark, None)
 
 
+def _prefixes(model: nn.Module, kind: type) -> tuple[str, ...]:
+    """What the names of all modules inside of modules of this kind begin with."""
+    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, kind))
+
+
 def _base(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
@@ -256,13 +281,3 @@ def _shape(name: str, model: nn.Module) -> tuple[int, int]:
 
 def _adapters(layer: Any) -> set[str]:
     return set(layer.fvae_adapter.keys())
-
-
-def _layer_config(config: FVAELoraConfig, name: str) -> FVAEConfig:
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    hidden = config.encoder_hidden_pattern or {}
-    return config.to_fvae_config(
-        rank=ranks.get(get_pattern_key(list(ranks), name), config.r),
-        alpha=alphas.get(get_pattern_key(list(alphas), name), config.alpha),
-        hidden=hidden.get(get_pattern_key(list(hidden), name)),
-    )

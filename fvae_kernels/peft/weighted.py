@@ -9,6 +9,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
+from ..nn.experts import ExpertLinear
 from ..serving.factors import directions, wide
 from ..serving.layers import exact_pattern
 
@@ -28,15 +29,22 @@ def check_weighted(
             f"combination_type={kind!r} is not allowed: expected 'cat', which is exact, or 'svd'. The others of LoRA "
             "combine A and B apart from each other"
         )
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"adapter_name={name!r} is not allowed: expected a name without a dot")
     if name in model.peft_config:
         raise ValueError(f"there is an adapter {name!r} already: choose another name, or delete it first")
-    if not adapters or len(set(adapters)) != len(adapters) or len(adapters) != len(weights):
-        raise ValueError(
-            f"expected adapters, each once, with one weight each; got {list(adapters)} and {list(weights)}"
-        )
-    if not all(isinstance(w, (int, float)) and isfinite(w) for w in weights):
+    if (
+        isinstance(adapters, str)
+        or weights is None
+        or not adapters
+        or len(set(adapters)) != len(adapters)
+        or len(adapters) != len(weights)
+    ):
+        raise ValueError(f"expected adapters, each once, with one weight each; got {adapters!r} and {weights!r}")
+    if not all(isinstance(w, (int, float)) and not isinstance(w, bool) and isfinite(w) for w in weights):
         raise ValueError(f"weights={list(weights)} are not allowed: expected finite numbers")
-    if svd_rank is not None and (kind != "svd" or svd_rank < 1):
+    whole = isinstance(svd_rank, int) and not isinstance(svd_rank, bool)
+    if svd_rank is not None and (kind != "svd" or not whole or svd_rank < 1):
         raise ValueError(
             f"svd_rank={svd_rank!r} is not allowed: expected a rank of at least 1, with combination_type='svd'"
         )
@@ -102,6 +110,7 @@ def _ranks(model: Any, adapter: str) -> list[int]:
 def weighted_config(model: Any, first: str, factors: dict[str, tuple[Tensor, Tensor]]) -> Any:
     """The config of the sum: served alone, at a scale of 1."""
     ranks = {exact_pattern(name): len(A) for name, (A, _) in factors.items()}
+    experts = [name for name in factors if isinstance(model.model.get_submodule(name).base_layer, ExpertLinear)]
     highest = max(ranks.values())
     return replace(
         model.peft_config[first],
@@ -114,7 +123,8 @@ def weighted_config(model: Any, first: str, factors: dict[str, tuple[Tensor, Ten
         alpha_pattern={pattern: float(rank) for pattern, rank in ranks.items()},
         encoder_hidden_pattern={},
         loss_weight=None,
-        target_modules=sorted(factors),
+        target_modules=sorted(set(factors) - set(experts)),
+        target_parameters=sorted({name.rpartition(".")[0] for name in experts}) or None,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

@@ -13,6 +13,22 @@ CONTAINER = "fvae_adapter"  # in an adapted layer of PEFT's: its adapters
 PREFIX = "base_model.model."  # in PEFT, before the name of a module of the base model
 
 
+def folder_of(folder: Any) -> Path:
+    """The path of a folder to write to, which need not be there.
+
+    Raises:
+        TypeError: no path.
+        ValueError: it is a file, or inside of one.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"the folder is a {type(folder).__name__}; expected a path")
+    path = Path(folder)
+    files = [found for found in (path, *path.parents) if found.is_file()]
+    if files:
+        raise ValueError(f"{files[0]} is a file; expected a folder, or the name of a new one")
+    return path
+
+
 def write_folder(folder: Path, files: Mapping[str, Any]) -> None:
     """Write safetensors (tensors by name) and texts. Files appear under their names when all have been written.
 

@@ -43,12 +43,10 @@ def adapted_layers(model: nn.Module, adapter_name: str = "default") -> list[Adap
     """The layers of `model` that have this adapter. Without PEFT a layer has one adapter, called "default".
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: there are none, `model` is PEFT's tuner, or an adapter's served parameters are not finite.
     """
-    if hasattr(type(model), "tuner_layer_cls"):  # its layers have other names than a file has
-        raise ValueError(
-            f"{type(model).__name__} is the inside of a PeftModel: pass the PeftModel, or the model itself"
-        )
+    check_model(model)
     found, names = [], set()
     for name, module in model.named_modules():
         if not isinstance(module, AuxLossLayer):
@@ -68,6 +66,21 @@ def adapted_layers(model: nn.Module, adapter_name: str = "default") -> list[Adap
                     f"{parameter} of the adapter of {layer.name!r} has values that are not finite: it is broken"
                 )
     return found
+
+
+def check_model(model: Any) -> None:
+    """Raise unless it is a module whose layers have the names that a file has.
+
+    Raises:
+        TypeError: no module.
+        ValueError: PEFT's tuner.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is a {type(model).__name__}; expected a torch.nn.Module with adapted layers")
+    if hasattr(type(model), "tuner_layer_cls"):
+        raise ValueError(
+            f"{type(model).__name__} is the inside of a PeftModel: pass the PeftModel, or the model itself"
+        )
 
 
 def check_served(layers: list[AdaptedLayer], adapter_name: str, what: str) -> None:

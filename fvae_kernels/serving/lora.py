@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from .calibration import Statistics, calibrate
 from .factors import Directions, directions, lost_energy, ridge_fit, wide
+from .folders import folder_of
 from .layers import AdaptedLayer, adapted_layers, check_served, evaluating
+from .lora_experts import is_expert
 from .lora_files import write_lora
-from .options import check_patterns, check_tolerance, rank_of
+from .options import check_number, check_patterns, check_switches, check_tolerance, rank_of
 from .reports import ExportedLayer, LoraReport
 
 RIDGES = (1e-8, 1e-6, 1e-4, 1e-2, 1e-1, 1.0)  # relative penalties, of which the best is taken
@@ -83,17 +85,23 @@ def export_as_lora(
 
     Raises:
         ValueError: no such adapter; it samples at inference; hidden layers without calibration data; a rank above the
-            adapter's; a value out of range; `bias` where a base layer has none, or with a linear encoder. Nothing is
-            written then.
-        TypeError: calibration data that is no iterable of batches.
+            adapter's; one rank and a tolerance; a value out of range; `bias` where a base layer has none, or with a
+            linear encoder; a folder that is a file. Nothing is written then.
+        TypeError: calibration data that is no iterable of batches; a metric that gives no number; no model or path.
     """
-    layers = adapted_layers(model, adapter_name)
+    path, layers = folder_of(folder), adapted_layers(model, adapter_name)
     check_tolerance(tolerance)
+    check_switches(bias=bias, uniform_rank=uniform_rank)
+    check_number("ridge", ridge, "a relative penalty above 0", low=0, above=True)
+    if isinstance(rank, int) and tolerance > 0:
+        raise ValueError(f"rank={rank} and tolerance={tolerance} both say where to truncate: leave one of them out")
     if isinstance(rank, Mapping):
         check_patterns(rank, layers)
     ranks = {layer.name: rank_of(rank, layer) for layer in layers}
-    _check(layers, calibration, bias, ridge)
+    _check(layers, calibration, bias)
     if metric is not None:
+        if not callable(metric):
+            raise TypeError(f"metric is a {type(metric).__name__}; expected a function of the model")
         check_served(layers, adapter_name, "the metric")
     needed = [layer for layer in layers if _is_hidden(layer) or ranks[layer.name] is not None or tolerance > 0]
     sums: dict[str, Statistics] = {}
@@ -103,7 +111,7 @@ def export_as_lora(
         layer.name: _factors(layer, sums.get(layer.name), ranks[layer.name], tolerance, bias, ridge) for layer in layers
     }
     before, after = (None, None) if metric is None else _measure(model, layers, factors, metric)
-    write_lora(model, Path(folder), layers, factors, uniform_rank, adapter_name)
+    write_lora(model, path, layers, factors, uniform_rank, adapter_name)
     rows = tuple(_row(layer, factors[layer.name]) for layer in layers)
     return LoraReport(str(folder), rows, before, after)
 
@@ -112,7 +120,7 @@ def _is_hidden(layer: AdaptedLayer) -> bool:
     return bool(layer.adapter.config.encoder_hidden)
 
 
-def _check(layers: list[AdaptedLayer], calibration: Any, bias: bool, ridge: float | None) -> None:
+def _check(layers: list[AdaptedLayer], calibration: Any, bias: bool) -> None:
     if any(layer.adapter.config.sample_at_inference for layer in layers):
         raise ValueError(
             "sample_at_inference=True makes the update random; LoRA can serve the mean only: set it to False"
@@ -123,13 +131,11 @@ def _check(layers: list[AdaptedLayer], calibration: Any, bias: bool, ridge: floa
             f"the encoder of {hidden[0]!r} has hidden layers, so its update is no linear function of the input: pass "
             "calibration data, on which the best linear one is fitted"
         )
-    if ridge is not None and not 0 < ridge < float("inf"):
-        raise ValueError(f"ridge={ridge!r} is not allowed: expected a relative penalty above 0, or None")
     if bias and not hidden:
         raise ValueError("bias=True is not allowed: a linear encoder has no bias, and LoRA is exact without one")
-    without = [layer.name for layer in layers if _base_bias(layer) is None]
+    without = [layer.name for layer in layers if _base_bias(layer) is None or is_expert(layer)]
     if bias and without:
-        raise ValueError(f"bias=True is not allowed: the base layer {without[0]!r} has no bias to merge it into")
+        raise ValueError(f"bias=True is not allowed: the base layer {without[0]!r} has no bias of its own")
 
 
 def _base_bias(layer: AdaptedLayer) -> Tensor | None:
@@ -190,9 +196,16 @@ def _measure(
     model: nn.Module, layers: list[AdaptedLayer], factors: Mapping[str, Factors], metric: Callable[[nn.Module], float]
 ) -> tuple[float, float]:
     with evaluating(model):
-        before = float(metric(model))
+        before = _number(metric(model))
         with serving(layers, factors):
-            return before, float(metric(model))
+            return before, _number(metric(model))
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"metric returned {value!r}; expected a number") from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .folders import CONFIG, PREFIX, WEIGHTS, write_folder
 from .heads import base_class, trained_heads
 from .layers import AdaptedLayer, exact_pattern, peft_config
+from .lora_experts import by_parameter, is_expert, stacked, stem, target_parameters
 
 
 def write_lora(
@@ -25,19 +27,18 @@ def write_lora(
     highest = max(len(f.A) for f in factors.values())
     scales = {layer.name: layer.adapter.config.scaling for layer in layers}
     scale = next(iter(scales.values())) if len(set(scales.values())) == 1 else None  # else it is folded into B
-    biased = any(found.bias is not None for found in factors.values())
-    state: dict[str, Tensor] = {}
-    for name, found in factors.items():
-        folded = 1.0 if scale is not None else scales[name]
-        missing = highest - len(found.A) if uniform_rank else 0
-        key = f"{PREFIX}{name}.lora_"
-        state[f"{key}A.weight"] = F.pad(found.A, (0, 0, 0, missing))
-        state[f"{key}B.weight"] = F.pad(folded * found.B, (0, missing))
-        if biased:  # PEFT gives every layer a bias then
-            bias = found.B.new_zeros(len(found.B)) if found.bias is None else found.bias
-            state[f"{key}B.bias"] = folded * bias
+    served = factors if scale is not None else {n: _scaled(found, scales[n]) for n, found in factors.items()}
+    plain, groups = [layer.name for layer in layers if not is_expert(layer)], by_parameter(layers)
+    sizes = {name: len(served[name].A) for name in plain}  # rank by module or parameter
+    sizes |= {name: max(len(served[layer.name].A) for layer in group) for name, group in groups.items()}
+    written = dict.fromkeys(sizes, highest) if uniform_rank else sizes
+    state = _state(plain, served, written)
+    for name, group in groups.items():
+        A, B = stacked([served[layer.name] for layer in group], written[name])
+        key = f"{PREFIX}{stem(name, groups)}.lora_"
+        state |= {f"{key}A.weight": A, f"{key}B.weight": B}
     alpha = (1.0 if scale is None else scale) * highest
-    ranks = {exact_pattern(name): len(f.A) for name, f in factors.items() if len(f.A) != highest and not uniform_rank}
+    ranks = {exact_pattern(name): rank for name, rank in written.items() if rank != highest}
     heads, modules_to_save = trained_heads(model, adapter_name)
     config = {
         **_identity(model, adapter_name),
@@ -47,12 +48,31 @@ def write_lora(
         "lora_alpha": _whole(alpha),
         "rank_pattern": ranks,
         "alpha_pattern": {pattern: _whole(alpha / highest * rank) for pattern, rank in ranks.items()},
-        "target_modules": target_modules(model, [layer.name for layer in layers]),
+        "target_modules": target_modules(model, plain),
+        **({"target_parameters": target_parameters(model, list(groups))} if groups else {}),
         "modules_to_save": modules_to_save,
         "fan_in_fan_out": any(layer.transposed for layer in layers),
-        "lora_bias": biased,
+        "lora_bias": any(found.bias is not None for found in factors.values()),
     }
     write_folder(folder, {WEIGHTS: {**state, **heads}, CONFIG: json.dumps(config, indent=2, sort_keys=True)})
+
+
+def _state(names: list[str], factors: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    """Tensors of linear layers, padded with zeros to these ranks."""
+    biased = any(found.bias is not None for found in factors.values())
+    state: dict[str, Tensor] = {}
+    for name in names:
+        found, key = factors[name], f"{PREFIX}{name}.lora_"
+        missing = ranks[name] - len(found.A)
+        state[f"{key}A.weight"] = F.pad(found.A, (0, 0, 0, missing))
+        state[f"{key}B.weight"] = F.pad(found.B, (0, missing))
+        if biased:  # PEFT gives every layer a bias then
+            state[f"{key}B.bias"] = found.B.new_zeros(len(found.B)) if found.bias is None else found.bias
+    return state
+
+
+def _scaled(found: Any, scale: float) -> Any:
+    return replace(found, B=scale * found.B, bias=None if found.bias is None else scale * found.bias)
 
 
 def _fixed() -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Arguments that several functions take, checked."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import matches
+from ..config import check_table, matches
 from .layers import AdaptedLayer
 
 
@@ -17,6 +18,28 @@ def check_tolerance(tolerance: Any, name: str = "tolerance") -> None:
         raise ValueError(
             f"{name}={tolerance!r} is not allowed: expected a share of the update's energy, from 0 to below 1"
         )
+
+
+def check_number(name: str, value: Any, expected: str, low: float, above: bool = False) -> None:
+    """Raise unless `value` is None, or a finite number of at least `low`, or above it.
+
+    Raises:
+        ValueError: with what was `expected`.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if value is not None and not (number and (value > low if above else value >= low)):
+        raise ValueError(f"{name}={value!r} is not allowed: expected {expected}, or None")
+
+
+def check_switches(**switches: Any) -> None:
+    """Raise unless all are True or False.
+
+    Raises:
+        ValueError: with the first that is not.
+    """
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} is not allowed: expected True or False")
 
 
 def rank_of(rank: int | Mapping[str, int] | None, layer: AdaptedLayer) -> int | None:
@@ -41,8 +64,9 @@ def check_patterns(ranks: Mapping[str, int], layers: list[AdaptedLayer]) -> None
     """Raise unless every pattern has a layer.
 
     Raises:
-        ValueError: with the patterns that have none.
+        ValueError: with the patterns that have none, or are no regular expressions.
     """
+    check_table("ranks", ranks)
     unused = [pattern for pattern in ranks if not any(matches(pattern, layer.name) for layer in layers)]
     if unused:
         raise ValueError(

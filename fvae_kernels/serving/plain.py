@@ -12,9 +12,9 @@ from ..nn.linear import FusedFVAELinear, linear_shape
 from ..nn.parameters import is_served, parameter_shapes
 from ..nn.quantised import refuse_merge
 from ..training.hooks import install_hooks, remove_hooks
-from .folders import CONFIG, CONTAINER, PREFIX, WEIGHTS, write_folder
+from .folders import CONFIG, CONTAINER, PREFIX, WEIGHTS, folder_of, write_folder
 from .heads import LOADED, base_class, trained_heads
-from .layers import AdaptedLayer, adapted_layers
+from .layers import AdaptedLayer, adapted_layers, check_model
 from .lora_files import target_modules
 from .saved import Beside, SavedAdapter, check_fits, plain_name, read_adapter
 from .settings import Settings, config_of
@@ -36,6 +36,7 @@ def restore_linears(model: nn.Module, merge: bool = False) -> list[str]:
     Raises:
         ValueError: there are none, `model` itself is one, or an adapter cannot be merged. The model is unchanged then.
     """
+    check_model(model)
     named = dict(model.named_modules(remove_duplicate=False))
     found = {name: module for name, module in named.items() if isinstance(module, FusedFVAELinear)}
     if not found or "" in found:
@@ -74,7 +75,7 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
             pattern; a trained parameter that belongs to the model itself. Nothing is written then.
         ImportError: safetensors is not installed.
     """
-    layers = _plain_layers(model)
+    path, layers = folder_of(folder), _plain_layers(model)
     heads, modules_to_save = trained_heads(model, "default")
     config = {
         **config_of(layers),
@@ -91,7 +92,7 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
         for layer in layers
         for name, p in layer.adapter.named_parameters()
     }
-    write_folder(Path(folder), {WEIGHTS: {**state, **heads}, CONFIG: json.dumps(config, indent=2, sort_keys=True)})
+    write_folder(path, {WEIGHTS: {**state, **heads}, CONFIG: json.dumps(config, indent=2, sort_keys=True)})
 
 
 @torch.no_grad()
@@ -115,6 +116,7 @@ def load_adapters(model: nn.Module, folder: str | Path, trainable: bool = False)
             inference-only adapter that is to be trained; a model with adapters of PEFT's.
         ImportError: safetensors is not installed. The model is unchanged in all these cases.
     """
+    check_model(model)
     settings, saved = _read(Path(folder))
     if trainable and settings.inference_only:
         raise ValueError(f"{folder} was exported for inference and cannot be trained: load the full adapter")

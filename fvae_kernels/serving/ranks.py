@@ -12,7 +12,7 @@ from ..nn.linear import FusedFVAELinear
 from .calibration import Statistics, calibrate
 from .factors import Directions, directions, lost_energy, wide
 from .layers import AdaptedLayer, adapted_layers, exact_pattern, peft_config
-from .options import check_patterns, check_tolerance, rank_of
+from .options import check_number, check_patterns, check_tolerance, rank_of
 from .reports import ExportedLayer
 
 ACTIVE = 1e-2  # variance of the mean of an active entry, as in `diagnostics.active_units`
@@ -83,8 +83,7 @@ def suggest_ranks(
         TypeError: data that is no iterable of batches.
     """
     check_tolerance(tolerance)
-    if threshold is not None and not threshold >= 0:
-        raise ValueError(f"threshold={threshold!r} is not allowed: expected a variance of at least 0, or None")
+    check_number("threshold", threshold, "a variance of at least 0", low=0)
     layers = adapted_layers(model, adapter_name)
     sums = calibrate(model, layers, data, adapter_name)
     suggestion = RankSuggestion()
@@ -138,7 +137,7 @@ def trim(
         TypeError: data that is no iterable of batches.
     """
     layers = adapted_layers(model, adapter_name)
-    if isinstance(ranks, Mapping):
+    if ranks is None or isinstance(ranks, Mapping):
         check_patterns(ranks, layers)
     asked = {layer.name: rank_of(ranks, layer) for layer in layers}
     smaller = [

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from ..config import FIELDS, FVAEConfig, matches
+from ..config import FIELDS, FVAEConfig, check_table, matches
 from ..nn.linear import find_linears, is_named
 from .folders import CONFIG
 from .layers import AdaptedLayer, exact_pattern
 
 METHOD = "FVAE"
 TABLES = ("loss_weight", "rank_pattern", "alpha_pattern", "encoder_hidden_pattern")  # pairs in the file: order counts
-BESIDE = ("bias", "trainable_token_indices")
+BESIDE = ("bias", "trainable_token_indices", "target_parameters")
 PLACED = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 BY_LAYER = {"rank_pattern": "rank", "alpha_pattern": "alpha", "encoder_hidden_pattern": "encoder_hidden"}
 OF_PEFT = (
@@ -49,6 +49,12 @@ def config_of(layers: list[AdaptedLayer]) -> dict[str, Any]:
     return {"peft_type": METHOD, "r": first.rank, "init_weights": True, **options, **pairs}
 
 
+def table_of(value: Any) -> Any:
+    """A table that a file holds as pairs; other values as they are."""
+    pairs = isinstance(value, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value)
+    return dict(value) if pairs else value
+
+
 class Settings:
     """A folder's config, validated."""
 
@@ -57,7 +63,12 @@ class Settings:
         path = folder / CONFIG
         if not path.is_file():
             raise ValueError(f"{folder} has no {CONFIG}: it is no adapter folder")
-        values = json.loads(path.read_text())
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {error}. It is no JSON") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds a {type(values).__name__}; expected the options of an adapter, by name")
         if values.get("peft_type") != METHOD:
             raise ValueError(f"{folder} holds an adapter of the method {values.get('peft_type')}, not of {METHOD}")
         known = {*FIELDS, *TABLES, *PLACED, *BESIDE, *OF_PEFT, "r"} - {"rank"}
@@ -75,8 +86,14 @@ class Settings:
                 f"{path} has {beside}, which only PEFT can load: peft.PeftModel.from_pretrained(model, folder)"
             )
         for name in TABLES:
-            if isinstance(values.get(name), list):
-                values[name] = dict(values[name])
+            values[name] = table_of(values.get(name))
+            if name != "loss_weight":
+                check_table(name, values[name] or {})
+        targets = values.get("target_modules")
+        if not isinstance(targets, (str, list)) or not all(isinstance(target, str) for target in targets):
+            raise ValueError(
+                f"{path} has target_modules={targets!r}; expected a list of names, or a regular expression"
+            )
         self.values = values
         self.inference_only = bool(values.get("inference_only"))
         self.config = self._config()

@@ -20,7 +20,7 @@ from ..config import FVAEConfig
 from ..ops._layer_plan import PlannedTerms
 from ..reference import Terms
 from . import warn
-from .cached import inherited, keep_values
+from .cached import inherit, keep_values
 from .calls import Call, LayerKey, Term
 from .forward import Forward, current, local, region
 from .inject import InjectAuxLoss, InjectAuxLossOnce, InjectInTransform, renewed, transformed
@@ -141,7 +141,7 @@ def _injected(forward: Forward | None, out: Tensor, loss: Tensor, call: Call) ->
     alone = forward is None
     if forward is None:
         forward = Forward(grad=True)
-        forward.inherited = inherited([call.key])
+        inherit(forward, [call.key])
     call.armed, call.fixed, call.state = True, forward.inherited, forward.state
     forward.calls.append(call)
     forward.recomputed = forward.recomputed or call.checkpointed
@@ -190,8 +190,8 @@ def _injected_again(out: Tensor, loss: Tensor, repeats: Call) -> Tensor:
         if repeats.task not in (None, task):
             return out
         if repeats.task is None:
-            warn.unprobed()
-        repeats.task, forward.state.injected, call.fixed = task, True, loss.new_ones(())
+            forward.state.enter_alone()
+        repeats.task, call.fixed = task, loss.new_ones(())
     return InjectAuxLoss.apply(out, loss, call)
 
 

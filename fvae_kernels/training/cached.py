@@ -5,12 +5,13 @@ that begin inside this backward inherit it.
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .forward import Value
+from .forward import Forward, Value
 from .recompute import in_backward
 
 KEPT = 1000  # at most so many values wait for a loss
@@ -47,9 +48,11 @@ def _forget(task: int) -> None:
     _inside.pop(task, None)
 
 
-def inherited(keys: list[Any]) -> Tensor | None:
-    """The weight of a forward of these layers that begins now, if the backward of their loss is running."""
-    if not _inside or not in_backward():
-        return None
+def inherit(forward: Forward, keys: Iterable[Any]) -> None:
+    """Note if `forward`, of these layers, begins inside a backward; and its weight, if that is of their loss."""
+    if not in_backward():
+        return
+    forward.state.inside = True
     found = _inside.get(torch._C._current_graph_task_id())
-    return found[1] if found is not None and any(id(key) in found[0] for key in keys) else None
+    if found is not None and any(id(key) in found[0] for key in keys):
+        forward.inherited = found[1]

@@ -5,6 +5,13 @@ from torch import Tensor
 
 from . import warn
 
+CACHED_UNKNOWN = (
+    "FVAE: a forward inside a backward (a cached loss, GradCache) found no weight for its auxiliary loss, because the "
+    "loss whose backward this is never reached the package. Before its backward use `loss = "
+    "fvae_kernels.attach_aux_loss(model, loss)`, or, for a trainer that computes its own loss, "
+    "`fvae_kernels.prepare_trainer(trainer)`."
+)
+
 
 class LayerKey:
     """Identity of a layer, shared by its replicas. A copy of the layer gets another."""
@@ -16,11 +23,19 @@ class LayerKey:
 class State:
     """What has happened to the terms of a forward. Holds no tensors, so a layer's own graph may hold it."""
 
-    __slots__ = ("entered", "injected")
+    __slots__ = ("entered", "injected", "inside")
 
     def __init__(self) -> None:
         self.entered = False  # a backward reached the loss that they were added to
         self.injected = False  # a backward reached a layer first, and they entered without a loss
+        self.inside = False  # the forward began inside a backward
+
+    def enter_alone(self) -> None:
+        """A term enters with weight 1, without a loss. Said once; refused where that is wrong in any loop but one."""
+        if self.inside:
+            raise RuntimeError(CACHED_UNKNOWN)
+        self.injected = True
+        warn.unprobed()
 
 
 class Call:
@@ -47,6 +62,10 @@ class Call:
         """The addition to the gradient of the layer's loss in its backward; None if the graph brings it.
 
         A term whose loss is not used enters with weight 1 in the first backward that reaches it, and in no other.
+
+        Raises:
+            RuntimeError: its forward ran inside the backward of a loss that nothing is known of (GradCache): weight 1
+                would be wrong for any loss that is divided, scaled or weighted.
         """
         if not self.armed or (self.attached and self.state.entered):
             return None
@@ -57,8 +76,8 @@ class Call:
             self.task = task
             return self.fixed.to(device=device, dtype=dtype) * self.loss_weight
         if self.task is None:
-            self.task, self.state.injected = task, True
-            warn.unprobed()
+            self.state.enter_alone()
+            self.task = task
         return torch.full((), self.loss_weight, dtype=dtype, device=device)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .attach import attach_forward, weighted_sum
 from .aux_loss import AuxLossLayer, aux_loss_layers
-from .cached import inherited, keep_values, take_values
+from .cached import inherit, keep_values, take_values
 from .forward import Forward, local, region
 from .inject import InjectAuxLossOnce, InjectInTransform, renewed, transformed
 from .outputs import given, replaced, task_loss, tensors
@@ -106,7 +106,7 @@ class Scope:
         if not self.hooks.trains() or (in_backward() and region() is not None):
             return self.hooks
         forward = Forward(torch.is_grad_enabled())
-        forward.inherited = inherited(list(self.arguments))
+        inherit(forward, self.arguments)
         return forward
 
     def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

@@ -108,6 +108,6 @@ def test_what_is_refused(options: dict[str, Any], message: str) -> None:
         config_for("bert", **options)
 
 
-def test_fused_experts_are_refused_with_the_reason() -> None:
-    with pytest.raises(TypeError, match=r"target_parameters is not supported.*Adapt linear layers by target_modules"):
-        config_for("bert", target_parameters=["experts.gate_up_proj"])
+def test_fused_experts_are_refused_where_a_model_has_none() -> None:
+    with pytest.raises(ValueError, match=r"\['experts.gate_up_proj'\] name no parameter of Bert.*; it has none"):
+        adapted("bert", target_parameters=["experts.gate_up_proj"])

@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "compile": {"presets", "config", "ops", "nn", "peft"},
     "testing": {"reference", "ops"},
     "training": {"reference", "config", "ops"},
+    "aux_loss": {"training"},
     "nn": {"reference", "config", "ops", "training"},
     "diagnostics": {"reference", "ops", "training", "nn"},
     "callbacks": {"training", "nn", "diagnostics"},

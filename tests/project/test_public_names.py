@@ -32,6 +32,7 @@ def test_none_is_lost() -> None:
         ("tuning", ("kernels", "override")),
         ("peft", ("FVAELoraConfig", "FVAELoraLinear", "FVAELoraModel", "export_for_inference")),
         ("env", ("report",)),
+        ("aux_loss", ("AuxLossLayer", "attach_aux_loss", "aux_loss_layers")),
     ],
 )
 def test_modules_keep_theirs(module: str, names: tuple[str, ...]) -> None:

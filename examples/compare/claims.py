@@ -1,0 +1,169 @@
+"""The paper's claims, the comparisons that test them here, and verdicts.
+
+A comparison is one difference between two methods on a task, paired by seed. An advantage is confirmed if its whole
+95 % interval is above zero, and not confirmed if the interval leaves no room for an advantage of one point. A claim is
+confirmed if all of its comparisons are, and not confirmed if one is not confirmed. Else: cannot tell.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from examples.report import interval
+
+from .methods import METHODS
+from .paired import at_one_rate, differences, searched
+
+CONFIRMED, NOT_CONFIRMED, CANNOT_TELL = "confirmed", "not confirmed", "cannot tell"
+POINT = 0.01  # of accuracy, or nats: a smaller advantage is none
+MARGIN = 0.02  # a good default may be so much behind
+SEEDS = 3  # fewer decide nothing
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`better` is said to have a better `score` than `worse` on `task`."""
+
+    task: str
+    better: str
+    worse: str = "lora"
+    score: str = "average"
+    searched: bool = False  # each at the rate (and weight) that its own search found; else both at one rate
+    allowed: float = 0.0  # above 0: the claim is only that `better` is not so much behind
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper, where it is, and the comparisons that test it."""
+
+    says: str
+    source: str
+    comparisons: Sequence[Comparison]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A comparison with its differences, one for each seed; those of nats are turned, so that more is better."""
+
+    comparison: Comparison
+    values: Sequence[float]
+
+    @property
+    def verdict(self) -> str:
+        """See the module's text."""
+        if len(self.values) < SEEDS:
+            return CANNOT_TELL
+        _, low, high = interval(self.values)
+        allowed = self.comparison.allowed
+        if low > -allowed:
+            return CONFIRMED
+        return NOT_CONFIRMED if high < (-allowed or POINT) else CANNOT_TELL
+
+
+def measure(comparison: Comparison, rows: Iterable[Mapping[str, Any]]) -> Measured:
+    """The comparison on these runs."""
+    rows = list(rows)
+    methods = comparison.better, comparison.worse
+    if comparison.searched:
+        better, worse = (searched(rows, comparison.task, method) for method in methods)
+    else:
+        better, worse = at_one_rate(rows, comparison.task, *methods)
+    found = differences(better, worse, comparison.score)
+    return Measured(comparison, [-value for value in found] if comparison.score == "nats" else found)
+
+
+def verdict(measured: Sequence[Measured]) -> str:
+    """The verdict of a claim."""
+    found = {one.verdict for one in measured}
+    if NOT_CONFIRMED in found:
+        return NOT_CONFIRMED
+    return CONFIRMED if found == {CONFIRMED} else CANNOT_TELL
+
+
+def lines(rows: Iterable[Mapping[str, Any]], claims: Sequence[Claim]) -> Iterator[str]:
+    """The claims as a Markdown table, a line for each comparison."""
+    rows = list(rows)
+    yield "| claim | task | difference | of | n | mean [95 %] | verdict |"
+    yield "|" + "---|" * 7
+    for claim in claims:
+        measured = [measure(comparison, rows) for comparison in claim.comparisons]
+        yield f"| **{claim.says}** ({claim.source}) | | | | | | **{verdict(measured)}** |"
+        yield from map(_line, measured)
+
+
+def _line(measured: Measured) -> str:
+    one, values = measured.comparison, measured.values
+    task = one.task + (", rates searched" if one.searched else "")
+    titles = f"{METHODS[one.better].title} - {METHODS[one.worse].title}"
+    if len(values) > 1:
+        mean, low, high = interval(values)
+        shown = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    else:
+        shown = f"{values[0]:+.3f}" if values else "not run"
+    behind = f"; not {one.allowed:g} behind" if one.allowed else ""
+    return f"| | {task} | {titles} | {one.score}{behind} | {len(values)} | {shown} | {measured.verdict} |"
+
+
+def _against_lora(task: str, score: str = "average") -> Iterator[Comparison]:
+    """The recipe of the paper, and the default, against LoRA."""
+    return (Comparison(task, method, score=score) for method in ("fvae-paper", "fvae"))
+
+
+_PAPER = "fvae-paper"
+PAPER: tuple[Claim, ...] = (
+    Claim("Better than LoRA on images", "Table 1", tuple(_against_lora("images"))),
+    Claim("Better than LoRA on text", "Tables 2 and 3", tuple(_against_lora("text"))),
+    Claim("Better than LoRA on audio", "Table 4", tuple(_against_lora("audio"))),
+    Claim(
+        "More robust under group shift",
+        "Table 5",
+        tuple(one for task in ("images", "text", "audio") for one in _against_lora(task, "minority")),
+    ),
+    Claim("β = 0.1 hurts", "Appendix G", (Comparison("images", _PAPER, f"{_PAPER}-beta-0.1"),)),
+    Claim("Γ adds to VAE2LAT", "Table 6", (Comparison("images", _PAPER, f"{_PAPER}-vae2lat"),)),
+    Claim("Γ adds to β-VAE2LAT", "Table 6", (Comparison("images", _PAPER, f"{_PAPER}-beta-vae2lat"),)),
+    Claim(
+        "Symmetric repulsion is worse than LoRA", "Appendix E", (Comparison("images", "lora", f"{_PAPER}-symmetric"),)
+    ),
+    Claim(
+        "δ = 1 is a good default",
+        "Appendix G",
+        tuple(Comparison("images", _PAPER, f"{_PAPER}-{other}", allowed=MARGIN) for other in ("delta-0.5", "delta-2")),
+    ),
+)
+OURS: tuple[Claim, ...] = (
+    Claim(
+        "The default is not worse than LoRA",
+        "docs/recipes.md",
+        tuple(Comparison(task, "fvae", allowed=MARGIN) for task in ("images", "text")),
+    ),
+    Claim(
+        "The objective adds to architecture and noise",
+        "λ against λ = 0",
+        (
+            Comparison("images", _PAPER, f"{_PAPER}-lambda-0"),
+            Comparison("images", "fvae", "fvae-lambda-0"),
+            Comparison("images", "fvae", "fvae-lambda-0", "minority"),
+        ),
+    ),
+    Claim(
+        "Over a long schedule it overtrains less than LoRA",
+        "30 epochs",
+        tuple(
+            Comparison("images-long", method, other, score)
+            for method in ("fvae", "fvae-free")
+            for other in ("lora", "lora-dropout")
+            for score in ("average", "minority")
+        ),
+    ),
+    Claim(
+        "Trained wide and trimmed, it is better than adapters of that rank",
+        "rank 4",
+        (Comparison("images", "fvae-trimmed-4", "lora-4"), Comparison("images", "fvae-trimmed-4", "adalora-4")),
+    ),
+    Claim(
+        "Exchange of z₂ between examples helps under group shift",
+        "the decoder as augmentation",
+        tuple(Comparison("images", "fvae-exchange", other, "minority") for other in ("fvae", "lora", "lora-dropout")),
+    ),
+)

@@ -1,0 +1,154 @@
+"""Pictures of the runs: groups, learning curves, ladders of beta and noise, cost."""
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from examples.report import interval
+
+from .methods import METHODS
+from .paired import Runs, at_one_rate, by_setting, value
+
+Rows = Sequence[Mapping[str, Any]]
+SHOWN = ("lora", "lora-dropout", "dora", "fvae", "fvae-free", "fvae-paper")
+COLOURS = dict(zip(SHOWN, ("#7f7f7f", "#bcbd22", "#2ca02c", "#1f77b4", "#17becf", "#d62728"), strict=True))
+TASKS = ("images", "images-long", "text", "audio")
+BETAS = {"fvae-paper-beta-0.1": 0.1, "fvae-paper-beta-1": 1.0, "fvae-paper": 3.0, "fvae-paper-beta-10": 10.0}
+NOISE = {"fvae-sd-0.05": 0.05, "fvae": 0.14, "fvae-sd-0.37": 0.37, "fvae-sd-1": 1.0}
+SCORES = {"average": "o-", "minority": "s--"}
+
+
+def draw(rows: Rows, folder: Path) -> list[Path]:
+    """Write the pictures into the folder; those that these runs allow."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [_picture(rows, folder / f"{name}.png", parts) for name, parts in PICTURES.items()]
+    return [path for path in found if path is not None]
+
+
+def _picture(rows: Rows, path: Path, parts: Callable[[Rows], Iterable[Callable[[Axes], None]]]) -> Path | None:
+    panels = list(parts(rows))
+    if not panels:
+        return None
+    figure, axes = plt.subplots(
+        *(1, len(panels)), figsize=(4.6 * len(panels), 3.8), layout="constrained", squeeze=False
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        panel(axis)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+    return path
+
+
+def _runs(rows: Rows, task: str, method: str) -> Runs:
+    """The runs of a method at the rate at which LoRA has most of them; its own if LoRA has none."""
+    shared = at_one_rate(rows, task, method, "lora")[0]
+    return shared or max(by_setting(rows, task, method).values(), key=len, default={})
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half of its 95 % t interval; 0 for a single value."""
+    mean, low, _ = interval(values)
+    return mean, mean - low if len(values) > 1 else 0.0
+
+
+def _shares(rows: Rows, task: str, methods: Iterable[str], least: int = 2) -> dict[str, Runs]:
+    """The methods that have runs enough."""
+    found = {method: _runs(rows, task, method) for method in methods}
+    return {method: runs for method, runs in found.items() if len(runs) >= least}
+
+
+def _groups(rows: Rows) -> Iterator[Callable[[Axes], None]]:
+    """Worst group against average."""
+    for task in TASKS:
+        methods = {
+            m: runs for m, runs in _shares(rows, task, SHOWN).items() if "worst" in next(iter(runs.values()))["test"]
+        }
+        if len(methods) > 1:
+            yield lambda axis, task=task, methods=methods: _against(axis, task, methods)  # type: ignore[misc]
+
+
+def _against(axis: Axes, task: str, methods: Mapping[str, Runs]) -> None:
+    for method, runs in methods.items():
+        (x, dx), (y, dy) = (_mean([value(run, score) for run in runs.values()]) for score in ("average", "worst"))
+        label = f"{METHODS[method].title} ({len(runs)})"
+        axis.errorbar(x, y, dy, dx, fmt="o", color=COLOURS[method], label=label, capsize=2, alpha=0.85)
+    axis.set(title=task, xlabel="average accuracy", ylabel="worst group")
+    axis.legend(fontsize=6)
+
+
+def _curves(rows: Rows) -> Iterator[Callable[[Axes], None]]:
+    """Validation along the training."""
+    for task in TASKS:
+        methods = _shares(rows, task, SHOWN)
+        curves = {m: [r["curve"] for r in runs.values() if len(r.get("curve", ())) > 1] for m, runs in methods.items()}
+        curves = {method: found for method, found in curves.items() if len(found) > 1 and "average" in found[0][0]}
+        if len(curves) > 1:
+            yield lambda axis, task=task, curves=curves: _along(axis, task, curves)  # type: ignore[misc]
+
+
+def _along(axis: Axes, task: str, curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> None:
+    for method, found in curves.items():
+        epochs = [point["epoch"] for point in found[0]]
+        means = [_mean([curve[i]["average"] for curve in found]) for i in range(len(epochs))]
+        label = f"{METHODS[method].title} ({len(found)})"
+        axis.plot(epochs, [mean for mean, _ in means], color=COLOURS[method], label=label)
+        low, high = [m - half for m, half in means], [m + half for m, half in means]
+        axis.fill_between(epochs, low, high, color=COLOURS[method], alpha=0.12)
+    axis.set(title=task, xlabel="epoch", ylabel="validation, average")
+    axis.legend(fontsize=6)
+
+
+def _ladders(rows: Rows) -> Iterator[Callable[[Axes], None]]:
+    """Beta of the paper's recipe, and the noise of z_1 of the default, on the images."""
+    for title, steps in (("β, the paper's recipe", BETAS), ("standard deviation of z₁ held, the default", NOISE)):
+        methods = _shares(rows, "images", steps)
+        if len(methods) > 1:
+            yield lambda axis, title=title, steps=steps, methods=methods: _ladder(axis, title, steps, methods)  # type: ignore[misc]
+
+
+def _ladder(axis: Axes, title: str, steps: Mapping[str, float], methods: Mapping[str, Runs]) -> None:
+    for score, form in SCORES.items():
+        means = [_mean([value(run, score) for run in runs.values()]) for runs in methods.values()]
+        axis.errorbar(
+            *([steps[m] for m in methods], [m for m, _ in means], [half for _, half in means]),
+            fmt=form, capsize=2, label=score,
+        )  # fmt: skip
+    axis.set(xscale="log", xlabel=title, ylabel="images, test")
+    axis.legend(fontsize=7)
+
+
+def _cost(rows: Rows) -> Iterator[Callable[[Axes], None]]:
+    """Time of the training beside LoRA's, and quality."""
+    for task in TASKS:
+        methods = _shares(rows, task, METHODS)
+        if "lora" in methods and len(methods) > 2 and "average" in next(iter(methods["lora"].values()))["test"]:
+            yield lambda axis, task=task, methods=methods: _costs(axis, task, methods)  # type: ignore[misc]
+
+
+def _costs(axis: Axes, task: str, methods: Mapping[str, Runs]) -> None:
+    for method, runs in methods.items():
+        shared = runs.keys() & methods["lora"].keys()
+        if not shared:
+            continue
+        x = statistics.median(runs[seed]["cpu_seconds"] / methods["lora"][seed]["cpu_seconds"] for seed in shared)
+        y, half = _mean([value(run, "average") for run in runs.values()])
+        axis.errorbar(x, y, half, fmt="o", color=COLOURS.get(method, "#cccccc"), capsize=2)
+        axis.annotate(method, (x, y), fontsize=6, xytext=(3, 2), textcoords="offset points")
+    axis.set(title=task, xlabel="CPU time of training / LoRA's", ylabel="average accuracy")
+
+
+PICTURES: Mapping[str, Callable[[Rows], Iterable[Callable[[Axes], None]]]] = {
+    "groups": _groups,
+    "curves": _curves,
+    "ladders": _ladders,
+    "cost": _cost,
+}
