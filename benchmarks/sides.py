@@ -100,11 +100,12 @@ def environment(name: str) -> Iterator[None]:
 
 def within(name: str, function: Callable[[], Any]) -> Callable[[], Any]:
     """`function` in its side's environment."""
-    if backend_of(name) is None:
+    backend = backend_of(name)
+    if backend is None:
         return function
 
     def run() -> Any:
-        with environment(name):
+        with fk.use_backend(backend):
             return function()
 
     return run

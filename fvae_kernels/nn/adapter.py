@@ -16,9 +16,9 @@ from ..config import FVAEConfig
 from ..ops._backend import resolve
 from ..ops._layer_checks import check_layer
 from ..ops._layer_path import path_of
-from ..ops._layer_plan import LossGradient, Plan, Plans, make_plan, plannable, run_plan
+from ..ops._layer_plan import LossGradient, Plan, PlannedTerms, Plans, make_plan, plannable, run_plan
 from ..ops.layer import draw_noise, draw_seed, layer
-from ..reference import LOGVAR_LIMIT, Decoder, Encoder, Linears, Terms, bounded, mlp, sample
+from ..reference import LOGVAR_LIMIT, Decoder, Encoder, Linears, bounded, mlp, sample
 from .parameters import is_served, parameter_order, parameter_shapes, start
 
 
@@ -146,14 +146,14 @@ class FVAEAdapter(nn.Module):
 
     def planned(
         self, x: Tensor, base: Tensor, mask: Tensor | None, loss_gradient: LossGradient | None
-    ) -> tuple[Tensor, Terms] | None:
+    ) -> tuple[Tensor, PlannedTerms] | None:
         """`forward` by the plan of an earlier step or by a new one; None if no plan serves these inputs.
 
         Only the loss carries a graph, no other term. In backward `loss_gradient` is added to its gradient.
         """
         if self._is_watched():
             return None
-        parameters: list[Tensor | None] = [self._parameters.get(name) for name in self._order]  # type: ignore[arg-type]
+        parameters: list[Tensor | None] = list(map(self._parameters.get, self._order))  # type: ignore[arg-type]
         dropout = self.config.dropout if self.training else 0.0
         plan = self.plans.fitting(parameters, x, self.training_config, dropout, mask, base)
         if plan is None:
@@ -162,8 +162,7 @@ class FVAEAdapter(nn.Module):
                 return None
         noise = None if plan.backend == "triton" else (self.draw_noise(x), self.draw_noise(x))
         seed = draw_seed(x.device) if dropout > 0 or noise is None else None
-        y, loss, terms = run_plan(plan, parameters, x, base, mask, noise, seed, loss_gradient)
-        return y, Terms(loss, *terms.unbind()[1:])
+        return run_plan(plan, parameters, x, base, mask, noise, seed, loss_gradient)
 
     def _is_watched(self) -> bool:
         """Whether somebody wants to see or replace the module's own call, which a plan passes by."""

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..ops import _backend
 from ..ops._layer_path import Path, path_of
+from ..ops._many import compiled
 from ..ops._raw import triton_part
 from .adapter import FVAEAdapter
 
@@ -48,6 +49,8 @@ def _told(path: Path, device_type: str, named: str | None) -> Iterator[str]:
         if path.backend == "triton":
             why = triton_part("layer.launch").why_general()
             yield f"Launches take Triton's own road: {why}." if why else "Launches go straight to the compiled kernels."
+            if compiled() is None:
+                yield "The C++ library is not built, so each step takes the host some 20 us longer."
     elif path.kind == "composed":
         yield f"training runs the smaller ops of {path.backend!r} (divergence, reconstruct), its encoders in plain"
         yield "PyTorch:"

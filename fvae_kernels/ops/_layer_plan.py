@@ -6,9 +6,10 @@ and dispatch; on a GPU it launches the compiled kernels directly. Otherwise a ne
 serves go through `layer` itself, with the same results.
 """
 
+import functools
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,54 +21,74 @@ from . import _backend
 from ._checks import rows, token_flags
 from ._layer_inputs import Arriving, Needs, Options, Tensors
 from ._layer_path import autocast_products
+from ._many import looks_of
 from ._once import differentiable_once
 from ._raw import RAW, triton_part
 
 Parameters = Sequence[Tensor | None]
-LOOKS = operator.attrgetter("shape", "dtype", "device")  # of a parameter; its identity is compared too
 # The gradient of a layer's loss beside the one from the graph, in a dtype and on a device; None if there is none
 LossGradient = Callable[[torch.dtype, torch.device], Tensor | None]
 
 
 class Steps(Protocol):
-    """Forward and backward of a backend, as a plan runs them. Results may share memory."""
+    """Forward and backward of a backend, as a plan runs them, for tokens [...]. Results may share memory, but no
+    result is a view: autograd adds gradients of x in place only if the tensor owns its memory.
+    """
 
     options: Options
 
-    def forward(self, base: Tensor | None, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """y [N, M], the terms [4], the state for backward, and `kept` for backward, which holds no tensors."""
+    def forward(self, base: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """y [..., M], the terms [4], the state for backward, and `kept` for backward, which holds no tensors."""
 
     def backward(
         self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs, kept: Any
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """grad_x, and the gradients of the parameters that exist and need one."""
+        """grad_x [..., D], and the gradients of the parameters that exist and need one."""
 
 
 class CppSteps:
     """The raw C++ operators, called without overload resolution."""
 
-    def __init__(self, options: Options, detach_target: bool) -> None:
+    def __init__(self, parameters: Parameters, options: Options, detach_target: bool) -> None:
         self.options, self.detach_target = options, detach_target
+        there = [p is not None for p in parameters]
+        self._flags = functools.cache(lambda needs: needs.flags(there, options.encoder_hidden))
         self._forward, self._backward = RAW["cpp"].layer_fwd.default, RAW["cpp"].layer_bwd.default
 
-    def forward(self, base: Tensor | None, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
+    def forward(self, base: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
         """See `Steps`."""
-        return *self._forward(base, *tensors, *self.options), None
+        y, terms, state = self._forward(rows(base), *_flat(tensors), *self.options)
+        return _shaped(y, base), terms, state, None
 
     def backward(
         self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs, kept: Any
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """See `Steps`."""
-        grad_x, grads = self._backward(*arriving, *tensors, *self.options, state, self.detach_target, needs)
-        flags = needs.flags([p is not None for p in tensors.parameters], self.options.encoder_hidden)
-        return grad_x, list(itertools.compress(grads, flags))
+        grad_y, *grad_terms = arriving
+        arrives = None if grad_y is None else rows(grad_y), *grad_terms
+        grad_x, grads = self._backward(*arrives, *_flat(tensors), *self.options, state, self.detach_target, needs)
+        grad_x = _shaped(grad_x, tensors.x) if needs.x else grad_x
+        return grad_x, list(itertools.compress(grads, self._flags(needs)))
+
+
+def _flat(tensors: Tensors) -> Tensors:
+    """The same for tokens [N]."""
+    x, parameters, noise1, noise2, mask, seed = tensors
+    noises = (None if noise is None else rows(noise) for noise in (noise1, noise2))
+    return Tensors(rows(x), parameters, *noises, mask, seed)
+
+
+def _shaped(t: Tensor, like: Tensor) -> Tensor:
+    """t [N, ...] in the shape of `like`, not as a view."""
+    return t if like.dim() == 2 else torch.ops.aten._unsafe_view(t, like.shape)
 
 
 class Asked(NamedTuple):
     """What a backward computes and returns."""
 
     needs: Needs
-    places: tuple[int | None, ...]  # of each parameter's gradient in what `Steps.backward` returns; None: not asked for
+    # (None, *what `Steps.backward` returns) -> of each parameter: its gradient, or None if it is not asked for
+    of_parameters: Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...]]
 
 
 class Plan:
@@ -76,7 +97,7 @@ class Plan:
     def __init__(self, backend: str, steps: Steps, parameters: Parameters, config: FVAEConfig) -> None:
         self.backend, self.steps, self.parameters, self.config = backend, steps, parameters, config
         self.there = [p for p in parameters if p is not None]
-        self.looks = list(map(LOOKS, self.there))
+        self.looks = looks_of(self.there)
         B = parameters[-1]
         assert B is not None
         self.M, self.dtype, self.device = B.shape[0], B.dtype, B.device
@@ -90,10 +111,10 @@ class Plan:
             hidden = self.steps.options.encoder_hidden
             needs = Needs.of(x, flags, hidden, arriving)
             made = needs.flags([p is not None for p in self.parameters], hidden)
-            places = itertools.count()
-            numbered = [next(places) if flag else None for flag in made]
-            wanted = tuple(place if flag else None for place, flag in zip(numbered, flags, strict=True))
-            found = self._asked[key] = Asked(needs, wanted)
+            places = itertools.count(1)
+            numbered = [next(places) if flag else 0 for flag in made]
+            wanted = (place if flag else 0 for place, flag in zip(numbered, flags, strict=True))
+            found = self._asked[key] = Asked(needs, operator.itemgetter(*wanted))
         return found
 
 
@@ -114,8 +135,7 @@ class Plans:
             or plan.config is not config
             or not all(map(operator.is_, parameters, plan.parameters))
             or self.key != key_of(x, dropout, plan.dtype, plan.device, base)
-            or plan.looks != list(map(LOOKS, plan.there))
-            or not all(map(Tensor.is_contiguous, plan.there))
+            or plan.looks != looks_of(plan.there)
             or torch._C._len_torch_dispatch_stack() > 0
             or base.shape != (*x.shape[:-1], plan.M)
             or (mask is not None and (mask.shape != x.shape[:-1] or mask.device != plan.device))
@@ -163,8 +183,22 @@ def make_plan(parameters: Parameters, config: FVAEConfig, dropout: float, backen
     if backend == "triton":
         steps = triton_part("layer.plan").TritonSteps(parameters, options, config.detach_target)
     else:
-        steps = CppSteps(options, config.detach_target)
+        steps = CppSteps(parameters, options, config.detach_target)
     return Plan(backend, steps, parameters, config)
+
+
+class PlannedTerms:
+    """`Terms` of a planned step. Only the loss has a graph; the others are taken apart when they are read."""
+
+    __slots__ = ("loss", "values")
+
+    def __init__(self, loss: Tensor, values: Tensor) -> None:
+        self.loss = loss
+        self.values = values  # all four [4], without a graph
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield self.loss
+        yield from self.values.unbind()[1:]
 
 
 class PlannedLayer(torch.autograd.Function):
@@ -178,14 +212,14 @@ class PlannedLayer(torch.autograd.Function):
         ctx: Any, plan: Plan, loss_gradient: LossGradient | None, base: Tensor, x: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         mask, noise1, noise2, seed, *parameters = rest
-        tensors = _tensors(x, parameters, noise1, noise2, mask, seed)
-        y, terms, state, ctx.kept = plan.steps.forward(rows(base), tensors)
+        tensors = Tensors(x, parameters, noise1, noise2, mask, seed)
+        y, terms, state, ctx.kept = plan.steps.forward(base, tensors)
         # the tensors that LayerFunction saves too: a checkpoint may run forward by one and recompute by the other
         ctx.save_for_backward(x, noise1, noise2, mask, seed, state, *parameters)
         ctx.plan, ctx.loss_gradient, ctx.like = plan, loss_gradient, (terms.dtype, terms.device)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(terms)
-        return y if base.dim() == 2 else torch.ops.aten._unsafe_view(y, base.shape), terms[0], terms
+        return y, terms[0], terms
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -198,24 +232,17 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, _: Any)
         grad_loss = injected if grad_loss is None else grad_loss + injected
     x, noise1, noise2, mask, seed, state, *parameters = ctx.saved_tensors
     plan, needed = ctx.plan, ctx.needs_input_grad
-    arriving = Arriving(None if grad_y is None else rows(grad_y), grad_loss, None, None, None)
-    needs, places = plan.asked(needed[3], needed[-len(parameters) :], arriving)
-    tensors = _tensors(x, parameters, noise1, noise2, mask, seed)
+    arriving = Arriving(grad_y, grad_loss, None, None, None)
+    needs, of_parameters = plan.asked(needed[3], needed[-len(parameters) :], arriving)
+    tensors = Tensors(x, parameters, noise1, noise2, mask, seed)
     grad_x, grads = plan.steps.backward(arriving, tensors, state, needs, ctx.kept)
-    wanted = [None if place is None else grads[place] for place in places]
-    if needs.x and x.dim() != 2:
-        grad_x = torch.ops.aten._unsafe_view(grad_x, x.shape)
-    return None, None, grad_y if needed[2] else None, grad_x if needs.x else None, None, None, None, None, *wanted
+    inputs = grad_y if needed[2] else None, grad_x if needs.x else None  # base and x
+    return None, None, *inputs, None, None, None, None, *of_parameters((None, *grads))
 
 
 _backward_once = differentiable_once(_backward)
 # `Function.apply` without its search for remains of torch.func in each argument: `run_plan` looks where they can be
 _apply = super(torch.autograd.Function, PlannedLayer).apply
-
-
-def _tensors(x: Tensor, parameters: Any, noise1: Any, noise2: Any, mask: Tensor | None, seed: Tensor | None) -> Tensors:
-    noises = (None, None) if noise1 is None else (rows(noise1), rows(noise2))
-    return Tensors(rows(x), parameters, noises[0], noises[1], mask, seed)
 
 
 def run_plan(
@@ -227,10 +254,10 @@ def run_plan(
     noise: tuple[Tensor, Tensor] | None,
     seed: Tensor | None,
     loss_gradient: LossGradient | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the loss with its graph, and the terms [4] without one."""
+) -> tuple[Tensor, PlannedTerms]:
+    """y and the terms."""
     flags, noises = token_flags(mask), noise or (None, None)
     y, loss, terms = _apply(
         plan, loss_gradient, unwrap_if_dead(base), unwrap_if_dead(x), flags, *noises, seed, *parameters
     )
-    return y, loss, terms
+    return y, PlannedTerms(loss, terms)

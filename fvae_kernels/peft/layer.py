@@ -91,10 +91,11 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
         check_input(x, self.in_features)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)
+        children: Any = self._modules  # nn.Module's own lookup of a child takes long
+        y: Tensor = children["base_layer"](x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
-        adapters: Any = self.fvae_adapter
+        adapters = children["fvae_adapter"]
         for name in self.active_adapters:
             if name not in adapters:
                 continue

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import FVAEConfig
+from ..ops._layer_plan import PlannedTerms
 from ..reference import Terms
 from . import warn
 from .cached import inherit, keep_values
 from .calls import Call, LayerKey, Term
 from .forward import Forward, current, local, region
-from .inject import InjectAuxLoss, InjectAuxLossOnce, InjectInTransform, transformed
+from .inject import InjectAuxLoss, InjectAuxLossOnce, InjectInTransform, renewed, transformed
 from .recompute import generator_state, in_backward, inside_checkpoint, noise_of, repeated_call
 
 
@@ -31,11 +32,16 @@ class AuxLossLayer:
 
     training: bool
     aux_key: LayerKey
-    last_terms: Terms | None  # detached; summed over the calls in its last forward
+    last_values: Tensor | None  # the terms [4] without a graph, summed over the calls in its last forward
     last_forward: int
 
     def _init_aux_loss(self) -> None:
-        self.aux_key, self.last_terms, self.last_forward = LayerKey(), None, 0
+        self.aux_key, self.last_values, self.last_forward = LayerKey(), None, 0
+
+    @property
+    def last_terms(self) -> Terms | None:
+        """The terms of its last forward in training, without a graph; None if there was none."""
+        return None if self.last_values is None else Terms(*self.last_values.unbind())
 
     def adapters(self) -> dict[str, Any]:
         """The layer's adapters by name."""
@@ -51,28 +57,34 @@ class AuxLossLayer:
 
     def train_call(self, adapter: Any, x: Tensor, base: Tensor, loss_weight: float) -> Tensor:
         """The output of `adapter` added to `base` in training. The objective will enter the gradient."""
+        if torch.compiler.is_compiling():
+            return self._compiled_call(adapter, x, base, loss_weight)
         repeats = repeated_call(self.aux_key, x.device)
         if repeats is not None:
-            with noise_of(repeats, x.device):
-                y, terms = adapter.planned(x, base, repeats.mask, None) or adapter(x, mask=repeats.mask, base=base)
-        else:
-            call = Call(self.aux_key, loss_weight, self.token_mask(x, adapter.config))
-            forward, compiling = current(), torch.compiler.is_compiling()
-            if compiling:
-                if forward is not None:
-                    forward.compiled = True
-            elif _will_be_recomputed(forward):
-                call.checkpointed, call.noise = True, generator_state(x.device)
-            # the layer's own backward asks for the gradient, unless the output must own the forward
-            call.asked = torch.is_grad_enabled() and forward is not None
-            gradient = call.gradient if call.asked else None
-            general = compiling or transformed() or _in_traced_checkpoint()
-            planned = None if general else adapter.planned(x, base, call.mask, gradient)
-            call.asked = call.asked and planned is not None
-            y, terms = planned or adapter(x, mask=call.mask, base=base)
-            local.call = call
-        local.repeats = repeats
-        return self.inject(y, terms, loss_weight)
+            return _repeated_call(repeats, adapter, x, base)
+        grad = torch.is_grad_enabled()
+        call = Call(self.aux_key, loss_weight, self.token_mask(x, adapter.config))
+        if inside_checkpoint() if grad else _inside_reentrant_checkpoint():
+            call.checkpointed, call.noise = True, generator_state(x.device)
+        general = transformed() or _in_traced_checkpoint()
+        planned = None if general else adapter.planned(x, base, call.mask, call.gradient if grad else None)
+        call.asked = grad and planned is not None  # the layer's own backward asks for the gradient
+        y, terms = planned or adapter(x, mask=call.mask, base=base)
+        return self.inject(y, terms, call)
+
+    def _compiled_call(self, adapter: Any, x: Tensor, base: Tensor, loss_weight: float) -> Tensor:
+        """The same while torch.compile traces: the loss of the model, or the layer's own node, gets the term."""
+        forward = current()
+        if forward is not None:
+            forward.compiled = True
+        y, terms = adapter(x, mask=self.token_mask(x, adapter.config), base=base)
+        if not torch.is_grad_enabled():
+            return y
+        loss = loss_weight * terms.loss
+        if forward is None:
+            return InjectAuxLossOnce.apply(y, loss)
+        forward.pending.append(Term(None, 1.0, loss))
+        return y
 
     def infer_call(self, adapter: Any, x: Tensor, base: Tensor) -> Tensor:
         """The output of `adapter` added to `base` at inference. Warns once if the adapter is trained."""
@@ -92,38 +104,25 @@ class AuxLossLayer:
             forward.scopes.extend(local.traced if _in_traced_checkpoint() else [])
         return None if forward is None else forward.token_mask(self.aux_key, x)
 
-    def inject(self, out: Tensor, terms: Terms, loss_weight: float) -> Tensor:
+    def inject(self, out: Tensor, terms: Any, call: Call) -> Tensor:
         """`out`. The gradient of ``loss_weight * terms.loss`` will enter in the backward of a loss."""
         forward, grad = current(), torch.is_grad_enabled()
-        if torch.compiler.is_compiling():
-            return _compiled(forward, out, loss_weight * terms.loss) if grad else out
-        call, repeats, local.call, local.repeats = local.call, local.repeats, None, None
-        if repeats is not None:
-            return _injected_again(out, terms.loss, repeats) if grad else out
-        if call is None:  # `inject` without `train_call`
-            call = Call(self.aux_key, loss_weight, None)
         self._note(terms, forward, grad)
-        if not grad:
-            call.traced = False
-            if forward is None:
-                keep_values([(self.aux_key, loss_weight, terms.loss.detach())])
-            else:
-                forward.values.append((self.aux_key, loss_weight, terms.loss.detach()))
-                forward.calls.append(call)
-                forward.recomputed = forward.recomputed or forward.grad
-            return out
-        return _injected(forward, out, terms.loss, call)
+        if grad:
+            return _injected(forward, out, terms.loss, call)
+        _without_graph(forward, terms.loss, call)
+        return out
 
-    def _note(self, terms: Terms, forward: Forward | None, grad: bool) -> None:
+    def _note(self, terms: Any, forward: Forward | None, grad: bool) -> None:
         """Keep the values for the log, summed over the calls of a forward."""
         if not (grad or (forward is not None and forward.grad)):
             return
-        values = Terms(*[term.detach() if term.requires_grad else term for term in terms])
+        values = terms.values if isinstance(terms, PlannedTerms) else torch.stack([term.detach() for term in terms])
         number = 0 if forward is None else forward.number
-        if number and self.last_forward == number and self.last_terms is not None:
-            values = Terms(*(old + new for old, new in zip(self.last_terms, values, strict=True)))
+        if number and self.last_forward == number and self.last_values is not None:
+            values = self.last_values + values
         # by __dict__: nn.Module.__setattr__ takes longer, since it looks for parameters first
-        self.__dict__.update(last_terms=values, last_forward=number)
+        self.__dict__.update(last_values=values, last_forward=number)
 
 
 def _in_traced_checkpoint() -> bool:
@@ -131,19 +130,19 @@ def _in_traced_checkpoint() -> bool:
     return bool(local.traced) and in_backward()
 
 
-def _will_be_recomputed(forward: Forward | None) -> bool:
-    """True if this call is inside a checkpoint, as far as can be seen."""
-    if torch.is_grad_enabled():
-        return inside_checkpoint()
+def _inside_reentrant_checkpoint() -> bool:
+    """True if autograd is off inside a forward with autograd, as far as can be seen."""
+    forward = current()
     return forward is not None and forward.grad
 
 
 def _injected(forward: Forward | None, out: Tensor, loss: Tensor, call: Call) -> Tensor:
-    call.armed, alone = True, forward is None
+    """`out` of a call with a graph."""
+    alone = forward is None
     if forward is None:
         forward = Forward(grad=True)
         inherit(forward, [call.key])
-    call.fixed, call.state = forward.inherited, forward.state
+    call.armed, call.fixed, call.state = True, forward.inherited, forward.state
     forward.calls.append(call)
     forward.recomputed = forward.recomputed or call.checkpointed
     forward.pending.append(Term(call, call.loss_weight, loss))
@@ -151,10 +150,31 @@ def _injected(forward: Forward | None, out: Tensor, loss: Tensor, call: Call) ->
         return InjectInTransform.apply(out, loss, call.loss_weight) if alone else out
     if not call.asked:
         out = InjectAuxLoss.apply(out, loss, call)
+    elif alone:
+        out = renewed(out)
     if alone:
         forward.own([out])
         forward.recall([out])
     return out
+
+
+def _without_graph(forward: Forward | None, loss: Tensor, call: Call) -> None:
+    """Keep the value of a call without a graph: a recomputation will make it."""
+    call.traced = False
+    value = call.key, call.loss_weight, loss.detach()
+    if forward is None:
+        keep_values([value])
+    else:
+        forward.values.append(value)
+        forward.calls.append(call)
+        forward.recomputed = forward.recomputed or forward.grad
+
+
+def _repeated_call(repeats: Call, adapter: Any, x: Tensor, base: Tensor) -> Tensor:
+    """The output of a call that is recomputed, with its mask and its noise."""
+    with noise_of(repeats, x.device):
+        y, terms = adapter.planned(x, base, repeats.mask, None) or adapter(x, mask=repeats.mask, base=base)
+    return _injected_again(y, terms.loss, repeats) if torch.is_grad_enabled() else y
 
 
 def _injected_again(out: Tensor, loss: Tensor, repeats: Call) -> Tensor:
@@ -173,13 +193,6 @@ def _injected_again(out: Tensor, loss: Tensor, repeats: Call) -> Tensor:
             forward.state.enter_alone()
         repeats.task, call.fixed = task, loss.new_ones(())
     return InjectAuxLoss.apply(out, loss, call)
-
-
-def _compiled(forward: Forward | None, out: Tensor, loss: Tensor) -> Tensor:
-    if forward is None:
-        return InjectAuxLossOnce.apply(out, loss)
-    forward.pending.append(Term(None, 1.0, loss))
-    return out
 
 
 def aux_loss_layers(model: nn.Module) -> list[Any]:

@@ -16,7 +16,7 @@ from .attach import attach_forward, weighted_sum
 from .aux_loss import AuxLossLayer, aux_loss_layers
 from .cached import inherit, keep_values, take_values
 from .forward import Forward, local, region
-from .inject import InjectAuxLossOnce, InjectInTransform, Keep, transformed
+from .inject import InjectAuxLossOnce, InjectInTransform, renewed, transformed
 from .outputs import given, replaced, task_loss, tensors
 from .padding import ARGUMENTS, PaddingRules, Stated, mask_argument
 from .recompute import in_backward
@@ -155,7 +155,7 @@ class Scope:
         if not (torch.compiler.is_compiling() or transformed()) and (forward.pending or forward.values):
             nodes = {id(term.loss.grad_fn) for term in forward.pending}
             for tensor in [t for t in tensors(output, 1) if id(t.grad_fn) in nodes]:  # output of a layer itself
-                output = replaced(output, tensor, Keep.apply(tensor))
+                output = replaced(output, tensor, renewed(tensor))
             forward.own(tensors(output))
         inject = compiled and not self.hooks.external
         if transformed() and forward.pending:

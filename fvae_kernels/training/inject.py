@@ -23,18 +23,12 @@ class InjectAuxLoss(torch.autograd.Function):
         return grad_out, ctx.call.gradient(*ctx.like), None
 
 
-class Keep(torch.autograd.Function):
-    """Identity with a node of its own. It can own what the node of `out` cannot (`Forward.own`)."""
+def renewed(out: Tensor) -> Tensor:
+    """`out` with a node of its own, which can own what the node of `out` cannot (`Forward.own`).
 
-    @staticmethod
-    def forward(ctx: Any, out: Tensor) -> Tensor:
-        """The same memory, but no view."""
-        return out.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Tensor:
-        """Pass the gradient on."""
-        return grad_out
+    The same memory, but no view: the next module may write to it in place (relu_).
+    """
+    return torch.ops.aten._unsafe_view.default(out, out.shape)
 
 
 class InjectAuxLossOnce(torch.autograd.Function):

@@ -16,6 +16,11 @@ from .._common import INTERPRET, target
 Constants = dict[str, Any]
 
 
+def plain(value: Any) -> Any:
+    """Named tuples, also inside tuples, as tuples: a direct launch takes both, and copies named ones to lists first."""
+    return tuple(map(plain, value)) if isinstance(value, tuple) else value
+
+
 class Launch:
     """A kernel with its compile-time constants, and its compiled forms by the key of their arguments."""
 

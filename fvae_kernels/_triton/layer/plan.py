@@ -1,14 +1,16 @@
 """The layer's steps as a plan runs them: what `steps` needs is prepared once, and launches go direct."""
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 from torch import Tensor
 
+from ...ops._checks import rows
 from ...ops._layer_inputs import Arriving, Needs, Networks, Options, Tensors
 from .. import tables
 from .._common import precision
-from .launch import stream_of, why_general
+from .launch import plain, stream_of, why_general
 from .prepared import Case, Prepared, numbers_of, prepared
 from .steps import Given, backward, by_rows, forward, packed, packed_weights
 
@@ -23,28 +25,30 @@ class TritonSteps:
         self._note(self._addresses(parameters))
         self._of_case: dict[Any, Prepared] = {}
 
-    def forward(self, base: Tensor | None, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """y [N, M], the terms [4], the state, and what backward reuses."""
-        given, base = _given(tensors), None if base is None else by_rows(base)
+    def forward(self, base: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """y in the shape of `base`, the terms [4], the state, and what backward reuses."""
         addresses = self._addresses(self.parameters)
         if addresses != self.addresses:
             self._note(addresses)
-        ready = self._ready(tensors)
-        return *forward(base, given, self.weights, ready, self.numbers, _stream(given.x)), ready
+        y, given, ready = base.new_empty(*base.shape), _given(tensors), self._ready(tensors)
+        return y, *forward(y, by_rows(rows(base)), given, self.weights, ready, self.numbers, _stream(given.x)), ready
 
     def backward(
         self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs, kept: Prepared
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """grad_x [N, D], and the gradients of the parameters that exist and need one.
+        """grad_x in the shape of x, and the gradients of the parameters that exist and need one.
 
         The parameters are those of forward, or as autograd's saved-tensor hooks returned them.
         """
-        grad_y = None if arriving.grad_y is None else by_rows(arriving.grad_y)
-        given, known = _given(tensors), self._addresses(tensors.parameters) == self.addresses
-        return backward(
-            Arriving(grad_y, *arriving[1:]),
+        grad_y, x = arriving.grad_y, tensors.x
+        known = self._addresses(tensors.parameters) == self.addresses
+        weights = self.weights if known else packed_weights(tensors.parameters, self.options.encoder_hidden)
+        grad_x, given = x.new_empty(*(x.shape if needs.x else (0,))), _given(tensors)
+        gradients = backward(
+            grad_x,
+            Arriving(None if grad_y is None else by_rows(rows(grad_y)), *arriving[1:]),
             given,
-            self.weights if known else packed_weights(tensors.parameters, self.options.encoder_hidden),
+            weights,
             state,
             needs,
             self.detach_target,
@@ -53,9 +57,10 @@ class TritonSteps:
             self.numbers,
             _stream(given.x),
         )
+        return grad_x, gradients
 
     def _addresses(self, parameters: Sequence[Tensor | None]) -> list[int]:
-        return [p.data_ptr() for p in parameters if p is not None]
+        return list(map(Tensor.data_ptr, compress(parameters, self.there)))  # type: ignore[arg-type]
 
     def _note(self, addresses: list[int]) -> None:
         """Prepare what kernels take; again when the parameters have moved in memory."""
@@ -64,19 +69,20 @@ class TritonSteps:
             self.addresses = []  # kernels read copies, and each step makes them anew
             return
         flat = [p.data_ptr() for p in self.weights.flat]
-        self.weights = self.weights._replace(addresses=Networks.of(flat, self.options.encoder_hidden))
+        self.weights = self.weights._replace(addresses=plain(Networks.of(flat, self.options.encoder_hidden)))
 
     def _ready(self, tensors: Tensors) -> Prepared:
         x, masked, networks = tensors.x, tensors.mask is not None, self.weights.tensors
+        N = x.shape[:-1].numel()
         key = (
             masked,
-            x.shape[0] >= tables.FEW_TOKENS,
+            N >= tables.FEW_TOKENS,
             precision(networks.B.dtype, self.options.products),
             tables.changes(),
         )
         found = self._of_case.get(key)
         if found is None:
-            case = Case.of(networks, self.options, False, masked, True, x.shape[0])
+            case = Case.of(networks, self.options, False, masked, True, N)
             found = self._of_case[key] = prepared(case)
         return found
 
@@ -87,4 +93,5 @@ def _stream(x: Tensor) -> int | None:
 
 
 def _given(tensors: Tensors) -> Given:
-    return Given(by_rows(tensors.x), None, None, None if tensors.mask is None else packed(tensors.mask), tensors.seed)
+    mask = None if tensors.mask is None else packed(tensors.mask)
+    return Given(by_rows(rows(tensors.x)), None, None, mask, None if mask is None else mask.sum(), tensors.seed)

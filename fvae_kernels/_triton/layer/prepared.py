@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from .._common import precision, target, triton_dtype
 from .arguments import Sizes
 from .features import EncoderTiles, Made, layer_grads_kernel
 from .forward import layer_fwd_kernel, layer_mean_kernel
-from .launch import Launch
+from .launch import Launch, plain
 from .sums import layer_reduce_kernel
 from .tokens import layer_bwd_kernel
 
@@ -64,11 +65,16 @@ class Numbers(NamedTuple):
 
     objective: Objective
     rest: Objective
+    plain: tuple[Any, ...]  # both, for direct launches
     recon_weight: float
     scaling: float
     prior2_mean: float
     logvar1_low: float
     logvar1_high: float
+
+    def tables(self, direct: bool) -> tuple[Any, ...]:
+        """The objective and its rest."""
+        return self.plain if direct else (self.objective, self.rest)
 
 
 @functools.lru_cache(maxsize=512)
@@ -78,7 +84,8 @@ def numbers_of(options: Options) -> Numbers:
     high = tuple(ctypes.c_float(entry).value for entry in table)
     rest = tuple(entry - first for entry, first in zip(table, high, strict=True))
     others = Objective.of(table).loss.nll, options.scaling, options.prior2_mean
-    return Numbers(Objective.of(high), Objective.of(rest), *others, options.logvar1_low, options.logvar1_high)
+    tables = Objective.of(high), Objective.of(rest)
+    return Numbers(*tables, plain(tables), *others, options.logvar1_low, options.logvar1_high)
 
 
 class Prepared:
@@ -86,6 +93,7 @@ class Prepared:
 
     def __init__(self, case: Case) -> None:
         self.case, self.wide = case, wide_dtype_of(case.dtype)
+        self.no_flags, self.no_gradient = (zeros(dtype, case.device, 1) for dtype in (torch.int64, self.wide))
         self.size = tables.size_of(tables.is_wide(case.encoder, case.decoder, case.R), case.many_tokens)
         self.S = Sizes(
             case.encoder,
@@ -143,7 +151,7 @@ class Backward:
     ) -> None:
         case = prepared.case
         self.needs, self.latents = needs, needs.x or needs.encoders
-        self.state_width, self.output_inputs = prepared.state_width, prepared.output_inputs
+        self.state_width, self.output_inputs, self.wide = prepared.state_width, prepared.output_inputs, prepared.wide
         self.target = needs.x and decode and not detach_target
         self.tokens = prepared.launch("layer_bwd", layer_bwd_kernel, S=prepared.S, DECODE=decode)
         self.inputs = needs.decoder or needs.scale or self.target  # store the inputs of the decoder's output layer
@@ -175,6 +183,7 @@ class Backward:
         acc = {"ACC": triton_dtype(prepared.wide), "BLOCK_L": tables.BLOCK_L}
         self.reduce = Launch(layer_reduce_kernel, acc, 4, 3)
         self.reduce_programs = sum(-(-size // tables.BLOCK_L) for size in self.entries)
+        self._work: dict[int, tuple[int, Scratch]] = {}
 
     def _place(self, prepared: Prepared, given: tuple[bool, ...]) -> None:
         """Set the offsets: sums start at multiples of 16, gradients lie one after the other."""
@@ -185,6 +194,7 @@ class Backward:
             starts.append(self.length)
             self.length += -(-math.prod(shape) // 16) * 16 if flag else 0
         self.places = Networks.of(starts, hidden)
+        self.plain_places = plain(self.places)
         self.starts = tuple(start for flag, start in zip(self.flags, starts, strict=True) if flag)
         self.entries = tuple(math.prod(shape) for flag, shape in zip(self.flags, shapes, strict=True) if flag)
 
@@ -193,18 +203,37 @@ class Backward:
         first = self.tokens.knows(key) or not (self.latents or self.inputs)
         return first and self.grads.knows(key) and (self.reduce.knows(None) or not self.entries)
 
-    def scratch(self, N: int, chunks: int) -> tuple[int, int, int, int]:
-        """Entries of the gradient of the state, the output layer's inputs, the gradient of these, and the sums.
+    def work(self, N: int) -> tuple[int, "Scratch"]:
+        """For N tokens: the number of their chunks, for each of which the programs store sums; and the memory."""
+        found = self._work.get(N)
+        if found is None:
+            chunks = max(min(-(-N // self.grads.constants["BLOCK_N"]), tables.PROGRAMS // max(self.programs, 1)), 1)
+            state, inputs = (-(-N * width // 16) * 16 for width in (self.state_width, self.output_inputs))
+            # there always are sums, since kernels read their dtype
+            sizes = state * self.latents, inputs * self.inputs, inputs * self.hidden, chunks * max(self.length, 16)
+            found = self._work[N] = chunks, Scratch(sizes, self.wide.itemsize)
+        return found
 
-        Multiples of 16, so that each part is aligned as a tensor of its own would be. There always are sums, since
-        kernels read their dtype.
-        """
-        state, inputs = (-(-N * width // 16) * 16 for width in (self.state_width, self.output_inputs))
-        return state * self.latents, inputs * self.inputs, inputs * self.hidden, chunks * max(self.length, 16)
 
-    def chunks(self, N: int) -> int:
-        """Number of chunks of tokens; the programs store sums for each chunk."""
-        return max(min(-(-N // self.grads.constants["BLOCK_N"]), tables.PROGRAMS // max(self.programs, 1)), 1)
+class Scratch:
+    """Memory of backward in one piece: gradient of the state, inputs of the output layer, their gradient, and sums.
+
+    The sizes are multiples of 16 entries, so that each part is aligned as a tensor of its own would be.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], itemsize: int) -> None:
+        self.sizes, self.entries = sizes, sum(sizes)
+        starts = itertools.accumulate((0, *sizes[:-1]))
+        self.bytes = [start * itemsize if size else None for start, size in zip(starts, sizes, strict=True)]
+
+    def tensors(self, memory: Tensor) -> list[Any]:
+        """The parts of `memory`; None if empty."""
+        return [part if part.numel() else None for part in memory.split(self.sizes)]
+
+    def addresses(self, memory: Tensor) -> list[Any]:
+        """Their addresses, for direct launches; `memory` must outlive them."""
+        first = memory.data_ptr()
+        return [None if start is None else first + start for start in self.bytes]
 
 
 def shapes_of(case: Case) -> list[tuple[int, ...]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...ops._layer_inputs import Arriving, Needs, Networks, Options, Tensors
+from ...ops._many import empties_like
 from .arguments import Layer
 from .objective import TermGrads
 from .prepared import Case, Numbers, Prepared, numbers_of, prepared, zeros
@@ -24,6 +25,7 @@ class Given(NamedTuple):
     noise1: Tensor | None
     noise2: Tensor | None
     mask: Tensor | None
+    kept: Tensor | None  # number of tokens that the mask keeps
     seed: Tensor | None
 
 
@@ -32,38 +34,44 @@ class Weights(NamedTuple):
 
     flat: Sequence[Tensor]  # in the order of `Networks.flat`
     tensors: Networks  # the same ones, named
-    addresses: Networks | None  # cost the host less than tensors, but only a direct launch takes them
+    addresses: tuple[Any, ...] | None  # cost the host less than tensors, but only a direct launch takes them
 
-    def for_launch(self, direct: bool) -> Networks:
+    def for_launch(self, direct: bool) -> Any:
         """The form that costs the launch least."""
         return self.addresses if direct and self.addresses is not None else self.tensors
 
 
 def forward(
-    base: Tensor | None, given: Given, weights: Weights, ready: Prepared, numbers: Numbers, stream: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [N, M], the terms [4], and the state [N, state_width] for backward."""
+    y: Tensor,
+    base: Tensor | None,
+    given: Given,
+    weights: Weights,
+    ready: Prepared,
+    numbers: Numbers,
+    stream: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fill y, contiguous with N rows of M entries; return the terms [4] and the state [N, state_width] for backward."""
     case, x, N = ready.case, given.x, given.x.shape[0]
-    y = x.new_empty((N, case.M), dtype=case.dtype if base is None else base.dtype)
-    state = x.new_empty((N, ready.state_width), dtype=ready.wide)
+    state = x.new_empty(N, ready.state_width, dtype=ready.wide)
     if N == 0:
-        return y, x.new_zeros(4, dtype=ready.wide), state
+        return x.new_zeros(4, dtype=ready.wide), state
     key = x.dtype, None if base is None else base.dtype
-    networks = weights.for_launch(stream is not None and ready.knows(key))
-    layer = _layer(given, networks)
+    direct = stream is not None and ready.knows(key)
+    layer, table = _layer(given, weights, ready.no_flags, direct), numbers.tables(direct)
     programs = -(-N // ready.fwd.constants["BLOCK_N"])
-    statistics = x.new_empty((programs, 16), dtype=ready.wide)
+    statistics = x.new_empty(programs, 16, dtype=ready.wide)
     of_latents = numbers.scaling, numbers.prior2_mean, numbers.logvar1_low, numbers.logvar1_high
     arguments: tuple[Any, ...] = (layer, base, _row(base), y, state, statistics, *of_latents, N, case.D, case.M)
     ready.fwd((programs, 1), arguments, key, stream)
     terms = x.new_empty(4, dtype=ready.wide)
-    table = numbers.objective, numbers.rest
-    arguments = statistics, networks.decoder.scale, *table, layer.kept, terms, programs, N, case.D, case.R
+    kept = ready.no_flags if given.kept is None else given.kept
+    arguments = statistics, weights.tensors.decoder.scale, *table, kept, terms, programs, N, case.D, case.R
     ready.mean((1, 1), arguments, None, stream)
-    return y, terms, state
+    return terms, state
 
 
 def backward(
+    grad_x: Tensor,
     arriving: Arriving,
     given: Given,
     weights: Weights,
@@ -74,67 +82,60 @@ def backward(
     ready: Prepared,
     numbers: Numbers,
     stream: int | None = None,
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """grad_x [N, D] and the gradients of those parameters that are there and needed; no two share memory.
+) -> Sequence[Tensor]:
+    """Fill grad_x; return the gradients of those parameters that are there and needed; no two share memory.
 
+    grad_x is contiguous with N rows of D entries, or empty if it is not needed.
     `there`: of each parameter, whether there is one, which a bias may not be.
     """
     case, x, N = ready.case, given.x, given.x.shape[0]
     plan = ready.backward(needs, detach_target, arriving.at_decoder, there)
-    grad_x = x.new_empty(x.shape if needs.x else (0,))
-    gradients = tuple(map(torch.empty_like, compress(weights.flat, plan.flags)))
+    gradients = tuple(empties_like(list(compress(weights.flat, plan.flags))))
     if N == 0 or not any(needs):
-        return grad_x.zero_(), [grad.zero_() for grad in gradients]
+        grad_x.zero_()
+        return [grad.zero_() for grad in gradients]
 
-    grad_y, nothing, state = arriving.grad_y, zeros(ready.wide, x.device, 1), packed(state)
+    grad_y, state = arriving.grad_y, packed(state)
     key = x.dtype, None if grad_y is None else grad_y.dtype
     direct = stream is not None and plan.knows(key)
-    layer = _layer(given, weights.for_launch(direct))
-    chunks = plan.chunks(N)
-    memory = x.new_empty(sum(sizes := plan.scratch(N, chunks)), dtype=ready.wide)
-    grad_state, inputs, grad_hidden, parts = _split(memory, sizes, direct)
-    term_grads = TermGrads(*[nothing if grad is None else aligned(grad) for grad in arriving[1:]])
-    arrives = layer, grad_y, _row(grad_y), term_grads
+    layer = _layer(given, weights, ready.no_flags, direct)
+    chunks, scratch = plan.work(N)
+    memory = x.new_empty(scratch.entries, dtype=ready.wide)
+    grad_state, inputs, grad_hidden, parts = scratch.addresses(memory) if direct else scratch.tensors(memory)
+    term_grads = tuple([ready.no_gradient if grad is None else aligned(grad) for grad in arriving[1:]])
+    arrives = layer, grad_y, _row(grad_y), term_grads if direct else TermGrads(*term_grads)
     bounds = numbers.logvar1_low, numbers.logvar1_high
     if plan.latents or plan.inputs:
         programs = -(-N // plan.tokens.constants["BLOCK_N"])
-        table, to = (numbers.objective, numbers.rest), (state, grad_state, inputs, grad_hidden)
+        table, to = numbers.tables(direct), (state, grad_state, inputs, grad_hidden)
         scalars: tuple[float, ...] = numbers.recon_weight, numbers.scaling, numbers.prior2_mean
         plan.tokens((programs, 1), (*arrives, *table, *to, *scalars, *bounds, N, case.D, case.M), key, stream)
 
     tensors = state, grad_state, inputs, grad_hidden, grad_x if needs.x else None, parts
     scalars = numbers.recon_weight, numbers.scaling
-    arguments: tuple[Any, ...] = (*arrives, *tensors, plan.places, plan.length, *scalars, *bounds, N, case.D, case.M)
+    places = plan.plain_places if direct else plan.places
+    arguments: tuple[Any, ...] = (*arrives, *tensors, places, plan.length, *scalars, *bounds, N, case.D, case.M)
     plan.grads((plan.programs, chunks), arguments, key, stream)
     if plan.entries:
         arguments = parts, gradients, plan.starts, plan.entries, chunks, plan.length
         plan.reduce((plan.reduce_programs, 1), arguments, None, stream)
-    return grad_x, gradients
+    return gradients
 
 
-def _split(memory: Tensor, sizes: Sequence[int], direct: bool) -> list[Any]:
-    """The parts of `memory`, which must outlive their launches; as addresses for a direct launch, and None if empty."""
-    if not direct:
-        return [part if part.numel() else None for part in memory.split(tuple(sizes))]
-    at, step, parts = memory.data_ptr(), memory.itemsize, []
-    for size in sizes:
-        parts.append(at if size else None)
-        at += size * step
-    return parts
-
-
-def _layer(given: Given, networks: Networks) -> Layer:
-    x, nothing = given.x, zeros(torch.int64, given.x.device, 1)
-    return Layer(
+def _layer(given: Given, weights: Weights, nothing: Tensor, direct: bool) -> Any:
+    """`Layer`, or its fields for a direct launch. What is missing is `nothing`, or x, and is not read."""
+    x = given.x
+    fields = (
         x,
         _row(x),
-        networks,
+        weights.for_launch(direct),
         x if given.noise1 is None else given.noise1,
         x if given.noise2 is None else given.noise2,
         nothing if given.mask is None else given.mask,
-        nothing if given.mask is None else given.mask.sum(),
+        nothing if given.kept is None else given.kept,
         nothing if given.seed is None else given.seed,
     )
+    return fields if direct else Layer(*fields)
 
 
 def _row(t: Tensor | None) -> int:
@@ -170,8 +171,9 @@ def packed(t: Tensor) -> Tensor:
 def given_of(
     x: Tensor, noise1: Tensor | None, noise2: Tensor | None, mask: Tensor | None, seed: Tensor | None
 ) -> Given:
-    """The inputs in the layout that kernels read."""
-    return Given(by_rows(x), *(None if t is None else packed(t) for t in (noise1, noise2, mask, seed)))
+    """The inputs in the layout that kernels read. x is [N, D]."""
+    noise1, noise2, mask, seed = [None if t is None else packed(t) for t in (noise1, noise2, mask, seed)]
+    return Given(by_rows(x), noise1, noise2, mask, None if mask is None else mask.sum(), seed)
 
 
 def packed_weights(parameters: Sequence[Tensor | None], encoder_hidden: int) -> Weights:
@@ -195,20 +197,24 @@ def layer_fwd(base: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The raw operator."""
     count = len(Tensors._fields)
     given, weights, ready, numbers = _all_of(Tensors(*rest[:count]), _options(rest[count:]))
-    return forward(None if base is None else by_rows(base), given, weights, ready, numbers)
+    dtype = ready.case.dtype if base is None else base.dtype
+    y = given.x.new_empty((given.x.shape[0], ready.case.M), dtype=dtype)
+    return y, *forward(y, None if base is None else by_rows(base), given, weights, ready, numbers)
 
 
 def layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     """The raw operator; no two gradients share memory."""
     *arguments, state, detach_target, needs = arguments  # type: ignore[assignment]
+    needs = Needs(*needs)
     first, count = len(Arriving._fields), len(Arriving._fields) + len(Tensors._fields)
     grad_y, *grad_terms = arguments[:first]
     tensors, options = Tensors(*arguments[first:count]), _options(arguments[count:])
     given, weights, ready, numbers = _all_of(tensors, options)
     arriving = Arriving(None if grad_y is None else by_rows(grad_y), *grad_terms)
     there = tuple(p is not None for p in tensors.parameters)
-    grad_x, grads = backward(arriving, given, weights, state, Needs(*needs), detach_target, there, ready, numbers)
-    left, flags = iter(grads), Needs(*needs).flags(there, options.encoder_hidden)
+    grad_x = given.x.new_empty(given.x.shape if needs.x else 0)
+    grads = backward(grad_x, arriving, given, weights, state, needs, detach_target, there, ready, numbers)
+    left, flags = iter(grads), needs.flags(there, options.encoder_hidden)
     return grad_x, [next(left) if flag else weights.tensors.B.new_empty(0) for flag in flags]
 
 
