@@ -70,7 +70,8 @@ class AuxLossLayer:
         planned = None if general else adapter.planned(x, base, call.mask, call.gradient if grad else None)
         call.asked = grad and planned is not None  # the layer's own backward asks for the gradient
         y, terms = planned or adapter(x, mask=call.mask, base=base)
-        return self.inject(y, terms, call)
+        local.call = call
+        return self.inject(y, terms, loss_weight)
 
     def _compiled_call(self, adapter: Any, x: Tensor, base: Tensor, loss_weight: float) -> Tensor:
         """The same while torch.compile traces: the loss of the model, or the layer's own node, gets the term."""
@@ -104,8 +105,9 @@ class AuxLossLayer:
             forward.scopes.extend(local.traced if _in_traced_checkpoint() else [])
         return None if forward is None else forward.token_mask(self.aux_key, x)
 
-    def inject(self, out: Tensor, terms: Any, call: Call) -> Tensor:
+    def inject(self, out: Tensor, terms: Any, loss_weight: float) -> Tensor:
         """`out`. The gradient of ``loss_weight * terms.loss`` will enter in the backward of a loss."""
+        call, local.call = local.call or Call(self.aux_key, loss_weight, None), None
         forward, grad = current(), torch.is_grad_enabled()
         self._note(terms, forward, grad)
         if grad:

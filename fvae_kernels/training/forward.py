@@ -145,6 +145,7 @@ class Local(threading.local):
         self.compiled: list[Tensor] = []  # weighted losses of compiled forwards, inside `external_loss`
         self.traced: list[tuple[Any, Padding]] = []  # masks of the last forward, if a part of it was compiled
         self.regions: dict[int, tuple[Any, int, int]] = {}  # the last one that each backward has reached
+        self.call: Call | None = None  # of the layer that is about to inject its term
 
 
 local = Local()

@@ -28,8 +28,8 @@ def by_hand(model: nn.Module) -> Iterator[list[Tensor]]:
     """In the block, layers append ``loss_weight * terms.loss`` with its graph to the list, and inject nothing."""
     collected: list[Tensor] = []
 
-    def collect(self: AuxLossLayer, out: Tensor, terms: Any, call: Any) -> Tensor:
-        collected.append(call.loss_weight * terms.loss)
+    def collect(self: AuxLossLayer, out: Tensor, terms: Any, loss_weight: float) -> Tensor:
+        collected.append(loss_weight * terms.loss)
         return out
 
     with pytest.MonkeyPatch.context() as patch, fk.external_loss(model):
