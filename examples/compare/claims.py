@@ -147,16 +147,6 @@ OURS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
-        "Over a long schedule it overtrains less than LoRA",
-        "30 epochs",
-        tuple(
-            Comparison("images-long", method, other, score)
-            for method in ("fvae", "fvae-free")
-            for other in ("lora", "lora-dropout")
-            for score in ("average", "minority")
-        ),
-    ),
-    Claim(
         "Trained wide and trimmed, it is better than adapters of that rank",
         "rank 4",
         (Comparison("images", "fvae-trimmed-4", "lora-4"), Comparison("images", "fvae-trimmed-4", "adalora-4")),

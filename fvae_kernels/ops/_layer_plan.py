@@ -74,8 +74,8 @@ class CppSteps:
 def _flat(tensors: Tensors) -> Tensors:
     """The same for tokens [N]."""
     x, parameters, noise1, noise2, mask, seed = tensors
-    noises = (None if noise is None else rows(noise) for noise in (noise1, noise2))
-    return Tensors(rows(x), parameters, *noises, mask, seed)
+    noise1, noise2 = (None if noise is None else rows(noise) for noise in (noise1, noise2))
+    return Tensors(rows(x), parameters, noise1, noise2, mask, seed)
 
 
 def _shaped(t: Tensor, like: Tensor) -> Tensor:
