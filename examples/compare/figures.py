@@ -11,10 +11,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from examples.report import interval
 
-from .methods import METHODS
+from .claims import SEEDS
+from .methods import ABLATIONS, METHODS
 from .paired import Runs, at_one_rate, by_setting, value
 
 Rows = Sequence[Mapping[str, Any]]
@@ -60,7 +62,7 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
     return mean, mean - low if len(values) > 1 else 0.0
 
 
-def _shares(rows: Rows, task: str, methods: Iterable[str], least: int = 2) -> dict[str, Runs]:
+def _shares(rows: Rows, task: str, methods: Iterable[str], least: int = SEEDS) -> dict[str, Runs]:
     """The methods that have runs enough."""
     found = {method: _runs(rows, task, method) for method in methods}
     return {method: runs for method, runs in found.items() if len(runs) >= least}
@@ -90,7 +92,7 @@ def _curves(rows: Rows) -> Iterator[Callable[[Axes], None]]:
     for task in TASKS:
         methods = _shares(rows, task, SHOWN)
         curves = {m: [r["curve"] for r in runs.values() if len(r.get("curve", ())) > 1] for m, runs in methods.items()}
-        curves = {method: found for method, found in curves.items() if len(found) > 1 and "average" in found[0][0]}
+        curves = {method: found for method, found in curves.items() if len(found) > 2 and "average" in found[0][0]}
         if len(curves) > 1:
             yield lambda axis, task=task, curves=curves: _along(axis, task, curves)  # type: ignore[misc]
 
@@ -104,6 +106,7 @@ def _along(axis: Axes, task: str, curves: Mapping[str, Sequence[Sequence[Mapping
         low, high = [m - half for m, half in means], [m + half for m, half in means]
         axis.fill_between(epochs, low, high, color=COLOURS[method], alpha=0.12)
     axis.set(title=task, xlabel="epoch", ylabel="validation, average")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize=6)
 
 
@@ -129,7 +132,7 @@ def _ladder(axis: Axes, title: str, steps: Mapping[str, float], methods: Mapping
 def _cost(rows: Rows) -> Iterator[Callable[[Axes], None]]:
     """Time of the training beside LoRA's, and quality."""
     for task in TASKS:
-        methods = _shares(rows, task, METHODS)
+        methods = _shares(rows, task, [method for method in METHODS if method not in ABLATIONS])
         if "lora" in methods and len(methods) > 2 and "average" in next(iter(methods["lora"].values()))["test"]:
             yield lambda axis, task=task, methods=methods: _costs(axis, task, methods)  # type: ignore[misc]
 
@@ -144,6 +147,7 @@ def _costs(axis: Axes, task: str, methods: Mapping[str, Runs]) -> None:
         axis.errorbar(x, y, half, fmt="o", color=COLOURS.get(method, "#cccccc"), capsize=2)
         axis.annotate(method, (x, y), fontsize=6, xytext=(3, 2), textcoords="offset points")
     axis.set(title=task, xlabel="CPU time of training / LoRA's", ylabel="average accuracy")
+    axis.margins(x=0.15)
 
 
 PICTURES: Mapping[str, Callable[[Rows], Iterable[Callable[[Axes], None]]]] = {
