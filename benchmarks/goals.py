@@ -60,11 +60,11 @@ def _step(groups: list[dict[str, Any]], ours: str) -> Iterator[Goal]:
     for side, baseline, bound in ((ours, "lora", 1.05), (ours, "dora", 0.90), (ours + DEFAULT, "lora", 1.05)):
         if side in g["seconds"]:
             value = ratio(g["seconds"], side, baseline)
-            yield at_most(f"step of {g['title']}{_config(side).rstrip(',')}, time / {TITLES[baseline]}", value, bound)
+            yield at_most(f"step of {g['title']}{_config(side)}, time / {TITLES[baseline]}", value, bound)
 
 
 def _config(side: str) -> str:
-    return ", default config," if side.endswith(DEFAULT) else ""
+    return " with the default config" if side.endswith(DEFAULT) else ""
 
 
 def _memory(groups: list[dict[str, Any]], ours: str) -> Iterator[Goal]:

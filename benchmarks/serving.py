@@ -26,7 +26,7 @@ from .pages import replace_block, row
 
 ROOT = Path(__file__).resolve().parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "serving.md"
-METHODS = {"default": "linear encoder (the default)", "paper": "hidden layers (the paper's)"}
+METHODS = {"fvae": "linear encoder (the default)", "fvae-paper": "hidden layers (the paper's)"}  # of examples.compare
 TOLERANCE = 1e-3
 HEADER = (
     *("encoder", "served as", "needs", "adapter, KB", "rank", "energy lost", "accuracy", "same predictions"),

@@ -12,7 +12,7 @@ from typing import Any
 from examples.report import interval
 
 from .methods import METHODS
-from .paired import at_one_rate, differences, searched
+from .paired import at_one_rate, differences, searched, shown
 
 CONFIRMED, NOT_CONFIRMED, CANNOT_TELL = "confirmed", "not confirmed", "cannot tell"
 POINT = 0.01  # of accuracy, or nats: a smaller advantage is none
@@ -95,13 +95,9 @@ def _line(measured: Measured) -> str:
     one, values = measured.comparison, measured.values
     task = one.task + (", rates searched" if one.searched else "")
     titles = f"{METHODS[one.better].title} - {METHODS[one.worse].title}"
-    if len(values) > 1:
-        mean, low, high = interval(values)
-        shown = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-    else:
-        shown = f"{values[0]:+.3f}" if values else "not run"
+    difference = shown(values) if values else "not run"
     behind = f"; not {one.allowed:g} behind" if one.allowed else ""
-    return f"| | {task} | {titles} | {one.score}{behind} | {len(values)} | {shown} | {measured.verdict} |"
+    return f"| | {task} | {titles} | {one.score}{behind} | {len(values)} | {difference} | {measured.verdict} |"
 
 
 def _against_lora(task: str, score: str = "average") -> Iterator[Comparison]:

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from examples.report import interval
 
 from .claims import SEEDS
 from .methods import ABLATIONS, METHODS
-from .paired import Runs, at_one_rate, by_setting, value
+from .paired import Runs, at_one_rate, settings, value
 
 Rows = Sequence[Mapping[str, Any]]
+Panel = Callable[[Axes], None]
+Panels = Callable[[Rows], Iterable[Panel]]
 SHOWN = ("lora", "lora-dropout", "dora", "fvae", "fvae-free", "fvae-paper")
 COLOURS = dict(zip(SHOWN, ("#7f7f7f", "#bcbd22", "#2ca02c", "#1f77b4", "#17becf", "#d62728"), strict=True))
 TASKS = ("images", "images-long", "text", "audio")
@@ -35,7 +38,7 @@ def draw(rows: Rows, folder: Path) -> list[Path]:
     return [path for path in found if path is not None]
 
 
-def _picture(rows: Rows, path: Path, parts: Callable[[Rows], Iterable[Callable[[Axes], None]]]) -> Path | None:
+def _picture(rows: Rows, path: Path, parts: Panels) -> Path | None:
     panels = list(parts(rows))
     if not panels:
         return None
@@ -53,7 +56,7 @@ def _picture(rows: Rows, path: Path, parts: Callable[[Rows], Iterable[Callable[[
 def _runs(rows: Rows, task: str, method: str) -> Runs:
     """The runs of a method at the rate at which LoRA has most of them; its own if LoRA has none."""
     shared = at_one_rate(rows, task, method, "lora")[0]
-    return shared or max(by_setting(rows, task, method).values(), key=len, default={})
+    return shared or max(settings(rows, task, method).values(), key=len, default={})
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:
@@ -68,14 +71,14 @@ def _shares(rows: Rows, task: str, methods: Iterable[str], least: int = SEEDS) -
     return {method: runs for method, runs in found.items() if len(runs) >= least}
 
 
-def _groups(rows: Rows) -> Iterator[Callable[[Axes], None]]:
+def _groups(rows: Rows) -> Iterator[Panel]:
     """Worst group against average."""
     for task in TASKS:
         methods = {
             m: runs for m, runs in _shares(rows, task, SHOWN).items() if "worst" in next(iter(runs.values()))["test"]
         }
         if len(methods) > 1:
-            yield lambda axis, task=task, methods=methods: _against(axis, task, methods)  # type: ignore[misc]
+            yield partial(_against, task=task, methods=methods)
 
 
 def _against(axis: Axes, task: str, methods: Mapping[str, Runs]) -> None:
@@ -87,14 +90,14 @@ def _against(axis: Axes, task: str, methods: Mapping[str, Runs]) -> None:
     axis.legend(fontsize=6)
 
 
-def _curves(rows: Rows) -> Iterator[Callable[[Axes], None]]:
+def _curves(rows: Rows) -> Iterator[Panel]:
     """Validation along the training."""
     for task in TASKS:
         methods = _shares(rows, task, SHOWN)
         curves = {m: [r["curve"] for r in runs.values() if len(r.get("curve", ())) > 1] for m, runs in methods.items()}
         curves = {method: found for method, found in curves.items() if len(found) > 2 and "average" in found[0][0]}
         if len(curves) > 1:
-            yield lambda axis, task=task, curves=curves: _along(axis, task, curves)  # type: ignore[misc]
+            yield partial(_along, task=task, curves=curves)
 
 
 def _along(axis: Axes, task: str, curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> None:
@@ -110,12 +113,12 @@ def _along(axis: Axes, task: str, curves: Mapping[str, Sequence[Sequence[Mapping
     axis.legend(fontsize=6)
 
 
-def _ladders(rows: Rows) -> Iterator[Callable[[Axes], None]]:
+def _ladders(rows: Rows) -> Iterator[Panel]:
     """Beta of the paper's recipe, and the noise of z_1 of the default, on the images."""
     for title, steps in (("β, the paper's recipe", BETAS), ("standard deviation of z₁ held, the default", NOISE)):
         methods = _shares(rows, "images", steps)
         if len(methods) > 1:
-            yield lambda axis, title=title, steps=steps, methods=methods: _ladder(axis, title, steps, methods)  # type: ignore[misc]
+            yield partial(_ladder, title=title, steps=steps, methods=methods)
 
 
 def _ladder(axis: Axes, title: str, steps: Mapping[str, float], methods: Mapping[str, Runs]) -> None:
@@ -129,12 +132,12 @@ def _ladder(axis: Axes, title: str, steps: Mapping[str, float], methods: Mapping
     axis.legend(fontsize=7)
 
 
-def _cost(rows: Rows) -> Iterator[Callable[[Axes], None]]:
+def _cost(rows: Rows) -> Iterator[Panel]:
     """Time of the training beside LoRA's, and quality."""
     for task in TASKS:
         methods = _shares(rows, task, [method for method in METHODS if method not in ABLATIONS])
         if "lora" in methods and len(methods) > 2 and "average" in next(iter(methods["lora"].values()))["test"]:
-            yield lambda axis, task=task, methods=methods: _costs(axis, task, methods)  # type: ignore[misc]
+            yield partial(_costs, task=task, methods=methods)
 
 
 def _costs(axis: Axes, task: str, methods: Mapping[str, Runs]) -> None:
@@ -150,7 +153,7 @@ def _costs(axis: Axes, task: str, methods: Mapping[str, Runs]) -> None:
     axis.margins(x=0.15)
 
 
-PICTURES: Mapping[str, Callable[[Rows], Iterable[Callable[[Axes], None]]]] = {
+PICTURES: Mapping[str, Panels] = {
     "groups": _groups,
     "curves": _curves,
     "ladders": _ladders,

@@ -2,29 +2,45 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from examples.report import interval
+
+from . import records
 from .methods import METHODS
 
 Row = Mapping[str, Any]
 Runs = Mapping[int, Row]  # by seed
+Name = tuple[str, float | None]  # method and its own weight
+Tables = Mapping[tuple[Any, ...], Mapping[Name, Runs]]
 Setting = tuple[int, float, float | None]  # epochs, learning rate, own weight
 
 
-def by_setting(rows: Iterable[Row], task: str, method: str) -> dict[Setting, dict[int, Row]]:
-    """The scored runs of a method, by setting and seed."""
-    out: dict[Setting, dict[int, Row]] = defaultdict(dict)
+def by_setting(rows: Iterable[Row]) -> Tables:
+    """(task, epochs, lr) -> (method, own weight) -> seed -> run; of runs with scores, and none of a search."""
+    out: dict[Any, Any] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if (row["task"], row["method"]) == (task, method) and "test" in row and not row.get("search"):
-            out[row["epochs"], row["lr"], row.get("weight")][row["seed"]] = row
+        if records.scored(row) and not row.get("search"):
+            name = row["method"], row.get("weight")
+            out[row["task"], row["epochs"], row["lr"]][name][row["seed"]] = row
     return out
+
+
+def settings(rows: Iterable[Row], task: str, method: str) -> dict[Setting, Runs]:
+    """The runs of one method on one task, by setting."""
+    return {
+        (epochs, lr, weight): runs
+        for (of, epochs, lr), methods in by_setting(rows).items()
+        for (name, weight), runs in methods.items()
+        if (of, name) == (task, method)
+    }
 
 
 def at_one_rate(rows: Iterable[Row], task: str, first: str, second: str) -> tuple[Runs, Runs]:
     """The runs of both at the setting at which they share most seeds, without weights of their own."""
     rows = list(rows)
-    one, other = by_setting(rows, task, first), by_setting(rows, task, second)
+    one, other = settings(rows, task, first), settings(rows, task, second)
     shared = [setting for setting in one if setting in other and setting[2] is None]
     best = max(shared, key=lambda setting: len(one[setting].keys() & other[setting].keys()), default=None)
     return ({}, {}) if best is None else (one[best], other[best])
@@ -37,13 +53,19 @@ def searched(rows: Iterable[Row], task: str, method: str) -> Runs:
     if not tried:
         return {}
     best = METHODS[method].search.best(tried)
-    return by_setting(rows, task, method).get((best["epochs"], best["lr"], best.get("weight")), {})
+    return settings(rows, task, method).get((best["epochs"], best["lr"], best.get("weight")), {})
 
 
 def differences(runs: Runs, baseline: Runs, score: str) -> list[float]:
     """Test score of run minus baseline, for each seed that both have; infinite where one has diverged."""
     shared = sorted(runs.keys() & baseline.keys())
     return [value(runs[seed], score) - value(baseline[seed], score) for seed in shared]
+
+
+def shown(values: Sequence[float]) -> str:
+    """The mean of differences and its 95 % t interval; a single one alone."""
+    mean, low, high = interval(values)
+    return f"{mean:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if len(values) > 1 else "")
 
 
 def value(run: Row, score: str) -> float:

@@ -6,38 +6,23 @@
 import argparse
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.pages import replace_block
 from examples.assets import ROOT
-from examples.report import interval
 
 from . import claims, figures, records
 from .methods import METHODS
-from .paired import Row, Runs, differences, value
+from .paired import Name, Row, Runs, by_setting, differences, shown, value
+from .training import AT_CHANCE
 
 DOCS = ROOT / "docs"
 CLAIMS, RECIPES, PICTURES = DOCS / "claims.md", DOCS / "recipes.md", DOCS / "claims"
 PRESETS = ("lora", "lora-dropout", "fvae", "fvae-free", "fvae-paper", "fvae-authors")
 PRESET_TASKS = ("text", "images", "images-long", "audio", "perplexity")
 SCORES = ("average", "worst", "minority", "nats")  # those that every run of a table has
-CHANCE = 0.95 * math.log(2)  # of older runs, which do not say if they failed: all have two classes
-
-Name = tuple[str, float | None]  # method and its own weight
-Tables = Mapping[tuple[Any, ...], Mapping[Name, Runs]]
-
-
-def by_setting(rows: Iterable[Row]) -> Tables:
-    """(task, epochs, lr) -> (method, own weight) -> seed -> run; of runs with scores, and none of a search."""
-    out: dict[Any, Any] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        if records.scored(row) and not row.get("search"):
-            name = row["method"], row.get("weight")
-            out[row["task"], row["epochs"], row["lr"]][name][row["seed"]] = row
-    return out
+CHANCE = AT_CHANCE * math.log(2)  # of older runs, which do not say if they failed: all have two classes
 
 
 def lines(methods: Mapping[Name, Runs], baseline: str) -> Iterator[str]:
@@ -62,12 +47,7 @@ def title(name: Name) -> str:
 
 def _paired(runs: Runs, baseline: Runs, score: str) -> str:
     found = differences(runs, baseline, score)
-    if not found:
-        return ""
-    if len(found) == 1:
-        return f"{found[0]:+.3f} (n = 1)"
-    mean, low, high = interval(found)
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] (n = {len(found)})"
+    return f"{shown(found)} (n = {len(found)})" if found else ""
 
 
 def tables(rows: Iterable[Row], baseline: str = "lora") -> list[str]:

@@ -5,13 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .linear import is_named
+
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
-DESCRIBED = (
-    "has_gate",
-    "has_bias",
-    "is_transposed",
-    "_apply_gate",
-)  # what transformers' experts interface says of them
+# what transformers' experts interface says of them
+DESCRIBED = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 
 class ExpertLinear(nn.Linear):
@@ -71,7 +69,7 @@ def find_experts(model: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
     for owner, module in model.named_modules():
         for parameter, values in module.named_parameters(recurse=False):
             name = f"{owner}.{parameter}".replace(".base_layer.", ".").removeprefix(".")
-            named = {target for target in targets if name == target or name.endswith(f".{target}")}
+            named = {target for target in targets if is_named(name, [target])}
             if named:
                 _check(name, parameter, module, values)
                 found[name] = module

@@ -13,12 +13,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from ..config import FIELDS, FVAEConfig, check_table
 from ..presets import preset
 from ..serving.saved import read_adapter
-from ..serving.settings import table_of
+from ..serving.settings import BY_LAYER, TABLES, table_of
 
 METHOD = "fvae"
 DEFAULT = FVAEConfig()
 BIASES = ("none", "all", "fvae_only")
-TABLES = ("loss_weight", "rank_pattern", "alpha_pattern", "encoder_hidden_pattern")
 
 
 def _option(name: str) -> Any:
@@ -141,7 +140,7 @@ class FVAELoraConfig(PeftConfig):
         validated = self.to_fvae_config()
         for name in ("encoder_hidden", "decoder_hidden", "gamma_weight"):
             setattr(self, name, getattr(validated, name))
-        for name in ("rank_pattern", "alpha_pattern", "encoder_hidden_pattern"):
+        for name in BY_LAYER:
             setattr(self, name, getattr(self, name) or {})
             check_table(name, getattr(self, name))
         for pattern, rank in self.rank_pattern.items():  # type: ignore[union-attr]

@@ -7,15 +7,15 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 
 from ..config import FVAEConfig
+from ..serving.settings import BY_LAYER
 from .config import FVAELoraConfig
 
-PATTERNS = ("rank_pattern", "alpha_pattern", "encoder_hidden_pattern")
 OF_PEFT = r"The following (rank|alpha)_pattern keys"  # its warning, which knows no experts
 
 
 def layer_config(config: FVAELoraConfig, name: str) -> FVAEConfig:
     """The options of the layer called `name`; an expert's are also found by its parameter's name, as in LoRA."""
-    rank, alpha, hidden = (_found(getattr(config, table), name) for table in PATTERNS)
+    rank, alpha, hidden = (_found(getattr(config, table), name) for table in BY_LAYER)
     return config.to_fvae_config(
         rank=config.r if rank is None else rank, alpha=config.alpha if alpha is None else alpha, hidden=hidden
     )
@@ -24,7 +24,7 @@ def layer_config(config: FVAELoraConfig, name: str) -> FVAEConfig:
 def warn_unmatched(config: FVAELoraConfig, names: Iterable[str]) -> None:
     """Warn of patterns that match none of these layers."""
     every = [n for name in names for n in _names(name)]
-    for table in PATTERNS:
+    for table in BY_LAYER:
         keys = getattr(config, table) or {}
         unmatched = [key for key in keys if not any(_matches(key, name) for name in every)]
         if unmatched:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import isfinite
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from ..nn.experts import ExpertLinear
 from ..serving.factors import directions, wide
 from ..serving.layers import exact_pattern
+from ..serving.options import is_number
 
 COMBINATIONS = ("svd", "cat")
 
@@ -41,7 +41,7 @@ def check_weighted(
         or len(adapters) != len(weights)
     ):
         raise ValueError(f"expected adapters, each once, with one weight each; got {adapters!r} and {weights!r}")
-    if not all(isinstance(w, (int, float)) and not isinstance(w, bool) and isfinite(w) for w in weights):
+    if not all(map(is_number, weights)):
         raise ValueError(f"weights={list(weights)} are not allowed: expected finite numbers")
     whole = isinstance(svd_rank, int) and not isinstance(svd_rank, bool)
     if svd_rank is not None and (kind != "svd" or not whole or svd_rank < 1):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.experts import ExpertLinear
+from ..nn.linear import is_named
 from .layers import AdaptedLayer
 
 
@@ -44,5 +45,5 @@ def target_parameters(model: nn.Module, names: list[str]) -> list[str]:
     """The last two parts of the names where they name these parameters and no others; else the whole names."""
     ends = {".".join(name.rsplit(".", 2)[-2:]) for name in names}
     every = [name.replace(".base_layer.", ".") for name, _ in model.named_parameters()]
-    named = [name for name in every if any(name == end or name.endswith(f".{end}") for end in ends)]
+    named = [name for name in every if is_named(name, ends)]
     return sorted(ends if len(named) == len(names) else names)

@@ -8,13 +8,18 @@ from ..config import check_table, matches
 from .layers import AdaptedLayer
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number; a switch is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_tolerance(tolerance: Any, name: str = "tolerance") -> None:
     """Raise unless it is a share of energy.
 
     Raises:
         ValueError: below 0, or 1 and above.
     """
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < 1:
+    if not (is_number(tolerance) and 0 <= tolerance < 1):
         raise ValueError(
             f"{name}={tolerance!r} is not allowed: expected a share of the update's energy, from 0 to below 1"
         )
@@ -26,8 +31,7 @@ def check_number(name: str, value: Any, expected: str, low: float, above: bool =
     Raises:
         ValueError: with what was `expected`.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if value is not None and not (number and (value > low if above else value >= low)):
+    if value is not None and not (is_number(value) and (value > low if above else value >= low)):
         raise ValueError(f"{name}={value!r} is not allowed: expected {expected}, or None")
 
 

@@ -31,7 +31,7 @@ class State:
         self.inside = False  # the forward began inside a backward
 
     def enter_alone(self) -> None:
-        """A term enters with weight 1, without a loss. Said once; refused where that is wrong in any loop but one."""
+        """A term enters with weight 1, without a loss. Said once; refused if its forward began in a backward."""
         if self.inside:
             raise RuntimeError(CACHED_UNKNOWN)
         self.injected = True

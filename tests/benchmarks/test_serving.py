@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import serving
 from benchmarks.pages import block
+from examples.compare.methods import METHODS
 from tests.helpers.calibration import batches
 from tests.helpers.peft_models import LINEAR, adapted, logits
 from tests.helpers.tiny_models import build
@@ -27,6 +28,10 @@ def test_every_form_serves_the_adapter(options: dict[str, Any], exact: list[str]
         torch.testing.assert_close(logits(form.model.eval()), expected, **close)
     sizes = {form.name: form.bytes for form in found}
     assert sizes["as it is"] > sizes["`export_for_inference`"] >= sizes["stock LoRA"] > 0
+
+
+def test_it_trains_methods_that_there_are() -> None:
+    assert set(serving.METHODS) <= set(METHODS)
 
 
 def test_the_pages_have_its_tables() -> None:

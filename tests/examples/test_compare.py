@@ -14,6 +14,7 @@ pytest.importorskip("rich")
 from examples.compare import __main__ as command
 from examples.compare import paired, records, report, tasks
 from examples.compare.methods import METHODS
+from examples.report import interval
 from tests.helpers import compare_tasks
 from tests.helpers.compare_tasks import Points
 
@@ -108,9 +109,9 @@ def test_numbers_that_json_lacks_become_none(tmp_path: Path) -> None:
 
 def test_interval() -> None:
     """Student's sleep data, with its textbook interval."""
-    mean, low, high = report.interval([1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4])
+    mean, low, high = interval([1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4])
     assert (mean, low, high) == pytest.approx((1.58, 0.70, 2.46), abs=0.005)
-    assert report.interval([0.5]) == (0.5, -math.inf, math.inf)
+    assert interval([0.5]) == (0.5, -math.inf, math.inf)
 
 
 def test_differences_pair_by_seed() -> None:

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Group = tuple[int, int]  # label, spurious attribute
@@ -61,6 +63,29 @@ class Task(Protocol):
 
     def batch(self, examples: Sequence[Any]) -> tuple[Mapping[str, Tensor], Tensor]:
         """Keyword arguments of the model, and the labels."""
+
+
+class Features(NamedTuple):
+    """An example as the adapted blocks see it: what the frozen blocks before them put out."""
+
+    states: Tensor  # [tokens, features]
+    label: int
+    attribute: int
+
+    @property
+    def group(self) -> Group:
+        """Label and attribute."""
+        return self.label, self.attribute
+
+
+def batch_of(examples: Sequence[Features]) -> tuple[Mapping[str, Tensor], Tensor]:
+    """Hidden states of the examples, and their labels."""
+    return {"states": torch.stack([e.states for e in examples])}, torch.tensor([e.label for e in examples])
+
+
+def loss_and_logits(logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """What a classifier of ours returns: the loss, if labels are given, and the logits."""
+    return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
 def first(output: Any) -> Any:

@@ -9,31 +9,17 @@ import copy
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import Group, Placement, Recipe, Splits, audio_assets, first, sound
+from . import Features, Placement, Recipe, Splits, audio_assets, batch_of, first, loss_and_logits, sound
 
 LAYERS = 2  # adapted, of 4
 RATE = 16000  # of the samples that Whisper takes
 SEED = 2014
 VALIDATION, TEST = 40, 80  # clips of each voice; unseen voices have test clips alone
-
-
-class Clip(NamedTuple):
-    """A clip as the adapted layers see it."""
-
-    states: Tensor  # [frames, features]
-    label: int
-    unseen: int
-
-    @property
-    def group(self) -> Group:
-        """Language, and whether its voice is unseen."""
-        return self.label, self.unseen
 
 
 class AudioTask:
@@ -51,9 +37,9 @@ class AudioTask:
         encoder.layers, encoder.layer_norm = encoder.layers[:-LAYERS], nn.Identity()
         self.frozen = encoder
         voices = audio_assets.voices(cache)
-        self.pool: list[Sequence[Clip]] = []
-        validation: list[Clip] = []
-        test: list[Clip] = []
+        self.pool: list[Sequence[Features]] = []
+        validation: list[Features] = []
+        test: list[Features] = []
         for label, voice in enumerate(audio_assets.SEEN):
             clips = self._clips(voices[voice], label, 0)
             test += clips[:TEST]
@@ -77,12 +63,12 @@ class AudioTask:
 
     def batch(self, examples: Sequence[Any]) -> tuple[Mapping[str, Tensor], Tensor]:
         """Hidden states of the clips, and their labels."""
-        return {"states": torch.stack([e.states for e in examples])}, torch.tensor([e.label for e in examples])
+        return batch_of(examples)
 
-    def _clips(self, samples: Tensor, label: int, unseen: int, count: int | None = None) -> list[Clip]:
+    def _clips(self, samples: Tensor, label: int, unseen: int, count: int | None = None) -> list[Features]:
         """The voice's clips in an order of their own, the first `count` of them."""
         order = random.Random(f"{label} {unseen} {SEED}").sample(range(len(samples)), count or len(samples))
-        return [Clip(states, label, unseen) for states in _states(self.frozen, samples[order])]
+        return [Features(states, label, unseen) for states in _states(self.frozen, samples[order])]
 
 
 class TopLayers(nn.Module):
@@ -98,7 +84,7 @@ class TopLayers(nn.Module):
         for layer in self.layers:
             states = first(layer(states, attention_mask=None, layer_head_mask=None))  # transformers 4 wants both
         logits = self.classifier(self.norm(states).mean(1))
-        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+        return loss_and_logits(logits, labels)
 
 
 @torch.no_grad()

@@ -7,14 +7,13 @@ adapted; the output of the frozen blocks before them is computed once for each p
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from . import Group, Placement, Recipe, Splits, first, image_assets
+from . import Features, Group, Placement, Recipe, Splits, batch_of, first, image_assets, loss_and_logits
 
 SIZE = 70
 BLOCKS = 2  # adapted, of 12
@@ -36,19 +35,6 @@ PHOTOGRAPHS = (  # of water, of land
     },
 )
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-
-
-class Picture(NamedTuple):
-    """A picture as the adapted blocks see it."""
-
-    states: Tensor  # [tokens, features]
-    label: int
-    background: int
-
-    @property
-    def group(self) -> Group:
-        """Label and background."""
-        return self.label, self.background
 
 
 class ImageTask:
@@ -92,15 +78,15 @@ class ImageTask:
 
     def batch(self, examples: Sequence[Any]) -> tuple[Mapping[str, Tensor], Tensor]:
         """Hidden states of the pictures, and their labels."""
-        return {"states": torch.stack([e.states for e in examples])}, torch.tensor([e.label for e in examples])
+        return batch_of(examples)
 
-    def _pictures(self, split: str, counts: dict[Group, int], seed: int) -> list[Picture]:
+    def _pictures(self, split: str, counts: dict[Group, int], seed: int) -> list[Features]:
         rng = random.Random(f"{split} {seed}")
         photographs = [[_photograph(self.cache, name) for name in kind[split]] for kind in PHOTOGRAPHS]
         groups = [group for group, count in counts.items() for _ in range(count)]
         images = [_paste(rng.choice(photographs[b]), rng.choice(self.pool[split][y]), rng) for y, b in groups]
         states = _states(self.backbone, torch.stack(images))
-        return [Picture(s, *group) for s, group in zip(states, groups, strict=True)]
+        return [Features(s, *group) for s, group in zip(states, groups, strict=True)]
 
 
 class TopBlocks(nn.Module):
@@ -117,7 +103,7 @@ class TopBlocks(nn.Module):
         for block in self.blocks:
             states = first(block(states))
         logits = self.classifier(self.norm(states)[:, 0])
-        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+        return loss_and_logits(logits, labels)
 
 
 def _groups() -> list[Group]:

@@ -1,6 +1,5 @@
 """A task of your own data and a model of transformers: texts, pictures, recordings by class, or text for perplexity."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from fvae_kernels.nn.linear import is_named
 
 from . import Group, Placement, Recipe, Splits, own_data, sound
 from .own_data import DataError, Example
@@ -116,7 +117,7 @@ def _targets(model: nn.Module, targets: Sequence[str] | None) -> Sequence[str]:
     linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     words = sorted({name.rpartition(".")[2] for name in linear})
     if targets:
-        if absent := [target for target in targets if not any(_is(name, [target]) for name in linear)]:
+        if absent := [target for target in targets if not any(is_named(name, [target]) for name in linear)]:
             raise DataError(f"the model has no linear layers named {absent}: choose targets from {words}")
         return tuple(targets)
     known = PEFT_TARGETS.get(model.config.model_type)
@@ -131,19 +132,12 @@ def _targets(model: nn.Module, targets: Sequence[str] | None) -> Sequence[str]:
     )
 
 
-def _is(name: str, targets: Sequence[str]) -> bool:
-    """Whether PEFT would adapt the module of this name: a target is the end of it, or a pattern of all of it."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(f".{name}".endswith(f".{target}") for target in targets)
-
-
 def _options(kind: str, model: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
     """PEFT's task type, or what is trained whole: the parts of the model in which nothing is adapted."""
     if kind in ("text", "language"):
         return {"task_type": "SEQ_CLS" if kind == "text" else "CAUSAL_LM"}
     parts = [name for name, part in model.named_children() if any(True for _ in part.parameters())]
-    adapted = {name.partition(".")[0] for name, _ in model.named_modules() if name and _is(name, targets)}
+    adapted = {name.partition(".")[0] for name, _ in model.named_modules() if name and is_named(name, targets)}
     return {"modules_to_save": [name for name in parts if name not in adapted]}
 
 
