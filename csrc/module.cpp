@@ -1,10 +1,15 @@
-// The Python module. Loading it registers the kernels; its two functions replace many calls of PyTorch's in each step.
-#include <ATen/ops/empty_like.h>
+// The Python module. Loading it registers the kernels; its functions replace many calls of PyTorch's in each step.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/_unsafe_view.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/util/SmallVector.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
-#include <string>
+#include <cstring>
 
 namespace {
 
@@ -24,37 +29,174 @@ bool for_each_tensor(PyObject* tensors, const Body& body) {
   return true;
 }
 
-// dtype, device, shape and strides of each tensor, as bytes to compare.
-PyObject* looks_of(PyObject*, PyObject* tensors) {
-  HANDLE_TH_ERRORS
-  std::string looks;
-  const auto add = [&](int64_t value) { looks.append(reinterpret_cast<const char*>(&value), sizeof value); };
-  const bool done = for_each_tensor(tensors, [&](Py_ssize_t, const at::Tensor& t) {
+using Looks = c10::SmallVector<int64_t, 256>;
+
+// dtype, device, shape and strides of each tensor. False with a Python error if one is none.
+bool looks_at(PyObject* tensors, Looks& looks) {
+  const auto add = [&](int64_t value) { looks.push_back(value); };
+  return for_each_tensor(tensors, [&](Py_ssize_t, const at::Tensor& t) {
     add(static_cast<int64_t>(t.scalar_type())), add(static_cast<int64_t>(t.device().type())), add(t.device().index());
     add(t.dim());
-    for (const int64_t size : t.sizes()) add(size);
-    for (const int64_t stride : t.strides()) add(stride);
+    looks.append(t.sizes().begin(), t.sizes().end());
+    looks.append(t.strides().begin(), t.strides().end());
   });
-  return done ? PyBytes_FromStringAndSize(looks.data(), static_cast<Py_ssize_t>(looks.size())) : nullptr;
+}
+
+// The looks of tensors, as bytes for `look_as`.
+PyObject* looks_of(PyObject*, PyObject* tensors) {
+  HANDLE_TH_ERRORS
+  Looks looks;
+  if (!looks_at(tensors, looks)) return nullptr;
+  const auto* bytes = reinterpret_cast<const char*>(looks.data());
+  return PyBytes_FromStringAndSize(bytes, static_cast<Py_ssize_t>(looks.size_in_bytes()));
   END_HANDLE_TH_ERRORS
 }
 
-// torch.empty_like of each tensor.
+// Whether tensors have these looks.
+PyObject* look_as(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 2 || !PyBytes_Check(arguments[1])) {
+    PyErr_SetString(PyExc_TypeError, "expected tensors, and what looks_of gave");
+    return nullptr;
+  }
+  Looks looks;
+  if (!looks_at(arguments[0], looks)) return nullptr;
+  const auto size = static_cast<size_t>(PyBytes_GET_SIZE(arguments[1]));
+  const char* before = PyBytes_AS_STRING(arguments[1]);
+  return PyBool_FromLong(size == looks.size_in_bytes() && std::memcmp(before, looks.data(), size) == 0);
+  END_HANDLE_TH_ERRORS
+}
+
+// torch.empty_like of each tensor, which must be dense; without a look for autograd, which has no part in it.
 PyObject* empties_like(PyObject*, PyObject* tensors) {
   HANDLE_TH_ERRORS
   THPObjectPtr made(PyList_New(0));
   if (!made) return nullptr;
+  const at::AutoDispatchBelowADInplaceOrView below;
   const bool done = for_each_tensor(tensors, [&](Py_ssize_t, const at::Tensor& t) {
-    THPObjectPtr one(THPVariable_Wrap(at::empty_like(t)));
+    THPObjectPtr one(THPVariable_Wrap(at::empty_strided(t.sizes(), t.strides(), t.options())));
     if (!one || PyList_Append(made.get(), one.get()) != 0) throw python_error();
   });
   return done ? made.release() : nullptr;
   END_HANDLE_TH_ERRORS
 }
 
+// A contiguous tensor of each dtype and shape in turn, (dtype, shape, dtype, shape, ...), on the device of a tensor.
+PyObject* empties(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count < 1 || count % 2 == 0 || !THPVariable_Check(arguments[0])) {
+    PyErr_SetString(PyExc_TypeError, "expected a tensor, and pairs of a dtype and a shape");
+    return nullptr;
+  }
+  const auto options = THPVariable_Unpack(arguments[0]).options();
+  THPObjectPtr made(PyTuple_New(count / 2));
+  if (!made) return nullptr;
+  const at::AutoDispatchBelowADInplaceOrView below;
+  for (Py_ssize_t i = 0; i < count / 2; ++i) {
+    PyObject *dtype = arguments[2 * i + 1], *shape = arguments[2 * i + 2];
+    if (!THPDtype_Check(dtype) || !PyTuple_Check(shape)) {
+      PyErr_Format(PyExc_TypeError, "pair %zd is no dtype and tuple of sizes", i);
+      return nullptr;
+    }
+    c10::SmallVector<int64_t, 5> sizes;
+    for (Py_ssize_t d = 0; d < PyTuple_GET_SIZE(shape); ++d) {
+      sizes.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(shape, d)));
+      if (sizes.back() == -1 && PyErr_Occurred()) return nullptr;
+    }
+    PyObject* one = THPVariable_Wrap(at::empty(sizes, options.dtype(reinterpret_cast<THPDtype*>(dtype)->scalar_type)));
+    if (!one) return nullptr;
+    PyTuple_SET_ITEM(made.get(), i, one);
+  }
+  return made.release();
+  END_HANDLE_TH_ERRORS
+}
+
+// The same memory in a tensor with a node of its own, which is no view.
+PyObject* renewed(PyObject*, PyObject* tensor) {
+  HANDLE_TH_ERRORS
+  if (!THPVariable_Check(tensor)) {
+    PyErr_Format(PyExc_TypeError, "%s; expected a tensor", Py_TYPE(tensor)->tp_name);
+    return nullptr;
+  }
+  const at::Tensor& t = THPVariable_Unpack(tensor);
+  return THPVariable_Wrap(at::_unsafe_view_symint(t, t.sym_sizes()));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* address_of(const at::Tensor& t) {
+  PyObject* address = PyLong_FromVoidPtr(t.data_ptr());
+  if (!address) throw python_error();
+  return address;
+}
+
+// data_ptr() of each tensor, as a list.
+PyObject* addresses_of(PyObject*, PyObject* tensors) {
+  HANDLE_TH_ERRORS
+  THPObjectPtr found(PyList_New(0));
+  if (!found) return nullptr;
+  const bool done = for_each_tensor(tensors, [&](Py_ssize_t, const at::Tensor& t) {
+    THPObjectPtr one(address_of(t));
+    if (PyList_Append(found.get(), one.get()) != 0) throw python_error();
+  });
+  return done ? found.release() : nullptr;
+  END_HANDLE_TH_ERRORS
+}
+
+// A number, or None: most arguments are, and a look for a tensor takes some hundred times as long.
+bool is_number(PyObject* item) {
+  return PyLong_CheckExact(item) || PyFloat_CheckExact(item) || item == Py_None;
+}
+
+bool is_tensor(PyObject* item) {
+  return THPVariable_CheckExact(item) || (!is_number(item) && !PyTuple_Check(item) && THPVariable_Check(item));
+}
+
+// The tuple with addresses for tensors, and the same of tuples inside, if they are named or begin with a tensor.
+PyObject* pointers_in(PyObject* tuple) {
+  const Py_ssize_t size = PyTuple_GET_SIZE(tuple);
+  THPObjectPtr made(PyTuple_New(size));
+  if (!made) throw python_error();
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* item = PyTuple_GET_ITEM(tuple, i);
+    const bool inside = PyTuple_Check(item) && PyTuple_GET_SIZE(item) > 0 &&
+                        (!PyTuple_CheckExact(item) || is_tensor(PyTuple_GET_ITEM(item, 0)));
+    if (inside) {
+      item = pointers_in(item);
+    } else if (is_tensor(item)) {
+      item = address_of(THPVariable_Unpack(item));
+    } else {
+      Py_INCREF(item);
+    }
+    PyTuple_SET_ITEM(made.get(), i, item);
+  }
+  return made.release();
+}
+
+// The arguments of a kernel with addresses for tensors and plain tuples for named ones. Plain tuples that do not begin
+// with a tensor stay as they are.
+PyObject* pointers(PyObject*, PyObject* arguments) {
+  HANDLE_TH_ERRORS
+  if (!PyTuple_Check(arguments)) {
+    PyErr_Format(PyExc_TypeError, "arguments are %s; expected a tuple", Py_TYPE(arguments)->tp_name);
+    return nullptr;
+  }
+  return pointers_in(arguments);
+  END_HANDLE_TH_ERRORS
+}
+
+template <typename Function>
+PyCFunction fast(Function function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 PyMethodDef functions[] = {
-    {"looks_of", looks_of, METH_O, "dtype, device, shape and strides of each tensor, as bytes to compare."},
+    {"looks_of", looks_of, METH_O, "dtype, device, shape and strides of each tensor, as bytes."},
+    {"look_as", fast(look_as), METH_FASTCALL, "Whether tensors have the looks that looks_of gave."},
     {"empties_like", empties_like, METH_O, "torch.empty_like of each tensor."},
+    {"empties", fast(empties), METH_FASTCALL, "torch.empty of each dtype and shape, on the device of a tensor."},
+    {"renewed", renewed, METH_O, "The same memory in a tensor with a node of its own, which is no view."},
+    {"addresses_of", addresses_of, METH_O, "data_ptr() of each tensor."},
+    {"pointers", pointers, METH_O, "A kernel's arguments with addresses for tensors and plain tuples for named ones."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -128,12 +128,17 @@ def _call(module: str, function: str, *arguments: Any) -> Found:
     return getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)(plan, *rest)
 
 
-def missing() -> str | None:
-    """Why nothing can be measured here, and what to do; None if there is a GPU."""
+def missing(dry: bool) -> str | None:
+    """Why nothing can be measured, or in a dry run interpreted, here, and what to do; None if it can."""
     import torch
 
     from fvae_kernels.ops._backend import interpreting
+    from fvae_kernels.ops._versions import torch_obstacle, triton_obstacle
 
+    if (obstacle := torch_obstacle() or triton_obstacle(dry)) is not None:
+        return f"the kernels cannot run here: {obstacle}"
+    if dry:
+        return None
     if interpreting():
         return "TRITON_INTERPRET is set, so kernels would be interpreted: unset it, or ask for --dry-run"
     if torch.cuda.is_available():

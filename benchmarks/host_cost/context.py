@@ -38,7 +38,7 @@ class Both(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None]:
         """Pass the gradient on."""
         if ctx.gradient is not None:
-            ctx.gradient(grad.dtype, grad.device)
+            ctx.gradient(grad.new_tensor)
         return grad, None
 
 

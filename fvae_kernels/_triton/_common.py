@@ -62,10 +62,11 @@ def precision(dtype: torch.dtype, products: torch.dtype | None = None) -> str:
 def allows_tf32() -> bool:
     """True if PyTorch's own float32 matrix products on a GPU may use TF32, whichever way that was set.
 
-    ``torch.backends.cuda.matmul.fp32_precision`` is what PyTorch derives from the new settings, from the old ones and
-    from their order. The old ``allow_tf32`` raises once a new setting was used (PyTorch 2.9 and newer).
+    ``torch.backends.cuda.matmul.fp32_precision``, read here where it is kept, is what PyTorch derives from the new
+    settings, from the old ones and from their order. The old ``allow_tf32`` raises once a new setting was used
+    (PyTorch 2.9 and newer).
     """
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
 
 
 def kept_tokens(mask: Tensor | None) -> Tensor | None:

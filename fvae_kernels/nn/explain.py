@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..ops import _backend
+from ..ops._host import compiled
 from ..ops._layer_path import Path, path_of
-from ..ops._many import compiled
 from ..ops._raw import triton_part
 from .adapter import FVAEAdapter
 

@@ -19,15 +19,16 @@ from torch._C._functorch import unwrap_if_dead
 from ..config import FVAEConfig
 from . import _backend
 from ._checks import rows, token_flags
+from ._host import look_as, looks_of
 from ._layer_inputs import Arriving, Needs, Options, Tensors
 from ._layer_path import autocast_products
-from ._many import looks_of
 from ._once import differentiable_once
-from ._raw import RAW, triton_part
+from ._raw import RAW, triton_part, wide_dtype_of
 
 Parameters = Sequence[Tensor | None]
-# The gradient of a layer's loss beside the one from the graph, in a dtype and on a device; None if there is none
-LossGradient = Callable[[torch.dtype, torch.device], Tensor | None]
+# The gradient of a layer's loss beside the one from the graph; None if there is none. It is handed what makes a number
+# a tensor: `Plan.constant`
+LossGradient = Callable[[Callable[[float], Tensor]], Tensor | None]
 
 
 class Steps(Protocol):
@@ -101,7 +102,21 @@ class Plan:
         B = parameters[-1]
         assert B is not None
         self.M, self.dtype, self.device = B.shape[0], B.dtype, B.device
+        self.wide = wide_dtype_of(B.dtype)
         self._asked: dict[Any, Asked] = {}
+        self._constant: tuple[float, Tensor] | None = None
+
+    def constant(self, value: float) -> Tensor:
+        """A number as a 0-dim tensor of the terms' dtype. It is kept, so it must not be written to."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return self._new_constant(value)  # its memory is the graph's, and replays may outlive this plan
+        last = self._constant
+        if last is None or last[0] != value:
+            last = self._constant = value, self._new_constant(value)
+        return last[1]
+
+    def _new_constant(self, value: float) -> Tensor:
+        return torch.full((), value, dtype=self.wide, device=self.device)
 
     def asked(self, x: bool, flags: tuple[bool, ...], arriving: Arriving) -> Asked:
         """For the gradients that autograd asks for: of x, and of the parameters by `flags`."""
@@ -135,7 +150,7 @@ class Plans:
             or plan.config is not config
             or not all(map(operator.is_, parameters, plan.parameters))
             or self.key != key_of(x, dropout, plan.dtype, plan.device, base)
-            or plan.looks != looks_of(plan.there)
+            or not look_as(plan.there, plan.looks)
             or torch._C._len_torch_dispatch_stack() > 0
             or base.shape != (*x.shape[:-1], plan.M)
             or (mask is not None and (mask.shape != x.shape[:-1] or mask.device != plan.device))
@@ -160,7 +175,8 @@ class Plans:
 
 def key_of(x: Tensor, dropout: float, dtype: torch.dtype, device: torch.device, base: Tensor) -> tuple[Any, ...]:
     """What else decides the path, cheap to compare. The class of x is part of it: subclasses get no plan."""
-    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    kind = device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     kinds = type(x), x.dtype, x.device, x.shape[-1], base.dtype, base.device
     return *kinds, dropout, _backend._selected, autocast
 
@@ -216,7 +232,7 @@ class PlannedLayer(torch.autograd.Function):
         y, terms, state, ctx.kept = plan.steps.forward(base, tensors)
         # the tensors that LayerFunction saves too: a checkpoint may run forward by one and recompute by the other
         ctx.save_for_backward(x, noise1, noise2, mask, seed, state, *parameters)
-        ctx.plan, ctx.loss_gradient, ctx.like = plan, loss_gradient, (terms.dtype, terms.device)
+        ctx.plan, ctx.loss_gradient = plan, loss_gradient
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(terms)
         return y, terms[0], terms
@@ -227,7 +243,7 @@ class PlannedLayer(torch.autograd.Function):
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    injected = None if ctx.loss_gradient is None else ctx.loss_gradient(*ctx.like)
+    injected = None if ctx.loss_gradient is None else ctx.loss_gradient(ctx.plan.constant)
     if injected is not None:
         grad_loss = injected if grad_loss is None else grad_loss + injected
     x, noise1, noise2, mask, seed, state, *parameters = ctx.saved_tensors

@@ -1,15 +1,14 @@
 """The oldest torch and Triton that the kernels run with (docs/versions.md), and what is said of older ones."""
 
 import importlib
-import importlib.metadata
 import re
 
 import torch
 
 TORCH, TRITON = (2, 11), (3, 6)
 
-# Triton 3.6 interprets its kernels by int() of an array with one entry, which numpy 2.4 refuses.
-_INTERPRETS, _NUMPY = (3, 7), (2, 4)
+# The interpreter of Triton 3.6 takes the names from the fields of tuples, and needs a numpy below 2.4.
+_INTERPRETS = (3, 7)
 
 
 def parsed(version: str) -> tuple[int, ...]:
@@ -36,10 +35,10 @@ def triton_obstacle(interpreting: bool) -> str | None:
             f"Triton {triton.__version__} is older than {_text(TRITON)}, the oldest that compiles the kernels; upgrade "
             f"torch to {_text(TORCH)} or newer, which brings one"
         )
-    if interpreting and found < _INTERPRETS and parsed(numpy := importlib.metadata.version("numpy")) >= _NUMPY:
+    if interpreting and found < _INTERPRETS:
         return (
-            f"the interpreter of Triton {triton.__version__} fails with numpy {numpy}; install a numpy below "
-            f"{_text(_NUMPY)}, or a Triton from {_text(_INTERPRETS)}"
+            f"Triton {triton.__version__} compiles the kernels, but does not interpret them; install a Triton from "
+            f"{_text(_INTERPRETS)}, or do not set TRITON_INTERPRET"
         )
     return None
 

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config import FVAEConfig
+from ..ops._host import renewed
 from ..ops._layer_plan import PlannedTerms
 from ..reference import Terms
 from . import warn
 from .cached import inherit, keep_values
 from .calls import Call, LayerKey, Term
 from .forward import Forward, current, local, region
-from .inject import InjectAuxLoss, InjectAuxLossOnce, InjectInTransform, renewed, transformed
+from .inject import InjectAuxLoss, InjectAuxLossOnce, InjectInTransform, transformed
 from .recompute import generator_state, in_backward, inside_checkpoint, noise_of, repeated_call
 
 
@@ -153,7 +154,7 @@ def _injected(forward: Forward | None, out: Tensor, loss: Tensor, call: Call) ->
     if not call.asked:
         out = InjectAuxLoss.apply(out, loss, call)
     elif alone:
-        out = renewed(out)
+        out = renewed(out)  # a node of its own can own what the node of `out` cannot (`Forward.own`)
     if alone:
         forward.own([out])
         forward.recall([out])

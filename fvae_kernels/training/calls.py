@@ -1,5 +1,7 @@
 """One call of an adapted layer in training, and its term of the loss."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -58,10 +60,13 @@ class Call:
         self.fixed: Tensor | None = None  # d(root) / d(task loss), if known before the backward begins
         self.task: int | None = None  # the backward in which the term entered without a loss
 
-    def gradient(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    def gradient(self, constant: Callable[[float], Tensor]) -> Tensor | None:
         """The addition to the gradient of the layer's loss in its backward; None if the graph brings it.
 
         A term whose loss is not used enters with weight 1 in the first backward that reaches it, and in no other.
+
+        Args:
+            constant: makes a number a 0-dim tensor of the loss's dtype and device. It is not written to.
 
         Raises:
             RuntimeError: its forward ran inside the backward of a loss that nothing is known of (GradCache): weight 1
@@ -74,11 +79,12 @@ class Call:
             return None
         if self.fixed is not None:
             self.task = task
-            return self.fixed.to(device=device, dtype=dtype) * self.loss_weight
+            weight = constant(self.loss_weight)
+            return self.fixed.to(weight) * weight
         if self.task is None:
             self.state.enter_alone()
             self.task = task
-        return torch.full((), self.loss_weight, dtype=dtype, device=device)
+        return constant(self.loss_weight)
 
 
 class Term:

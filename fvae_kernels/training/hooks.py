@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._host import renewed
 from .attach import attach_forward, weighted_sum
 from .aux_loss import AuxLossLayer, aux_loss_layers
 from .cached import inherit, keep_values, take_values
 from .forward import Forward, local, region
-from .inject import InjectAuxLossOnce, InjectInTransform, renewed, transformed
+from .inject import InjectAuxLossOnce, InjectInTransform, transformed
 from .outputs import given, replaced, task_loss, tensors
 from .padding import ARGUMENTS, PaddingRules, Stated, mask_argument
 from .recompute import in_backward

@@ -1,5 +1,6 @@
 """Autograd functions by which terms enter a gradient: through the loss, or through their layer's output."""
 
+import functools
 from typing import Any
 
 import torch
@@ -14,21 +15,14 @@ class InjectAuxLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, loss: Tensor, call: Call) -> Tensor:
         """The same memory, but no view: the next module may write to it in place (relu_)."""
-        ctx.call, ctx.like = call, (loss.dtype, loss.device)
+        ctx.call = call
+        ctx.constant = functools.partial(torch.full, (), dtype=loss.dtype, device=loss.device)
         return out.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, None]:
         """The gradient of `loss` is `Call.gradient`."""
-        return grad_out, ctx.call.gradient(*ctx.like), None
-
-
-def renewed(out: Tensor) -> Tensor:
-    """`out` with a node of its own, which can own what the node of `out` cannot (`Forward.own`).
-
-    The same memory, but no view: the next module may write to it in place (relu_).
-    """
-    return torch.ops.aten._unsafe_view.default(out, out.shape)
+        return grad_out, ctx.call.gradient(ctx.constant), None
 
 
 class InjectAuxLossOnce(torch.autograd.Function):

@@ -198,3 +198,15 @@ def test_a_failed_test_fails_its_case(
         tools.tests(Plan(tmp_path), "encode")
     done.returncode, done.stdout = 0, "4 passed, 2 skipped in 1s\n"
     assert tools.tests(Plan(tmp_path), "encode") == {"passed": 4, "skipped": 2}
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_machine_whose_kernels_cannot_run_is_told_before_any_case(monkeypatch, dry):
+    """Triton 3.6 compiles the kernels, and does not interpret them."""
+    monkeypatch.setattr("triton.__version__", "3.6.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("fvae_kernels.ops._backend.interpreting", lambda: False)
+    reason = cases.missing(dry)
+    assert reason is None if not dry else "does not interpret" in reason
+    monkeypatch.setattr("torch.__version__", "2.8.0")
+    assert "torch 2.8.0 is older than" in cases.missing(dry)

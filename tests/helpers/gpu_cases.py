@@ -24,7 +24,7 @@ def cases(plan: Plan) -> list[Case]:
     return [*quick, *bad, *(Case("many", str(i), _meets) for i in range(MANY))]
 
 
-def missing() -> str | None:
+def missing(dry: bool) -> str | None:
     """Nothing is needed."""
     return None
 

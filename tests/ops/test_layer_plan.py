@@ -178,6 +178,22 @@ def test_a_mask_that_does_not_fit_is_refused_as_ever(backend_with_plans, device)
         step(adapter, backend_with_plans, mask=torch.ones(4, dtype=torch.bool, device=device))
 
 
+def test_another_weight_of_the_loss_is_noticed(backend_with_plans, device):
+    """Its gradient is a tensor that the plan keeps: one weight must not enter with another's."""
+    adapter, weights = made(device=device), (0.5, 2.0, 2.0, 0.5)
+    x, base = torch.randn(5, D, device=device), torch.randn(5, M, device=device)
+    found = []
+    with fk.use_backend(backend_with_plans):
+        for weight in weights:
+            torch.manual_seed(1)
+            y, _ = adapter.planned(x, base, None, lambda constant, weight=weight: constant(weight))
+            (0 * y).sum().backward()
+            found.append(adapter.decoder_scale.grad / weight)
+            adapter.zero_grad()
+    assert all(torch.equal(one, found[0]) for one in found)
+    assert found[0].abs().max() > 0
+
+
 def test_another_backend_and_a_dispatch_mode_take_no_old_plan(device):
     adapter = made()
     step(adapter, "cpp")

@@ -11,6 +11,7 @@ from typing import Any
 from triton import knobs
 from triton.runtime import driver
 
+from ...ops._host import pointers
 from .._common import INTERPRET, target
 
 Constants = dict[str, Any]
@@ -42,7 +43,7 @@ class Launch:
         known = None if stream is None else self.compiled.get(key)
         if known is not None:
             run, function, metadata = known
-            run(grid[0], grid[1], 1, stream, function, metadata, None, None, None, *arguments, *self.values)
+            run(grid[0], grid[1], 1, stream, function, metadata, None, None, None, *pointers(arguments), *self.values)
             return
         compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
         if stream is not None:

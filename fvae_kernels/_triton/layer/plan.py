@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...ops._checks import rows
+from ...ops._host import addresses_of
 from ...ops._layer_inputs import Arriving, Needs, Networks, Options, Tensors
 from .. import tables
 from .._common import precision
@@ -30,8 +31,9 @@ class TritonSteps:
         addresses = self._addresses(self.parameters)
         if addresses != self.addresses:
             self._note(addresses)
-        y, given, ready = base.new_empty(*base.shape), _given(tensors), self._ready(tensors)
-        return y, *forward(y, by_rows(rows(base)), given, self.weights, ready, self.numbers, _stream(given.x)), ready
+        given, ready = _given(tensors), self._ready(tensors)
+        stream = _stream(given.x)
+        return *forward(base.shape, by_rows(rows(base)), given, self.weights, ready, self.numbers, stream), ready
 
     def backward(
         self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs, kept: Prepared
@@ -43,9 +45,9 @@ class TritonSteps:
         grad_y, x = arriving.grad_y, tensors.x
         known = self._addresses(tensors.parameters) == self.addresses
         weights = self.weights if known else packed_weights(tensors.parameters, self.options.encoder_hidden)
-        grad_x, given = x.new_empty(*(x.shape if needs.x else (0,))), _given(tensors)
-        gradients = backward(
-            grad_x,
+        given = _given(tensors)
+        return backward(
+            x.shape,
             Arriving(None if grad_y is None else by_rows(rows(grad_y)), *arriving[1:]),
             given,
             weights,
@@ -57,10 +59,9 @@ class TritonSteps:
             self.numbers,
             _stream(given.x),
         )
-        return grad_x, gradients
 
     def _addresses(self, parameters: Sequence[Tensor | None]) -> list[int]:
-        return list(map(Tensor.data_ptr, compress(parameters, self.there)))  # type: ignore[arg-type]
+        return addresses_of(list(compress(parameters, self.there)))  # type: ignore[arg-type]
 
     def _note(self, addresses: list[int]) -> None:
         """Prepare what kernels take; again when the parameters have moved in memory."""

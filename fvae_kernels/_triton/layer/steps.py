@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...ops._host import empties, empties_like
 from ...ops._layer_inputs import Arriving, Needs, Networks, Options, Tensors
-from ...ops._many import empties_like
 from .arguments import Layer
 from .objective import TermGrads
 from .prepared import Case, Numbers, Prepared, numbers_of, prepared, zeros
@@ -42,36 +42,35 @@ class Weights(NamedTuple):
 
 
 def forward(
-    y: Tensor,
+    shape: tuple[int, ...],
     base: Tensor | None,
     given: Given,
     weights: Weights,
     ready: Prepared,
     numbers: Numbers,
     stream: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Fill y, contiguous with N rows of M entries; return the terms [4] and the state [N, state_width] for backward."""
-    case, x, N = ready.case, given.x, given.x.shape[0]
-    state = x.new_empty(N, ready.state_width, dtype=ready.wide)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y in this shape of N rows of M entries, the terms [4], and the state [N, state_width] for backward."""
+    case, x, N, wide = ready.case, given.x, given.x.shape[0], ready.wide
+    programs, dtype = -(-N // ready.fwd.constants["BLOCK_N"]), case.dtype if base is None else base.dtype
+    tokens, sums = (dtype, shape, wide, (N, ready.state_width)), (wide, (4,), wide, (programs, 16))
+    y, state, terms, statistics = empties(x, *tokens, *sums)
     if N == 0:
-        return x.new_zeros(4, dtype=ready.wide), state
+        return y, terms.zero_(), state
     key = x.dtype, None if base is None else base.dtype
     direct = stream is not None and ready.knows(key)
     layer, table = _layer(given, weights, ready.no_flags, direct), numbers.tables(direct)
-    programs = -(-N // ready.fwd.constants["BLOCK_N"])
-    statistics = x.new_empty(programs, 16, dtype=ready.wide)
     of_latents = numbers.scaling, numbers.prior2_mean, numbers.logvar1_low, numbers.logvar1_high
     arguments: tuple[Any, ...] = (layer, base, _row(base), y, state, statistics, *of_latents, N, case.D, case.M)
     ready.fwd((programs, 1), arguments, key, stream)
-    terms = x.new_empty(4, dtype=ready.wide)
     kept = ready.no_flags if given.kept is None else given.kept
     arguments = statistics, weights.tensors.decoder.scale, *table, kept, terms, programs, N, case.D, case.R
     ready.mean((1, 1), arguments, None, stream)
-    return terms, state
+    return y, terms, state
 
 
 def backward(
-    grad_x: Tensor,
+    shape: tuple[int, ...],
     arriving: Arriving,
     given: Given,
     weights: Weights,
@@ -82,25 +81,25 @@ def backward(
     ready: Prepared,
     numbers: Numbers,
     stream: int | None = None,
-) -> Sequence[Tensor]:
-    """Fill grad_x; return the gradients of those parameters that are there and needed; no two share memory.
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """grad_x, and the gradients of those parameters that are there and needed; no two share memory.
 
-    grad_x is contiguous with N rows of D entries, or empty if it is not needed.
+    grad_x has this shape of N rows of D entries, or is empty if it is not needed.
     `there`: of each parameter, whether there is one, which a bias may not be.
     """
     case, x, N = ready.case, given.x, given.x.shape[0]
     plan = ready.backward(needs, detach_target, arriving.at_decoder, there)
     gradients = tuple(empties_like(list(compress(weights.flat, plan.flags))))
+    shape = shape if needs.x else (0,)
     if N == 0 or not any(needs):
-        grad_x.zero_()
-        return [grad.zero_() for grad in gradients]
+        return x.new_zeros(shape), [grad.zero_() for grad in gradients]
 
     grad_y, state = arriving.grad_y, packed(state)
     key = x.dtype, None if grad_y is None else grad_y.dtype
     direct = stream is not None and plan.knows(key)
     layer = _layer(given, weights, ready.no_flags, direct)
     chunks, scratch = plan.work(N)
-    memory = x.new_empty(scratch.entries, dtype=ready.wide)
+    grad_x, memory = empties(x, x.dtype, shape, ready.wide, (scratch.entries,))
     grad_state, inputs, grad_hidden, parts = scratch.addresses(memory) if direct else scratch.tensors(memory)
     term_grads = tuple([ready.no_gradient if grad is None else aligned(grad) for grad in arriving[1:]])
     arrives = layer, grad_y, _row(grad_y), term_grads if direct else TermGrads(*term_grads)
@@ -119,7 +118,7 @@ def backward(
     if plan.entries:
         arguments = parts, gradients, plan.starts, plan.entries, chunks, plan.length
         plan.reduce((plan.reduce_programs, 1), arguments, None, stream)
-    return gradients
+    return grad_x, gradients
 
 
 def _layer(given: Given, weights: Weights, nothing: Tensor, direct: bool) -> Any:
@@ -197,9 +196,8 @@ def layer_fwd(base: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The raw operator."""
     count = len(Tensors._fields)
     given, weights, ready, numbers = _all_of(Tensors(*rest[:count]), _options(rest[count:]))
-    dtype = ready.case.dtype if base is None else base.dtype
-    y = given.x.new_empty((given.x.shape[0], ready.case.M), dtype=dtype)
-    return y, *forward(y, None if base is None else by_rows(base), given, weights, ready, numbers)
+    shape = given.x.shape[0], ready.case.M
+    return forward(shape, None if base is None else by_rows(base), given, weights, ready, numbers)
 
 
 def layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -212,8 +210,8 @@ def layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     given, weights, ready, numbers = _all_of(tensors, options)
     arriving = Arriving(None if grad_y is None else by_rows(grad_y), *grad_terms)
     there = tuple(p is not None for p in tensors.parameters)
-    grad_x = given.x.new_empty(given.x.shape if needs.x else 0)
-    grads = backward(grad_x, arriving, given, weights, state, needs, detach_target, there, ready, numbers)
+    rest = arriving, given, weights, state, needs, detach_target, there, ready, numbers
+    grad_x, grads = backward(given.x.shape, *rest)
     left, flags = iter(grads), needs.flags(there, options.encoder_hidden)
     return grad_x, [next(left) if flag else weights.tensors.B.new_empty(0) for flag in flags]
 

@@ -1,0 +1,80 @@
+"""Calls that a step makes often: those of the compiled library where it is built, else PyTorch's from Python.
+
+Both do the same; the compiled ones take the host a fraction of the time, since they see many tensors at once.
+"""
+
+import functools
+import importlib
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _backend, _raw
+
+LOOKS = operator.attrgetter("dtype", "device", "shape")
+
+
+def looks_of(tensors: Sequence[Tensor]) -> Any:
+    """What tells a tensor's layout: dtype, device, shape and strides. For `look_as`."""
+    library = compiled()
+    return [(*LOOKS(t), t.stride()) for t in tensors] if library is None else library.looks_of(tensors)
+
+
+def look_as(tensors: Sequence[Tensor], looks: Any) -> bool:
+    """True if `looks_of` gave these looks and would give them again."""
+    library = compiled()
+    same: bool = looks_of(tensors) == looks if library is None else library.look_as(tensors, looks)
+    return same
+
+
+def empties_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """torch.empty_like of each. They are dense."""
+    library = compiled()
+    made: list[Tensor] = list(map(torch.empty_like, tensors)) if library is None else library.empties_like(tensors)
+    return made
+
+
+def empties(like: Tensor, *kinds: Any) -> Sequence[Tensor]:
+    """`like.new_empty` for each dtype and shape: ``empties(x, dtype, (N, D), dtype, (4,))``."""
+    library = compiled()
+    if library is None:
+        return [like.new_empty(shape, dtype=dtype) for dtype, shape in zip(kinds[::2], kinds[1::2], strict=True)]
+    made: Sequence[Tensor] = library.empties(like, *kinds)
+    return made
+
+
+def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
+    """data_ptr() of each."""
+    library = compiled()
+    found: list[int] = list(map(Tensor.data_ptr, tensors)) if library is None else library.addresses_of(tensors)
+    return found
+
+
+def pointers(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of a compiled kernel in the form that costs its launch least: addresses, and no named tuples.
+
+    The tensors must outlive the launch. Without the compiled library they stay tensors, which a launch takes too.
+    """
+    library = compiled()
+    found: tuple[Any, ...] = arguments if library is None else library.pointers(arguments)
+    return found
+
+
+def renewed(tensor: Tensor) -> Tensor:
+    """The same memory in a tensor with a node of its own, which is no view: others may write to it in place."""
+    library = None if type(tensor) is not Tensor or torch.compiler.is_compiling() else compiled()
+    view = torch.ops.aten._unsafe_view.default
+    made: Tensor = view(tensor, tensor.shape) if library is None else library.renewed(tensor)
+    return made
+
+
+@functools.cache
+def compiled() -> Any:
+    """The compiled library; None if it is missing, or of another version."""
+    if _backend.why_missing("cpp") is not None:
+        return None
+    library = importlib.import_module(_raw.MODULES["cpp"])
+    return library if hasattr(library, "renewed") else None

@@ -1,0 +1,114 @@
+"""Calls that a step makes often, by the compiled library and by PyTorch's from Python."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from fvae_kernels.ops import _host
+
+
+@pytest.fixture(params=["compiled", "PyTorch's"])
+def _way(request, monkeypatch):
+    if request.param != "compiled":
+        monkeypatch.setattr(_host, "compiled", lambda: None)
+    elif _host.compiled() is None:
+        pytest.skip("the compiled library is not built")
+
+
+CHANGES = {
+    "dtype": lambda p: p.data.double(),
+    "16-bit dtype": lambda p: p.data.bfloat16(),
+    "bits": lambda p: p.data.view(torch.int32).view(torch.float32).half(),
+    "shape": lambda p: p.data.reshape(2, 8),
+    "one dimension less": lambda p: p.data.reshape(16),
+    "strides": lambda p: p.data.t(),
+    "device": lambda p: p.data.to("meta"),
+}
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_looks_tell_every_change(change):
+    parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4, 4))]
+    before = _host.looks_of(parameters)
+    parameters[1].data = parameters[1].data.clone()
+    assert _host.look_as(parameters, before), "other memory of the same layout"
+    parameters[1] = change(parameters[1])
+    assert not _host.look_as(parameters, before)
+
+
+@pytest.mark.usefixtures("_way")
+def test_empties_are_as_the_tensors():
+    tensors = [nn.Parameter(torch.ones(3, 4, dtype=torch.bfloat16)), torch.ones(0), torch.ones(2, device="meta")]
+    made = _host.empties_like(tensors)
+    assert _host.look_as(made, _host.looks_of(tensors))
+    assert [type(t) for t in made] == [torch.Tensor] * 3
+    assert not any(t.requires_grad for t in made)
+    assert made[0].data_ptr() != tensors[0].data_ptr()
+
+
+@pytest.mark.usefixtures("_way")
+def test_empties_of_several_kinds():
+    like = torch.ones(2, 3, dtype=torch.float16)[:, ::2]
+    made = _host.empties(like, torch.float64, (3, 4), torch.bfloat16, torch.Size([0, 5]), torch.int64, ())
+    found = [(t.dtype, tuple(t.shape), t.is_contiguous(), type(t)) for t in made]
+    expected = [(torch.float64, (3, 4)), (torch.bfloat16, (0, 5)), (torch.int64, ())]
+    assert found == [(*kind, True, torch.Tensor) for kind in expected]
+    assert _host.empties(like.to("meta"), torch.float32, (2,))[0].device.type == "meta"
+    with pytest.raises(RuntimeError, match="negative"):
+        _host.empties(like, torch.float32, (-1,))
+    with pytest.raises((TypeError, ValueError)):
+        _host.empties(like, torch.float32)
+
+
+@pytest.mark.usefixtures("_way")
+def test_addresses_are_those_of_the_tensors():
+    base = torch.ones(8)
+    tensors = [base, nn.Parameter(torch.ones(3)), base[2:], torch.ones(0)]
+    assert _host.addresses_of(tensors) == [t.data_ptr() for t in tensors]
+
+
+class Named(NamedTuple):
+    """As the arguments of the kernels."""
+
+    first: Any
+    second: Any
+
+
+def test_pointers_of_arguments():
+    """Tensors become addresses, and named tuples plain ones; a plain tuple without a tensor first stays."""
+    if _host.compiled() is None:
+        pytest.skip("the compiled library is not built")
+    a, b, constants = torch.ones(2), nn.Parameter(torch.ones(3)), (1, (2.5, None))
+    arguments = (Named(a, Named(3, b)), constants, (a, 4), None, True, 1.5, b, Named(constants, 2), ())
+    at, bt = a.data_ptr(), b.data_ptr()
+    found = _host.pointers(arguments)
+    assert found == ((at, (3, bt)), constants, (at, 4), None, True, 1.5, bt, (constants, 2), ())
+    assert all(type(entry) is tuple for entry in (found, found[0], found[0][1], found[7]))
+    assert found[1] is constants
+    assert type(arguments[0]) is Named, "the arguments themselves stay"
+    with pytest.raises(TypeError):
+        _host.pointers([a])
+
+
+@pytest.mark.usefixtures("_way")
+def test_renewed_has_a_node_of_its_own():
+    x = torch.ones(2, 3, requires_grad=True)
+    y = x * 2
+    z = _host.renewed(y)
+    assert z.grad_fn is not y.grad_fn
+    assert (z.data_ptr(), z.shape, z._is_view()) == (y.data_ptr(), y.shape, False)
+    z.relu_().sum().backward()
+    assert torch.equal(x.grad, torch.full((2, 3), 2.0))
+
+
+@pytest.mark.usefixtures("_way")
+def test_other_objects_are_refused():
+    with pytest.raises((TypeError, AttributeError)):
+        _host.looks_of([torch.ones(2), "text"])
+    with pytest.raises((TypeError, AttributeError)):
+        _host.addresses_of([torch.ones(2), "text"])
+    with pytest.raises(TypeError):
+        _host.empties_like([torch.ones(2), None])
