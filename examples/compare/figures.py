@@ -18,7 +18,7 @@ from examples.report import interval
 
 from .claims import SEEDS
 from .methods import ABLATIONS, METHODS
-from .paired import Runs, at_one_rate, settings, value
+from .paired import Runs, by_setting, value
 
 Rows = Sequence[Mapping[str, Any]]
 Panel = Callable[[Axes], None]
@@ -53,12 +53,6 @@ def _picture(rows: Rows, path: Path, parts: Panels) -> Path | None:
     return path
 
 
-def _runs(rows: Rows, task: str, method: str) -> Runs:
-    """The runs of a method at the rate at which LoRA has most of them; its own if LoRA has none."""
-    shared = at_one_rate(rows, task, method, "lora")[0]
-    return shared or max(settings(rows, task, method).values(), key=len, default={})
-
-
 def _mean(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half of its 95 % t interval; 0 for a single value."""
     mean, low, _ = interval(values)
@@ -66,9 +60,10 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _shares(rows: Rows, task: str, methods: Iterable[str], least: int = SEEDS) -> dict[str, Runs]:
-    """The methods that have runs enough."""
-    found = {method: _runs(rows, task, method) for method in methods}
-    return {method: runs for method, runs in found.items() if len(runs) >= least}
+    """The methods that have runs enough, all at one setting: that at which most of them have."""
+    tables = [table for setting, table in by_setting(rows).items() if setting.task == task]
+    found = [{m: table[m, None] for m in methods if len(table.get((m, None), ())) >= least} for table in tables]
+    return max(found, key=len, default={})
 
 
 def _groups(rows: Rows) -> Iterator[Panel]:

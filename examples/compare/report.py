@@ -15,6 +15,7 @@ from examples.assets import ROOT
 from . import claims, figures, records
 from .methods import METHODS
 from .paired import Name, Row, Runs, by_setting, differences, shown, value
+from .records import Setting
 from .training import AT_CHANCE
 
 DOCS = ROOT / "docs"
@@ -53,11 +54,17 @@ def _paired(runs: Runs, baseline: Runs, score: str) -> str:
 def tables(rows: Iterable[Row], baseline: str = "lora") -> list[str]:
     """One table for each setting, in the order of the runs."""
     out: list[str] = []
-    for (task, epochs, lr), methods in by_setting(rows).items():
-        rate = "learning rates searched" if lr is None else f"learning rate {lr:g}"
-        out += ["", f"{task}, {epochs} epochs, {rate}; 95 % t intervals, paired by seed", ""]
+    for setting, methods in by_setting(rows).items():
+        out += ["", f"{heading(setting)}; 95 % t intervals, paired by seed", ""]
         out += lines(methods, baseline)
     return [*out, ""]
+
+
+def heading(setting: Setting) -> str:
+    """A setting in words."""
+    rate = "learning rates searched" if setting.lr is None else f"learning rate {setting.lr:g}"
+    size = f", batches of {setting.batch_size}" if setting.batch_size else ""
+    return f"{setting.task}, {setting.epochs} epochs, {rate}{size}" + ", a quick run" * setting.quick
 
 
 def blocks(rows: Sequence[Row]) -> dict[tuple[Path, str], list[str]]:

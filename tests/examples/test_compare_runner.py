@@ -83,7 +83,9 @@ def test_the_choice_leaves_failures_out() -> None:
     assert search.chosen(rows, [cells[3], cells[0]]) == (0.4, None)
     language = [row(lr, validation={"nats": nats}) for lr, nats in ((0.1, 3.0), (0.2, 2.0))]
     assert search.chosen(language, cells[:2]) == (0.2, None)
-    assert search.Search((0.2, 0.3)).best(rows[1:3])["lr"] == 0.2
+    assert search.chosen(rows[1:3], [cells[1], cells[2]]) == (0.2, None)
+    assert search.chosen(rows[1:3], [cells[2], cells[1]]) == (0.3, None)
+    assert search.chosen(rows, cells, early_stopping=False) == (0.3, None)
 
 
 def test_several_processes_give_the_same_rows(tmp_path: Path) -> None:
