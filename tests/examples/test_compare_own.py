@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 import transformers
 
+from examples.compare import __main__ as command
 from examples.compare import training
 from examples.compare.methods import METHODS
 from examples.compare.tasks import Placement, own_data
@@ -51,6 +52,20 @@ def test_every_kind_trains(kind: str, models: dict[str, Path], tmp_path: Path) -
         assert row["task_loss"][-1] < row["task_loss"][0]
         assert ("nats" in row["test"]) == (kind == "language")
         assert bool(row["anatomy"]) == (method == "fvae")
+
+
+@pytest.mark.parametrize("kind", ["text", "images"])
+def test_one_command_makes_a_table(
+    kind: str, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--data", str(data_of(kind, tmp_path)), "--model", str(models[kind]), "--out", str(tmp_path / "o.jsonl")]
+    for _ in range(2):  # the second finds all runs in the file
+        command.main([*asked, "--methods", "lora,fvae", "--seeds", "0-1", "--epochs", "1", "--batch-size", "4"])
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 4
+    said = capsys.readouterr().out
+    assert "1 epochs, learning rate 0.001, batches of 4; 95 % t intervals, paired by seed" in said
+    assert "runs: 4 finished before, 0 open" in said
+    assert said.count("| FVAE-LoRA, the default | 2 |") == 2
 
 
 @pytest.mark.parametrize(("kind", "heads"), [("images", ["classifier"]), ("audio", ["projector", "classifier"])])
