@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from benchmarks.pages import block
-from examples.compare import claims, records, report
+from examples.compare import claims, records, report, statements
 from examples.compare.claims import CANNOT_TELL, CONFIRMED, NOT_CONFIRMED, Claim, Comparison, Measured
 from examples.compare.methods import METHODS
 from tests.helpers.compare_rows import rows, tried
@@ -71,7 +71,7 @@ def test_a_line_says_the_rates_and_where_runs_are_scored() -> None:
     )
 
 
-@pytest.mark.parametrize("claim", [*claims.PAPER, *claims.OURS], ids=lambda claim: claim.says)
+@pytest.mark.parametrize("claim", [*statements.PAPER, *statements.LONG, *statements.OURS], ids=lambda claim: claim.says)
 def test_claims_name_methods_that_exist(claim: Claim) -> None:
     assert {name for one in claim.comparisons for name in (one.better, one.worse)} <= set(METHODS)
 
