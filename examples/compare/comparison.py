@@ -107,7 +107,7 @@ class Comparison:
         found: dict[tuple[str, str], list[Row]] = {}
         for cell in self.cells(search=True):
             found.setdefault((cell["task"], cell["method"]), []).append(cell)
-        return {pair: chosen(rows, cells) for pair, cells in found.items()}
+        return {pair: chosen(rows, cells, self.args.early_stopping) for pair, cells in found.items()}
 
     def _count(self) -> None:
         found = self.choices() if self.args.search else None
