@@ -82,6 +82,7 @@ def _against(axis: Axes, task: str, methods: Mapping[str, Runs]) -> None:
         label = f"{METHODS[method].title} ({len(runs)})"
         axis.errorbar(x, y, dy, dx, fmt="o", color=COLOURS[method], label=label, capsize=2, alpha=0.85)
     axis.set(title=task, xlabel="average accuracy", ylabel="worst group")
+    axis.margins(y=0.35)  # room for the legend
     axis.legend(fontsize=6)
 
 
@@ -145,7 +146,7 @@ def _costs(axis: Axes, task: str, methods: Mapping[str, Runs]) -> None:
         axis.errorbar(x, y, half, fmt="o", color=COLOURS.get(method, "#cccccc"), capsize=2)
         axis.annotate(method, (x, y), fontsize=6, xytext=(3, 2), textcoords="offset points")
     axis.set(title=task, xlabel="CPU time of training / LoRA's", ylabel="average accuracy")
-    axis.margins(x=0.15)
+    axis.margins(x=0.25)
 
 
 PICTURES: Mapping[str, Panels] = {
