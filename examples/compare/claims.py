@@ -2,7 +2,8 @@
 
 A comparison is one difference between two methods on a task, paired by seed. An advantage is confirmed if its whole
 95 % interval is above zero, and not confirmed if the interval leaves no room for an advantage of one point. A claim is
-confirmed if all of its comparisons are, and not confirmed if one is not confirmed. Else: cannot tell.
+confirmed if all of its comparisons are, and not confirmed if one is not confirmed. Else: cannot tell. What has no runs
+decides nothing, and is not on the page.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from examples.report import interval
 
 from .methods import METHODS
-from .paired import at_one_rate, differences, searched, shown
+from .paired import at_one_rate, at_searched_rates, differences, shown
 
 CONFIRMED, NOT_CONFIRMED, CANNOT_TELL = "confirmed", "not confirmed", "cannot tell"
 POINT = 0.01  # of accuracy, or nats: a smaller advantage is none
@@ -29,6 +30,7 @@ class Comparison:
     worse: str = "lora"
     score: str = "average"
     searched: bool = False  # each at the rate (and weight) that its own search found; else both at one rate
+    early_stopping: bool = False  # each where validation was best; else at the last step
     allowed: float = 0.0  # above 0: the claim is only that `better` is not so much behind
 
 
@@ -47,6 +49,7 @@ class Measured:
 
     comparison: Comparison
     values: Sequence[float]
+    rates: Sequence[str] = ()  # of both, with weights that were searched
 
     @property
     def verdict(self) -> str:
@@ -62,14 +65,19 @@ class Measured:
 
 def measure(comparison: Comparison, rows: Iterable[Mapping[str, Any]]) -> Measured:
     """The comparison on these runs."""
-    rows = list(rows)
-    methods = comparison.better, comparison.worse
-    if comparison.searched:
-        better, worse = (searched(rows, comparison.task, method) for method in methods)
-    else:
-        better, worse = at_one_rate(rows, comparison.task, *methods)
-    found = differences(better, worse, comparison.score)
-    return Measured(comparison, [-value for value in found] if comparison.score == "nats" else found)
+    what = comparison.task, comparison.better, comparison.worse
+    stopped = comparison.early_stopping
+    pair = at_searched_rates(rows, *what, stopped) if comparison.searched else at_one_rate(rows, *what)
+    found = differences(*pair, comparison.score, stopped)
+    if comparison.score == "nats":
+        found = [-value for value in found]
+    return Measured(comparison, found, [_rate(next(iter(runs.values()))) for runs in pair] if found else ())
+
+
+def _rate(row: Mapping[str, Any]) -> str:
+    """Learning rate, and own weight, of a run."""
+    own = "" if row.get("weight") is None else f" ({METHODS[row['method']].search.option} {row['weight']:g})"
+    return f"{row['lr']:g}{own}"
 
 
 def verdict(measured: Sequence[Measured]) -> str:
@@ -81,75 +89,21 @@ def verdict(measured: Sequence[Measured]) -> str:
 
 
 def lines(rows: Iterable[Mapping[str, Any]], claims: Sequence[Claim]) -> Iterator[str]:
-    """The claims as a Markdown table, a line for each comparison."""
+    """The claims as a Markdown table, a line for each comparison that has runs."""
     rows = list(rows)
-    yield "| claim | task | difference | of | n | mean [95 %] | verdict |"
-    yield "|" + "---|" * 7
+    yield "| claim | task | difference | of | rate | n | mean [95 %] | verdict |"
+    yield "|" + "---|" * 8
     for claim in claims:
         measured = [measure(comparison, rows) for comparison in claim.comparisons]
-        yield f"| **{claim.says}** ({claim.source}) | | | | | | **{verdict(measured)}** |"
-        yield from map(_line, measured)
+        if found := [_line(one) for one in measured if one.values]:
+            yield f"| **{claim.says}** ({claim.source}) | | | | | | | **{verdict(measured)}** |"
+            yield from found
 
 
 def _line(measured: Measured) -> str:
     one, values = measured.comparison, measured.values
-    task = one.task + (", rates searched" if one.searched else "")
     titles = f"{METHODS[one.better].title} - {METHODS[one.worse].title}"
-    difference = shown(values) if values else "not run"
-    behind = f"; not {one.allowed:g} behind" if one.allowed else ""
-    return f"| | {task} | {titles} | {one.score}{behind} | {len(values)} | {difference} | {measured.verdict} |"
-
-
-def _against_lora(task: str, score: str = "average") -> Iterator[Comparison]:
-    """The recipe of the paper, and the default, against LoRA."""
-    return (Comparison(task, method, score=score) for method in ("fvae-paper", "fvae"))
-
-
-_PAPER = "fvae-paper"
-PAPER: tuple[Claim, ...] = (
-    Claim("Better than LoRA on images", "Table 1", tuple(_against_lora("images"))),
-    Claim("Better than LoRA on text", "Tables 2 and 3", tuple(_against_lora("text"))),
-    Claim("Better than LoRA on audio", "Table 4", tuple(_against_lora("audio"))),
-    Claim(
-        "More robust under group shift",
-        "Table 5",
-        tuple(one for task in ("images", "text", "audio") for one in _against_lora(task, "minority")),
-    ),
-    Claim("β = 0.1 hurts", "Appendix G", (Comparison("images", _PAPER, f"{_PAPER}-beta-0.1"),)),
-    Claim("Γ adds to VAE2LAT", "Table 6", (Comparison("images", _PAPER, f"{_PAPER}-vae2lat"),)),
-    Claim("Γ adds to β-VAE2LAT", "Table 6", (Comparison("images", _PAPER, f"{_PAPER}-beta-vae2lat"),)),
-    Claim(
-        "Symmetric repulsion is worse than LoRA", "Appendix E", (Comparison("images", "lora", f"{_PAPER}-symmetric"),)
-    ),
-    Claim(
-        "δ = 1 is a good default",
-        "Appendix G",
-        tuple(Comparison("images", _PAPER, f"{_PAPER}-{other}", allowed=MARGIN) for other in ("delta-0.5", "delta-2")),
-    ),
-)
-OURS: tuple[Claim, ...] = (
-    Claim(
-        "The default is not worse than LoRA",
-        "docs/recipes.md",
-        tuple(Comparison(task, "fvae", allowed=MARGIN) for task in ("images", "text")),
-    ),
-    Claim(
-        "The objective adds to architecture and noise",
-        "λ against λ = 0",
-        (
-            Comparison("images", _PAPER, f"{_PAPER}-lambda-0"),
-            Comparison("images", "fvae", "fvae-lambda-0"),
-            Comparison("images", "fvae", "fvae-lambda-0", "minority"),
-        ),
-    ),
-    Claim(
-        "Trained wide and trimmed, it is better than adapters of that rank",
-        "rank 4",
-        (Comparison("images", "fvae-trimmed-4", "lora-4"), Comparison("images", "fvae-trimmed-4", "adalora-4")),
-    ),
-    Claim(
-        "Exchange of z₂ between examples helps under group shift",
-        "the decoder as augmentation",
-        tuple(Comparison("images", "fvae-exchange", other, "minority") for other in ("fvae", "lora", "lora-dropout")),
-    ),
-)
+    of = one.score + ", early stopping" * one.early_stopping + (f"; not {one.allowed:g} behind" if one.allowed else "")
+    rates = ", ".join(dict.fromkeys(measured.rates)) if not one.searched else f"searched: {', '.join(measured.rates)}"
+    cells = one.task, titles, of, rates, str(len(values)), shown(values), measured.verdict
+    return f"| | {' | '.join(cells)} |"

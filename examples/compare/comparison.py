@@ -12,6 +12,7 @@ from rich.console import Console
 
 from . import cells as processes
 from . import display, methods, options, records, tasks
+from .records import Setting
 from .search import SEED, Candidate, chosen
 from .tasks import Task
 
@@ -84,18 +85,15 @@ class Comparison:
 
     def cells(self, search: bool, found: Mapping[tuple[str, str], Any] | None = None) -> list[Row]:
         """The cells of the search, or those to report with what it found; seed by seed."""
-        out = []
-        size = {"batch_size": self.args.batch_size} if self.args.batch_size else {}
-        size = {"batch_size": processes.QUICK["batch_size"], "quick": True} if self.args.quick else size
+        quick, size, out = self.args.quick, self.args.batch_size, []
         for seed in [SEED] if search else self.seeds:
             for name, (_, task) in self.made.items():
-                epochs = self.args.epochs or (processes.QUICK["epochs"] if self.args.quick else task.recipe.epochs)
+                epochs = self.args.epochs or (processes.QUICK["epochs"] if quick else task.recipe.epochs)
+                setting = Setting(name, epochs, None, processes.QUICK["batch_size"] if quick else size, quick)
                 for method in self.methods:
                     plain = [(self.args.lr or task.recipe.lr, None)]
                     pairs = self.candidates[method] if search else [found[name, method]] if found else plain
-                    for lr, weight in pairs:
-                        cell = {"task": name, "seed": seed, "epochs": epochs, "lr": lr, "weight": weight}
-                        out.append({**cell, "method": method, "search": search, **size})
+                    out += records.cells(setting, method, seed, pairs, search)
         return out
 
     def open(self, cells: Sequence[Row]) -> list[Row]:
@@ -109,7 +107,7 @@ class Comparison:
         found: dict[tuple[str, str], list[Row]] = {}
         for cell in self.cells(search=True):
             found.setdefault((cell["task"], cell["method"]), []).append(cell)
-        return {pair: chosen(rows, cells) for pair, cells in found.items()}
+        return {pair: chosen(rows, cells, self.args.early_stopping) for pair, cells in found.items()}
 
     def _count(self) -> None:
         found = self.choices() if self.args.search else None

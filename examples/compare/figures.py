@@ -18,7 +18,7 @@ from examples.report import interval
 
 from .claims import SEEDS
 from .methods import ABLATIONS, METHODS
-from .paired import Runs, at_one_rate, settings, value
+from .paired import Runs, by_setting, value
 
 Rows = Sequence[Mapping[str, Any]]
 Panel = Callable[[Axes], None]
@@ -53,12 +53,6 @@ def _picture(rows: Rows, path: Path, parts: Panels) -> Path | None:
     return path
 
 
-def _runs(rows: Rows, task: str, method: str) -> Runs:
-    """The runs of a method at the rate at which LoRA has most of them; its own if LoRA has none."""
-    shared = at_one_rate(rows, task, method, "lora")[0]
-    return shared or max(settings(rows, task, method).values(), key=len, default={})
-
-
 def _mean(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half of its 95 % t interval; 0 for a single value."""
     mean, low, _ = interval(values)
@@ -66,9 +60,10 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _shares(rows: Rows, task: str, methods: Iterable[str], least: int = SEEDS) -> dict[str, Runs]:
-    """The methods that have runs enough."""
-    found = {method: _runs(rows, task, method) for method in methods}
-    return {method: runs for method, runs in found.items() if len(runs) >= least}
+    """The methods that have runs enough, all at one setting: that at which most of them have."""
+    tables = [table for setting, table in by_setting(rows).items() if setting.task == task]
+    found = [{m: table[m, None] for m in methods if len(table.get((m, None), ())) >= least} for table in tables]
+    return max(found, key=len, default={})
 
 
 def _groups(rows: Rows) -> Iterator[Panel]:
@@ -87,6 +82,7 @@ def _against(axis: Axes, task: str, methods: Mapping[str, Runs]) -> None:
         label = f"{METHODS[method].title} ({len(runs)})"
         axis.errorbar(x, y, dy, dx, fmt="o", color=COLOURS[method], label=label, capsize=2, alpha=0.85)
     axis.set(title=task, xlabel="average accuracy", ylabel="worst group")
+    axis.margins(y=0.35)  # room for the legend
     axis.legend(fontsize=6)
 
 
@@ -150,7 +146,7 @@ def _costs(axis: Axes, task: str, methods: Mapping[str, Runs]) -> None:
         axis.errorbar(x, y, half, fmt="o", color=COLOURS.get(method, "#cccccc"), capsize=2)
         axis.annotate(method, (x, y), fontsize=6, xytext=(3, 2), textcoords="offset points")
     axis.set(title=task, xlabel="CPU time of training / LoRA's", ylabel="average accuracy")
-    axis.margins(x=0.15)
+    axis.margins(x=0.25)
 
 
 PICTURES: Mapping[str, Panels] = {

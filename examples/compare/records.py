@@ -3,23 +3,46 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from examples.assets import ROOT
 
 FILE = ROOT / "benchmarks" / "results" / "runs.jsonl"
-CELL = ("task", "method", "seed", "epochs", "lr", "weight")
 Key = tuple[Any, ...]
 
 
+class Setting(NamedTuple):
+    """What runs must share to be compared: one table has one setting."""
+
+    task: str
+    epochs: int
+    lr: float | None  # None: every method at the rate that its search found
+    batch_size: int | None  # None: the task's own
+    quick: bool
+
+
+def setting(row: Mapping[str, Any]) -> Setting:
+    """The setting of a run."""
+    return Setting(*(row.get(name) for name in Setting._fields[:-1]), quick=bool(row.get("quick")))  # type: ignore[arg-type]
+
+
 def cell(row: Mapping[str, Any]) -> Key:
-    """The key of a run: runs with equal keys are the same cell.
+    """The key of a run, its setting and more: runs with equal keys are the same cell.
 
     A run of the search, a quick one, or one with a batch size other than the task's, is another cell.
     """
-    return (*(row.get(name) for name in CELL), bool(row.get("search")), bool(row.get("quick")), row.get("batch_size"))
+    return (*setting(row), row.get("method"), row.get("weight"), row.get("seed"), bool(row.get("search")))
+
+
+def cells(
+    of: Setting, method: str, seed: int, pairs: Iterable[tuple[float, float | None]], search: bool = False
+) -> list[dict[str, Any]]:
+    """Runs to come at these learning rates and own weights, in place of the setting's rate."""
+    shared = {"task": of.task, "method": method, "seed": seed, "epochs": of.epochs, "search": search}
+    more = {name: value for name, value in (("batch_size", of.batch_size), ("quick", of.quick)) if value}
+    return [{**shared, "lr": lr, "weight": weight, **more} for lr, weight in pairs]
 
 
 def read(path: Path = FILE) -> Iterator[dict[str, Any]]:

@@ -9,12 +9,13 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.pages import replace_block
+from benchmarks.pages import replace_block, row
 from examples.assets import ROOT
 
-from . import claims, figures, records
+from . import claims, figures, records, statements
 from .methods import METHODS
 from .paired import Name, Row, Runs, by_setting, differences, shown, value
+from .records import Setting
 from .training import AT_CHANCE
 
 DOCS = ROOT / "docs"
@@ -27,16 +28,22 @@ CHANCE = AT_CHANCE * math.log(2)  # of older runs, which do not say if they fail
 
 def lines(methods: Mapping[Name, Runs], baseline: str) -> Iterator[str]:
     """The table of one setting."""
-    found = [s for s in SCORES if all(s in run["test"] for runs in methods.values() for run in runs.values())]
-    scores = [f"{score} - {METHODS[baseline].title}'s" for score in found]
-    yield f"| | n | {' | '.join(found)} | {' | '.join(scores)} | at chance |"
-    yield "|" + "---|" * (2 * len(found) + 3)
+    every = [run for runs in methods.values() for run in runs.values()]
+    found = [score for score in SCORES if all(score in run["test"] for run in every)]
+    best = found[:1] if all("curve" in run for run in every) else []  # runs that looked at validation along the way
+    titles = [f"{s} - {METHODS[baseline].title}'s" for s in found] + [f"{s}, early stopping" for s in best]
+    yield row(["", "n", *found, *titles, "at chance"])
+    yield "|" + "---|" * (len(found) + len(titles) + 3)
     against = next((name for name in methods if name[0] == baseline), None)
     for name, runs in methods.items():
-        means = [f"{statistics.mean(value(r, s) for r in runs.values()):.3f}" for s in found]
         paired = ["" if name == against else _paired(runs, methods.get(against, {}), s) for s in found]  # type: ignore[arg-type]
+        means = [_mean(runs, s) for s in found], [_mean(runs, s, early_stopping=True) for s in best]
         failed = sum(r["failed"] if "failed" in r else r["task_loss"][-1] > CHANCE for r in runs.values())
-        yield f"| {' | '.join(map(str, [title(name), len(runs), *means, *paired, failed]))} |"
+        yield row([title(name), str(len(runs)), *means[0], *paired, *means[1], str(failed)])
+
+
+def _mean(runs: Runs, score: str, early_stopping: bool = False) -> str:
+    return f"{statistics.mean(value(run, score, early_stopping) for run in runs.values()):.3f}"
 
 
 def title(name: Name) -> str:
@@ -53,20 +60,27 @@ def _paired(runs: Runs, baseline: Runs, score: str) -> str:
 def tables(rows: Iterable[Row], baseline: str = "lora") -> list[str]:
     """One table for each setting, in the order of the runs."""
     out: list[str] = []
-    for (task, epochs, lr), methods in by_setting(rows).items():
-        rate = "learning rates searched" if lr is None else f"learning rate {lr:g}"
-        out += ["", f"{task}, {epochs} epochs, {rate}; 95 % t intervals, paired by seed", ""]
+    for setting, methods in by_setting(rows).items():
+        out += ["", f"{heading(setting)}; 95 % t intervals, paired by seed", ""]
         out += lines(methods, baseline)
     return [*out, ""]
 
 
+def heading(setting: Setting) -> str:
+    """A setting in words."""
+    rate = "learning rates searched" if setting.lr is None else f"learning rate {setting.lr:g}"
+    size = f", batches of {setting.batch_size}" if setting.batch_size else ""
+    return f"{setting.task}, {setting.epochs} epochs, {rate}{size}" + ", a quick run" * setting.quick
+
+
 def blocks(rows: Sequence[Row]) -> dict[tuple[Path, str], list[str]]:
     """What the command writes: lines by page and mark."""
-    presets = [row for row in rows if row["method"] in PRESETS and row["task"] in PRESET_TASKS]
+    presets = [run for run in rows if run["method"] in PRESETS and run["task"] in PRESET_TASKS]
     return {
         (RECIPES, "evidence"): tables(presets),
-        (CLAIMS, "claims"): ["", *claims.lines(rows, claims.PAPER), ""],
-        (CLAIMS, "questions"): ["", *claims.lines(rows, claims.OURS), ""],
+        (CLAIMS, "claims"): ["", *claims.lines(rows, statements.PAPER), ""],
+        (CLAIMS, "long"): ["", *claims.lines(rows, statements.LONG), ""],
+        (CLAIMS, "questions"): ["", *claims.lines(rows, statements.OURS), ""],
         (CLAIMS, "tables"): tables(rows),
     }
 

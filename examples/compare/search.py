@@ -48,36 +48,26 @@ class Search:
         rates = self.rates[: math.ceil(budget / len(weights))]
         return list(islice(product(rates, weights), budget))
 
-    def best(self, rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Of runs of a search the best on validation, in whatever order they were run; of equals the first candidate.
 
-        Candidates that are no longer in the lists come last.
-        """
-        known = list(product(self.rates, (None, *self.values)))
-
-        def place(row: Mapping[str, Any]) -> int:
-            candidate = row["lr"], row["weight"]
-            return known.index(candidate) if candidate in known else len(known)
-
-        return max(sorted(rows, key=place), key=value)
-
-
-def value(row: Mapping[str, Any]) -> float:
-    """Validation of a run, higher is better; minus infinity if it failed."""
-    scores = row.get("validation_best") or row.get("validation")
+def value(row: Mapping[str, Any], early_stopping: bool = True) -> float:
+    """Validation of a run, where it was best if that is known, higher is better; minus infinity if the run failed."""
+    scores = (row.get("validation_best") if early_stopping else None) or row.get("validation")
     if not scores or row.get("failed"):
         return -math.inf
     return float(scores["average"]) if "average" in scores else -float(scores["nats"])
 
 
-def chosen(rows: Iterable[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]]) -> Candidate | None:
+def chosen(
+    rows: Iterable[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]], early_stopping: bool = True
+) -> Candidate | None:
     """The candidate among these cells of a search that is best on validation; None while one has not been run.
 
-    Of equals it is the first one. If every run has failed it is the first one too.
+    Of equals it is the first one. If every run has failed it is the first one too. Runs are judged where validation was
+    best if that is known, or without `early_stopping` at the last step.
     """
     by_cell = {records.cell(row): row for row in rows}
     found = [by_cell.get(records.cell(cell)) for cell in cells]
     if not all(found):
         return None
-    best = max(filter(None, found), key=value)
+    best = max(filter(None, found), key=lambda row: value(row, early_stopping))
     return best["lr"], best["weight"]

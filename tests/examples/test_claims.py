@@ -1,34 +1,14 @@
 """Verdicts on claims: from differences paired by seed, and never from fewer than five."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
 
 pytest.importorskip("matplotlib")
 
 from benchmarks.pages import block
-from examples.compare import claims, records, report
+from examples.compare import claims, records, report, statements
 from examples.compare.claims import CANNOT_TELL, CONFIRMED, NOT_CONFIRMED, Claim, Comparison, Measured
 from examples.compare.methods import METHODS
-from examples.compare.paired import at_one_rate, differences, searched
-
-
-def rows(method: str, scores: Sequence[float], lr: float = 0.1, **more: Any) -> list[dict[str, Any]]:
-    """Runs with these test scores, from seed 0 on."""
-    return [
-        {
-            "task": "t",
-            "method": method,
-            "seed": i,
-            "epochs": 1,
-            "lr": lr,
-            "weight": None,
-            "test": {"average": s},
-            **more,
-        }
-        for i, s in enumerate(scores)
-    ]
+from tests.helpers.compare_rows import rows, tried
 
 
 @pytest.mark.parametrize(
@@ -57,24 +37,6 @@ def test_a_claim_has_the_verdict_of_its_weakest_comparison() -> None:
     assert claims.verdict([won, open_, lost]) == NOT_CONFIRMED
 
 
-def test_both_are_compared_at_the_rate_with_most_shared_seeds() -> None:
-    found = [*rows("fvae", [0.5, 0.6, 0.7]), *rows("lora", [0.4, 0.4]), *rows("lora", [0.9] * 5, lr=0.2)]
-    one, other = at_one_rate(found, "t", "fvae", "lora")
-    assert differences(one, other, "average") == pytest.approx([0.1, 0.2])
-    assert at_one_rate(found, "t", "fvae", "dora") == ({}, {})
-
-
-def test_searched_rates_are_those_best_on_validation_and_searched_runs_do_not_count() -> None:
-    tried = [
-        *rows("lora", [0.99], lr=0.1, search=True, validation={"average": 0.7}),
-        *rows("lora", [0.0], lr=0.2, search=True, validation={"average": 0.8}),
-        *rows("lora", [1.0], lr=0.3, search=True, validation={"average": 0.9}, failed=True),
-    ]
-    found = [*tried, *rows("lora", [0.4, 0.5], lr=0.2), *rows("lora", [0.8], lr=0.1)]
-    assert [run["test"]["average"] for run in searched(found, "t", "lora").values()] == [0.4, 0.5]
-    assert searched(found, "t", "fvae") == {}
-
-
 def test_nats_are_turned() -> None:
     found = [
         {**row, "test": {"nats": row["test"]["average"]}}
@@ -85,17 +47,31 @@ def test_nats_are_turned() -> None:
     assert measured.verdict == CONFIRMED
 
 
-def test_the_table_has_a_line_for_each_comparison() -> None:
-    claim = Claim("It is better", "Table 0", (Comparison("t", "fvae"), Comparison("u", "fvae", searched=True)))
+def test_the_table_has_a_line_for_each_comparison_that_has_runs() -> None:
+    claim = Claim("It is better", "Table 0", (Comparison("t", "fvae"), Comparison("u", "fvae")))
     table = list(claims.lines([*rows("fvae", [0.5] * 5), *rows("lora", [0.4] * 5)], [claim]))
     assert "**It is better** (Table 0)" in table[2]
     assert "**cannot tell**" in table[2]
-    assert "+0.100 [+0.100, +0.100] | confirmed" in table[3]
-    assert "u, rates searched" in table[4]
-    assert "not run" in table[4]
+    assert "| average | 0.1 | 5 | +0.100 [+0.100, +0.100] | confirmed" in table[3]
+    assert len(table) == 4
+    assert len(list(claims.lines([], [claim]))) == 2
 
 
-@pytest.mark.parametrize("claim", [*claims.PAPER, *claims.OURS], ids=lambda claim: claim.says)
+def test_a_line_says_the_rates_and_where_runs_are_scored() -> None:
+    found = [
+        *tried("lora", {1e-3: 0.7, 5e-3: 0.8}),
+        *tried("fvae", {1e-3: 0.9, 5e-3: 0.8}),
+        *rows("fvae", [0.5] * 5, lr=1e-3, curve=[{}], test_best={"average": 0.8}),
+        *rows("lora", [0.4] * 5, lr=5e-3, curve=[{}], test_best={"average": 0.5}),
+    ]
+    claim = Claim("It is better", "searched", (Comparison("t", "fvae", searched=True, early_stopping=True),))
+    assert list(claims.lines(found, [claim]))[3] == (
+        "| | t | FVAE-LoRA, the default - LoRA | average, early stopping | searched: 0.001, 0.005 | 5 "
+        "| +0.300 [+0.300, +0.300] | confirmed |"
+    )
+
+
+@pytest.mark.parametrize("claim", [*statements.PAPER, *statements.LONG, *statements.OURS], ids=lambda claim: claim.says)
 def test_claims_name_methods_that_exist(claim: Claim) -> None:
     assert {name for one in claim.comparisons for name in (one.better, one.worse)} <= set(METHODS)
 

@@ -16,7 +16,7 @@ from examples.compare import cells, records, search, tasks, training
 from examples.compare.methods import METHODS
 from examples.compare.tasks import Recipe
 from examples.compare.watch import evaluations
-from tests.helpers import compare_tasks
+from tests.helpers import compare_rows, compare_tasks
 from tests.helpers.compare_tasks import Counting, Points, run
 
 TIMES = ("at", "seconds", "cpu_seconds", "cpu_seconds_per_step")
@@ -83,7 +83,25 @@ def test_the_choice_leaves_failures_out() -> None:
     assert search.chosen(rows, [cells[3], cells[0]]) == (0.4, None)
     language = [row(lr, validation={"nats": nats}) for lr, nats in ((0.1, 3.0), (0.2, 2.0))]
     assert search.chosen(language, cells[:2]) == (0.2, None)
-    assert search.Search((0.2, 0.3)).best(rows[1:3])["lr"] == 0.2
+    assert search.chosen(rows[1:3], [cells[1], cells[2]]) == (0.2, None)
+    assert search.chosen(rows[1:3], [cells[2], cells[1]]) == (0.3, None)
+    assert search.chosen(rows, cells, early_stopping=False) == (0.3, None)
+
+
+@pytest.mark.parametrize(("more", "left"), [((), 1), (("--no-early-stopping",), 0)])
+def test_the_search_is_judged_where_the_runs_are_scored(
+    more: tuple[str, ...], left: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, shared = tmp_path / "runs.jsonl", {"task": "points", "epochs": 5}
+    for row in (
+        *compare_rows.tried("lora", {1e-3: 0.8}, validation_best={"average": 0.9}, **shared),
+        *compare_rows.tried("lora", {5e-3: 0.85}, validation_best={"average": 0.85}, **shared),
+        *compare_rows.rows("lora", [0.5], lr=5e-3, **shared),
+    ):
+        records.append(path, row)
+    asked = ("--tasks", "points", "--methods", "lora", "--seeds", "0", "--search", "--budget", "2")
+    run(path, *asked, "--dry-run", *more)
+    assert f"search: 0 of 2 cells are open\n{left} of 1 cells are open" in capsys.readouterr().out
 
 
 def test_several_processes_give_the_same_rows(tmp_path: Path) -> None:

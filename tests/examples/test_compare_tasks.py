@@ -5,6 +5,7 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from transformers import Dinov2Config, Dinov2Model, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from examples import assets, data
-from examples.compare import tasks, training
+from examples.compare import cells, tasks, training
 from examples.compare.methods import METHODS
 from examples.compare.tasks import (
     Recipe,
@@ -38,6 +39,7 @@ from tests.helpers.texts import tokenizer, words
 from tests.helpers.tiny_models import build
 
 Make = Callable[..., tasks.Task]
+STAND_INS = {"TextTask": "text", "ImageTask": "pictures", "AudioTask": "sounds", "LanguageTask": "texts"}  # fixtures
 
 
 @pytest.fixture
@@ -112,6 +114,19 @@ def test_every_modality_trains(name: str, request: pytest.FixtureRequest) -> Non
             assert "minority" in row["test"]
         else:
             assert row["test"]["nats"] > 0
+
+
+@pytest.mark.parametrize("name", tasks.BUILT_IN)
+def test_every_built_in_task_runs(name: str, request: pytest.FixtureRequest) -> None:
+    """The smoke run of every variant: its own options, a few examples, two steps."""
+    built_in = tasks.BUILT_IN[name]
+    options = {option: value for option, value in built_in.options.items() if option != "size"}
+    task = request.getfixturevalue(STAND_INS[built_in.kind])(**options, name=name)
+    assert task.name == name
+    recipe = replace(task.recipe, epochs=1, batch_size=4)
+    row = training.run(task, METHODS["lora"], 0, cells.shortened(task.splits(0)), recipe)
+    assert row["steps"] == 2
+    assert math.isfinite(row["task_loss"][-1])
 
 
 @pytest.mark.parametrize("rho", [0.5, 0.8])
@@ -193,13 +208,8 @@ def test_reviews_are_in_one_split_and_states_are_kept(texts: Make, monkeypatch: 
         texts()
 
 
-def test_every_built_in_task_has_a_maker() -> None:
-    assert {built_in.kind for built_in in tasks.BUILT_IN.values()} == {
-        "TextTask",
-        "ImageTask",
-        "AudioTask",
-        "LanguageTask",
-    }
+def test_every_kind_of_task_is_built_in() -> None:
+    assert {built_in.kind for built_in in tasks.BUILT_IN.values()} == set(STAND_INS)
     with pytest.raises(ValueError, match=r"there is no task 'txt'; there are text, text-0.5, .*perplexity"):
         tasks.find("txt")
 

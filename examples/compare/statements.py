@@ -1,0 +1,80 @@
+"""The claims of the paper, and our questions, with the comparisons that test them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from .claims import MARGIN, Claim, Comparison
+
+
+def _against_lora(task: str, score: str = "average") -> Iterator[Comparison]:
+    """The recipe of the paper, and the default, against LoRA."""
+    return (Comparison(task, method, score=score) for method in ("fvae-paper", "fvae"))
+
+
+def _long(worse: str = "lora", **how: Any) -> Iterator[Comparison]:
+    """The default, and with its log-variance free, over a long schedule; all three scores of each."""
+    for method in ("fvae-free", "fvae"):
+        for score in ("average", "worst", "minority"):
+            yield Comparison("images-long", method, worse, score, **how)
+
+
+_PAPER = "fvae-paper"
+PAPER: tuple[Claim, ...] = (
+    Claim("Better than LoRA on images", "Table 1", tuple(_against_lora("images"))),
+    Claim("Better than LoRA on text", "Tables 2 and 3", tuple(_against_lora("text"))),
+    Claim("Better than LoRA on audio", "Table 4", tuple(_against_lora("audio"))),
+    Claim(
+        "More robust under group shift",
+        "Table 5",
+        tuple(one for task in ("images", "text", "audio") for one in _against_lora(task, "minority")),
+    ),
+    Claim("β = 0.1 hurts", "Appendix G", (Comparison("images", _PAPER, f"{_PAPER}-beta-0.1"),)),
+    Claim("Γ adds to VAE2LAT", "Table 6", (Comparison("images", _PAPER, f"{_PAPER}-vae2lat"),)),
+    Claim("Γ adds to β-VAE2LAT", "Table 6", (Comparison("images", _PAPER, f"{_PAPER}-beta-vae2lat"),)),
+    Claim(
+        "Symmetric repulsion is worse than LoRA", "Appendix E", (Comparison("images", "lora", f"{_PAPER}-symmetric"),)
+    ),
+    Claim(
+        "δ = 1 is a good default",
+        "Appendix G",
+        tuple(Comparison("images", _PAPER, f"{_PAPER}-{other}", allowed=MARGIN) for other in ("delta-0.5", "delta-2")),
+    ),
+)
+OURS: tuple[Claim, ...] = (
+    Claim(
+        "The default is not worse than LoRA",
+        "docs/recipes.md",
+        tuple(Comparison(task, "fvae", allowed=MARGIN) for task in ("images", "text")),
+    ),
+    Claim(
+        "The objective adds to architecture and noise",
+        "λ against λ = 0",
+        (
+            Comparison("images", _PAPER, f"{_PAPER}-lambda-0"),
+            Comparison("images", "fvae", "fvae-lambda-0"),
+            Comparison("images", "fvae", "fvae-lambda-0", "minority"),
+        ),
+    ),
+    Claim(
+        "Trained wide and trimmed, it is better than adapters of that rank",
+        "rank 4",
+        (Comparison("images", "fvae-trimmed-4", "lora-4"), Comparison("images", "fvae-trimmed-4", "adalora-4")),
+    ),
+    Claim(
+        "Exchange of z₂ between examples helps under group shift",
+        "the decoder as augmentation",
+        tuple(Comparison("images", "fvae-exchange", other, "minority") for other in ("fvae", "lora", "lora-dropout")),
+    ),
+)
+SCHEDULE = "30 epochs"
+LONG: tuple[Claim, ...] = (
+    Claim("Better than LoRA at the same rate", SCHEDULE, tuple(_long())),
+    Claim("Better than LoRA with dropout at the same rate", SCHEDULE, tuple(_long("lora-dropout"))),
+    Claim("Better than LoRA at the same rate, both stopped early", SCHEDULE, tuple(_long(early_stopping=True))),
+    Claim("Better than LoRA, rates searched for both", SCHEDULE, tuple(_long(searched=True))),
+    Claim(
+        "Better than LoRA, rates searched for both, both stopped early",
+        SCHEDULE,
+        tuple(_long(searched=True, early_stopping=True)),
+    ),
+)
