@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+pytest.importorskip("PIL")
 pytest.importorskip("rich")
 
 from examples.compare import __main__ as command

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("PIL")
 pytest.importorskip("rich")
 
 from examples.compare import tasks

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("PIL")
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
 

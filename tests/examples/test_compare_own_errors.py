@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("PIL")
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
 

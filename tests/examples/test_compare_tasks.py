@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("PIL")
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
 
