@@ -65,7 +65,7 @@ def pointers(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def renewed(tensor: Tensor) -> Tensor:
     """The same memory in a tensor with a node of its own, which is no view: others may write to it in place."""
-    library = None if type(tensor) is not Tensor or torch.compiler.is_compiling() else compiled()
+    library = compiled() if type(tensor) is Tensor else None
     view = torch.ops.aten._unsafe_view.default
     made: Tensor = view(tensor, tensor.shape) if library is None else library.renewed(tensor)
     return made

@@ -17,7 +17,8 @@ from torch import Tensor
 from .calls import Call, State, Term
 from .padding import Padding, Stated
 
-MARK = "fvae_kernels.forward"  # in the metadata of graph nodes: what each forward had done when it made their tensor
+# In the metadata of a graph node, for each forward that made its tensor: its terms before, and the number of its values
+MARK = "fvae_kernels.forward"
 KEPT = 32  # regions kept for a thread: of nested backwards, and of some that have ended
 Value = tuple[Any, float, Tensor]  # key, weight and loss of a call without a graph
 _numbers = itertools.count(1)
@@ -76,9 +77,11 @@ class Forward:
         """
         numbers = [_number(term.loss) for term in self.pending]
         for tensor in outputs:
-            if tensor.grad_fn is not None:
-                earlier = [t for t, number in zip(self.pending, numbers, strict=True) if number < _number(tensor)]
-                _marks(tensor)[self] = earlier, self._values_before(tensor)
+            node: Any = tensor.grad_fn  # a new object at each look, so one look
+            if node is not None:
+                end = node._sequence_nr()
+                earlier = [t for t, number in zip(self.pending, numbers, strict=True) if number < end]
+                node.metadata.setdefault(MARK, {})[self] = earlier, self._values_before(tensor)
         self.left = [weakref.ref(term) for term in self.pending]
         self.pending = []
         PENDING.add(self)
@@ -94,6 +97,8 @@ class Forward:
 
     def _values_before(self, output: Tensor) -> int:
         """How many values were made before this output: as noted for it, or by the order of the nodes."""
+        if not self.values:
+            return 0
         noted, end = self.ends.get(id(output), (None, 0))
         if noted is not None and noted() is output:
             return end
@@ -108,12 +113,8 @@ class Forward:
 
 
 def _number(tensor: Tensor) -> int:
-    return tensor.grad_fn._sequence_nr() if tensor.grad_fn is not None else -1
-
-
-def _marks(tensor: Tensor) -> dict[Forward, tuple[list[Term], int]]:
-    """For each forward that made this tensor: its terms before, and the number of its values before."""
-    return tensor.grad_fn.metadata.setdefault(MARK, {})  # type: ignore[union-attr]
+    node = tensor.grad_fn
+    return -1 if node is None else node._sequence_nr()
 
 
 PENDING: "weakref.WeakSet[Forward]" = weakref.WeakSet()  # forwards that wait for a loss
