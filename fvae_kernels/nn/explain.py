@@ -50,7 +50,7 @@ def _told(path: Path, device_type: str, named: str | None) -> Iterator[str]:
             why = triton_part("layer.launch").why_general()
             yield f"Launches take Triton's own road: {why}." if why else "Launches go straight to the compiled kernels."
             if compiled() is None:
-                yield "The C++ library is not built, so each step takes the host some 20 us longer."
+                yield "The C++ library is not built, so each step takes the host some 90 us longer."
     elif path.kind == "composed":
         yield f"training runs the smaller ops of {path.backend!r} (divergence, reconstruct), its encoders in plain"
         yield "PyTorch:"
