@@ -56,6 +56,16 @@ OURS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
+        "β = 3 is a good choice",
+        "β of 1 and 10",
+        tuple(Comparison("images", _PAPER, f"{_PAPER}-beta-{other}", allowed=MARGIN) for other in (1, 10)),
+    ),
+    Claim(
+        "Noise held at a deviation of .14 is a good default",
+        "log-variance of -6, -2 and 0",
+        tuple(Comparison("images", "fvae", f"fvae-sd-{other}", allowed=MARGIN) for other in ("0.05", "0.37", "1")),
+    ),
+    Claim(
         "Trained wide and trimmed, it is better than adapters of that rank",
         "rank 4",
         (Comparison("images", "fvae-trimmed-4", "lora-4"), Comparison("images", "fvae-trimmed-4", "adalora-4")),

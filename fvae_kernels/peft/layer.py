@@ -89,15 +89,14 @@ class FVAELoraLinear(nn.Module, FVAELoraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., D] -> [..., M]``, in the dtype of the base layer's output."""
         check_input(x, self.in_features)
-        disabled = self._disable_adapters  # PEFT's properties of these take longer, at every step
-        if disabled and self.merged_adapters:
+        if self.disable_adapters and self.merged:
             self.unmerge()
         children: Any = self._modules  # nn.Module's own lookup of a child takes long
         y: Tensor = children["base_layer"](x, *args, **kwargs)
-        if disabled or self.merged_adapters:
+        if self.disable_adapters or self.merged:
             return y
-        adapters, active = children["fvae_adapter"], self._active_adapter
-        for name in [active] if isinstance(active, str) else active:
+        adapters = children["fvae_adapter"]
+        for name in self.active_adapters:
             if name not in adapters:
                 continue
             adapter = adapters[name]

@@ -24,10 +24,8 @@ from . import warn
 from .cached import inherit, keep_values
 from .calls import Call, LayerKey, Term
 from .forward import Forward, current, local, region
-from .inject import InjectAuxLoss, InjectAuxLossOnce, InjectInTransform
+from .inject import InjectAuxLoss, InjectAuxLossOnce, InjectInTransform, transformed
 from .recompute import generator_state, in_backward, inside_checkpoint, noise_of, repeated_call
-
-_transforms = torch._C._are_functorch_transforms_active  # `inject.transformed` where nothing is compiled
 
 
 class AuxLossLayer:
@@ -69,7 +67,7 @@ class AuxLossLayer:
         call = Call(self.aux_key, loss_weight, self.token_mask(x, adapter.config))
         if inside_checkpoint() if grad else _inside_reentrant_checkpoint():
             call.checkpointed, call.noise = True, generator_state(x.device)
-        general = _transforms() or _in_traced_checkpoint()
+        general = transformed() or _in_traced_checkpoint()
         planned = None if general else adapter.planned(x, base, call.mask, call.gradient if grad else None)
         call.asked = grad and planned is not None  # the layer's own backward asks for the gradient
         y, terms = planned or adapter(x, mask=call.mask, base=base)
@@ -151,7 +149,7 @@ def _injected(forward: Forward | None, out: Tensor, loss: Tensor, call: Call) ->
     forward.calls.append(call)
     forward.recomputed = forward.recomputed or call.checkpointed
     forward.pending.append(Term(call, call.loss_weight, loss))
-    if _transforms():
+    if transformed():
         return InjectInTransform.apply(out, loss, call.loss_weight) if alone else out
     if not call.asked:
         out = InjectAuxLoss.apply(out, loss, call)

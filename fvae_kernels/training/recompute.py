@@ -42,8 +42,8 @@ def generator_state(device: torch.device) -> Tensor | None:
 
 
 def repeated_call(key: LayerKey, device: torch.device) -> Call | None:
-    """The call of the layer `key` that is being recomputed; None if this is a new call. Only where nothing compiles."""
-    if torch._C._current_graph_task_id() == -1:
+    """The call of the layer `key` that is being recomputed; None if this is a new call."""
+    if not in_backward():
         return None
     found = region()
     if found is None:
