@@ -1,15 +1,20 @@
 // The Python module. Loading it registers the kernels; its functions replace many calls of PyTorch's in each step.
+#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/randint.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <algorithm>
+#include <array>
 #include <cstring>
+#include <limits>
 
 namespace {
 
@@ -64,6 +69,45 @@ PyObject* look_as(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const auto size = static_cast<size_t>(PyBytes_GET_SIZE(arguments[1]));
   const char* before = PyBytes_AS_STRING(arguments[1]);
   return PyBool_FromLong(size == looks.size_in_bytes() && std::memcmp(before, looks.data(), size) == 0);
+  END_HANDLE_TH_ERRORS
+}
+
+// What decides the path of x [..., D] and base [..., M], apart from the tokens: dtypes, devices, D, M, whether there is a
+// row of base for each of x, and autocast's dtype, as bytes.
+PyObject* kind_of(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 2 || !THPVariable_Check(arguments[0]) || !THPVariable_Check(arguments[1])) {
+    PyErr_SetString(PyExc_TypeError, "expected two tensors, x and base");
+    return nullptr;
+  }
+  std::array<int64_t, 11> kind;
+  int64_t* to = kind.data();
+  const at::Tensor &x = THPVariable_Unpack(arguments[0]), &base = THPVariable_Unpack(arguments[1]);
+  for (const at::Tensor* t : {&x, &base}) {
+    const at::Device device = t->device();
+    *to++ = static_cast<int64_t>(t->scalar_type());
+    *to++ = static_cast<int64_t>(device.type()), *to++ = device.index();
+    *to++ = t->dim() > 0 ? t->sizes().back() : -1;
+  }
+  const auto rows = [](const at::Tensor& t) { return t.sizes().slice(0, std::max<int64_t>(t.dim(), 1) - 1); };
+  *to++ = x.dim() == base.dim() && rows(x) == rows(base);
+  const auto type = x.device().type();
+  const bool autocast = at::autocast::is_autocast_available(type) && at::autocast::is_autocast_enabled(type);
+  *to++ = autocast, *to++ = autocast ? static_cast<int64_t>(at::autocast::get_autocast_dtype(type)) : 0;
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(kind.data()), sizeof kind);
+  END_HANDLE_TH_ERRORS
+}
+
+// A seed from the default generator, on the device of a tensor.
+PyObject* seed_like(PyObject*, PyObject* tensor) {
+  HANDLE_TH_ERRORS
+  if (!THPVariable_Check(tensor)) {
+    PyErr_Format(PyExc_TypeError, "%s; expected a tensor", Py_TYPE(tensor)->tp_name);
+    return nullptr;
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const auto options = THPVariable_Unpack(tensor).options().dtype(at::kLong);
+  return THPVariable_Wrap(at::randint(std::numeric_limits<int64_t>::max(), {}, options));
   END_HANDLE_TH_ERRORS
 }
 
@@ -192,6 +236,8 @@ PyCFunction fast(Function function) {
 PyMethodDef functions[] = {
     {"looks_of", looks_of, METH_O, "dtype, device, shape and strides of each tensor, as bytes."},
     {"look_as", fast(look_as), METH_FASTCALL, "Whether tensors have the looks that looks_of gave."},
+    {"kind_of", fast(kind_of), METH_FASTCALL, "What decides the path of x and base, apart from the tokens, as bytes."},
+    {"seed_like", seed_like, METH_O, "A seed from the default generator, on the device of a tensor."},
     {"empties_like", empties_like, METH_O, "torch.empty_like of each tensor."},
     {"empties", fast(empties), METH_FASTCALL, "torch.empty of each dtype and shape, on the device of a tensor."},
     {"renewed", renewed, METH_O, "The same memory in a tensor with a node of its own, which is no view."},

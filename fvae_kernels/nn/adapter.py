@@ -14,10 +14,11 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..config import FVAEConfig
 from ..ops._backend import resolve
+from ..ops._host import seed_like
 from ..ops._layer_checks import check_layer
 from ..ops._layer_path import path_of
 from ..ops._layer_plan import LossGradient, Plan, PlannedTerms, Plans, make_plan, plannable, run_plan
-from ..ops.layer import draw_noise, draw_seed, layer
+from ..ops.layer import draw_noise, layer
 from ..reference import LOGVAR_LIMIT, Decoder, Encoder, Linears, bounded, mlp, sample
 from .parameters import is_served, parameter_order, parameter_shapes, start
 
@@ -161,7 +162,7 @@ class FVAEAdapter(nn.Module):
             if plan is None:
                 return None
         noise = None if plan.backend == "triton" else (self.draw_noise(x), self.draw_noise(x))
-        seed = draw_seed(x.device) if dropout > 0 or noise is None else None
+        seed = seed_like(x) if dropout > 0 or noise is None else None
         return run_plan(plan, parameters, x, base, mask, noise, seed, loss_gradient)
 
     def _is_watched(self) -> bool:

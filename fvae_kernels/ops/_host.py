@@ -30,6 +30,26 @@ def look_as(tensors: Sequence[Tensor], looks: Any) -> bool:
     return same
 
 
+def kind_of(x: Tensor, base: Tensor) -> Any:
+    """What decides the path of x [..., D] and base [..., M], apart from the tokens; for comparison with another."""
+    library = compiled()
+    if library is not None:
+        return library.kind_of(x, base)
+    kind, features, rows = x.device.type, (x.shape[-1:], base.shape[-1:]), (x.shape[:-1], base.shape[:-1])
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else None
+    return x.dtype, base.dtype, x.device, base.device, *features, rows[0] == rows[1], dtype
+
+
+def seed_like(tensor: Tensor) -> Tensor:
+    """A seed from torch's default generator, as ``torch.randint(2**63 - 1, ())`` on the device of a tensor."""
+    library = compiled()
+    if library is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=tensor.device)
+    made: Tensor = library.seed_like(tensor)
+    return made
+
+
 def empties_like(tensors: Sequence[Tensor]) -> list[Tensor]:
     """torch.empty_like of each. They are dense."""
     library = compiled()
@@ -77,4 +97,4 @@ def compiled() -> Any:
     if _backend.why_missing("cpp") is not None:
         return None
     library = importlib.import_module(_raw.MODULES["cpp"])
-    return library if hasattr(library, "renewed") else None
+    return library if hasattr(library, "seed_like") else None

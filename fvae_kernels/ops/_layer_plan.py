@@ -19,13 +19,14 @@ from torch._C._functorch import unwrap_if_dead
 from ..config import FVAEConfig
 from . import _backend
 from ._checks import rows, token_flags
-from ._host import look_as, looks_of
+from ._host import kind_of, look_as, looks_of
 from ._layer_inputs import Arriving, Needs, Options, Tensors
 from ._layer_path import autocast_products
 from ._once import differentiable_once
 from ._raw import RAW, triton_part, wide_dtype_of
 
 Parameters = Sequence[Tensor | None]
+PLAIN = Tensor, nn.Parameter  # subclasses get no plan
 # The gradient of a layer's loss beside the one from the graph; None if there is none. It is handed what makes a number
 # a tensor: `Plan.constant`
 LossGradient = Callable[[Callable[[float], Tensor]], Tensor | None]
@@ -101,8 +102,7 @@ class Plan:
         self.looks = looks_of(self.there)
         B = parameters[-1]
         assert B is not None
-        self.M, self.dtype, self.device = B.shape[0], B.dtype, B.device
-        self.wide = wide_dtype_of(B.dtype)
+        self.device, self.wide = B.device, wide_dtype_of(B.dtype)
         self._asked: dict[Any, Asked] = {}
         self._constant: tuple[float, Tensor] | None = None
 
@@ -148,11 +148,11 @@ class Plans:
         if (
             plan is None
             or plan.config is not config
+            or not (type(x) in PLAIN and type(base) in PLAIN)
             or not all(map(operator.is_, parameters, plan.parameters))
-            or self.key != key_of(x, dropout, plan.dtype, plan.device, base)
+            or self.key != (dropout, _backend._selected, kind_of(x, base))
             or not look_as(plan.there, plan.looks)
             or torch._C._len_torch_dispatch_stack() > 0
-            or base.shape != (*x.shape[:-1], plan.M)
             or (mask is not None and (mask.shape != x.shape[:-1] or mask.device != plan.device))
         ):
             return None
@@ -160,7 +160,7 @@ class Plans:
 
     def keep(self, plan: Plan, x: Tensor, dropout: float, base: Tensor) -> None:
         """Serve later steps of the same kind with this plan."""
-        self.plan, self.key = plan, key_of(x, dropout, plan.dtype, plan.device, base)
+        self.plan, self.key = plan, (dropout, _backend._selected, kind_of(x, base))
 
     def forget(self) -> None:
         """Drop the plan."""
@@ -173,21 +173,13 @@ class Plans:
         return Plans, ()
 
 
-def key_of(x: Tensor, dropout: float, dtype: torch.dtype, device: torch.device, base: Tensor) -> tuple[Any, ...]:
-    """What else decides the path, cheap to compare. The class of x is part of it: subclasses get no plan."""
-    kind = device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    kinds = type(x), x.dtype, x.device, x.shape[-1], base.dtype, base.device
-    return *kinds, dropout, _backend._selected, autocast
-
-
 def plannable(parameters: Parameters, x: Tensor, base: Tensor | None) -> bool:
     """True if a plan can serve: plain tensors, contiguous parameters, no compilation, transform or dispatch mode."""
-    if base is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, nn.Parameter):
+    if torch._C._len_torch_dispatch_stack() > 0 or type(x) not in PLAIN or type(base) not in PLAIN:
         return False
-    return all(p is None or (type(p) in (Tensor, nn.Parameter) and p.is_contiguous()) for p in parameters)
+    return all(p is None or (type(p) in PLAIN and p.is_contiguous()) for p in parameters)
 
 
 def make_plan(parameters: Parameters, config: FVAEConfig, dropout: float, backend: str) -> Plan:

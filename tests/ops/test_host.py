@@ -39,6 +39,52 @@ def test_looks_tell_every_change(change):
     assert not _host.look_as(parameters, before)
 
 
+OTHERS = {
+    "x's dtype": lambda x, base: (x.bfloat16(), base),
+    "base's dtype": lambda x, base: (x, base.double()),
+    "x's device": lambda x, base: (x.to("meta"), base),
+    "base's device": lambda x, base: (x, base.to("meta")),
+    "features": lambda x, base: (torch.ones(2, 5, 3), base),
+    "outputs": lambda x, base: (x, torch.ones(2, 5, 7)),
+    "tokens of one": lambda x, base: (x, torch.ones(2, 4, 6)),
+    "dimensions of one": lambda x, base: (x, torch.ones(10, 6)),
+    "no dimension": lambda x, base: (torch.ones(()), base),
+}
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
+def test_kinds_tell_every_change(change):
+    x, base = torch.ones(2, 5, 4), torch.ones(2, 5, 6)
+    before = _host.kind_of(x, base)
+    assert _host.kind_of(torch.zeros(3, 4, requires_grad=True), torch.zeros(3, 12)[:, ::2]) == before, "other tokens"
+    assert _host.kind_of(*change(x, base)) != before
+
+
+@pytest.mark.usefixtures("_way")
+def test_kinds_tell_autocast():
+    x, base = torch.ones(5, 4), torch.ones(5, 6)
+    found = [_host.kind_of(x, base)]
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            found.append(_host.kind_of(x, base))
+    with torch.autocast("cpu", enabled=False):
+        assert _host.kind_of(x, base) == found[0]
+    assert len(set(found)) == 3
+
+
+@pytest.mark.usefixtures("_way")
+def test_seeds_come_from_the_default_generator():
+    torch.manual_seed(3)
+    expected = [torch.randint(2**63 - 1, (), dtype=torch.int64) for _ in range(3)]
+    torch.manual_seed(3)
+    like = torch.ones(2, dtype=torch.bfloat16, requires_grad=True) * 2
+    seeds = [_host.seed_like(like) for _ in range(3)]
+    assert seeds == expected
+    assert [(s.dtype, s.shape, s.requires_grad) for s in seeds] == [(torch.int64, (), False)] * 3
+    assert _host.seed_like(like.to("meta")).device.type == "meta"
+
+
 @pytest.mark.usefixtures("_way")
 def test_empties_are_as_the_tensors():
     tensors = [nn.Parameter(torch.ones(3, 4, dtype=torch.bfloat16)), torch.ones(0), torch.ones(2, device="meta")]
@@ -112,3 +158,7 @@ def test_other_objects_are_refused():
         _host.addresses_of([torch.ones(2), "text"])
     with pytest.raises(TypeError):
         _host.empties_like([torch.ones(2), None])
+    with pytest.raises((TypeError, AttributeError)):
+        _host.kind_of(torch.ones(2), None)
+    with pytest.raises((TypeError, AttributeError)):
+        _host.seed_like(None)

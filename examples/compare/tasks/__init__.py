@@ -120,6 +120,7 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "text": _text("80 % from the source that goes with the label"),
     "text-0.5": _text("source and label independent", rho=0.5),
     "text-0.95": _text("95 % from the source that goes with the label", rho=0.95),
+    "text-long": _text("80 % from the source that goes with the label, 10 epochs", epochs=10),
     "text-100": _text("100 of them, 40 epochs, no shift", size=100, rho=0.5, epochs=40),
     "text-300": _text("300 of them, 15 epochs, no shift", size=300, rho=0.5, epochs=15),
     "text-noise-10": _text("10 % of the training labels wrong, no shift", rho=0.5, noise=0.1),
@@ -129,6 +130,7 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "images-0.98": _images("98 % on the background that goes with the label", rho=0.98),
     "images-other": _images("cats and horses in place of birds and elephants", animals=("cat", "horse")),
     "images-long": _images("30 epochs", epochs=30),
+    "images-other-long": _images("cats and horses, 30 epochs", animals=("cat", "horse"), epochs=30),
     "audio": BuiltIn("language of telephone prompts, voices that training did not hear", "audio", "AudioTask"),
     "perplexity": BuiltIn("a small language model on product reviews", "language", "LanguageTask"),
 }

@@ -22,13 +22,13 @@ class TritonSteps:
     def __init__(self, parameters: Sequence[Tensor | None], options: Options, detach_target: bool) -> None:
         self.options, self.detach_target, self.numbers = options, detach_target, numbers_of(options)
         self.there = tuple(p is not None for p in parameters)
-        self.parameters = parameters
-        self._note(self._addresses(parameters))
+        self.parameters, self._present = parameters, [p for p in parameters if p is not None]
+        self._note(addresses_of(self._present))
         self._of_case: dict[Any, Prepared] = {}
 
     def forward(self, base: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
         """y in the shape of `base`, the terms [4], the state, and what backward reuses."""
-        addresses = self._addresses(self.parameters)
+        addresses = addresses_of(self._present)
         if addresses != self.addresses:
             self._note(addresses)
         given, ready = _given(tensors), self._ready(tensors)
@@ -43,7 +43,8 @@ class TritonSteps:
         The parameters are those of forward, or as autograd's saved-tensor hooks returned them.
         """
         grad_y, x = arriving.grad_y, tensors.x
-        known = self._addresses(tensors.parameters) == self.addresses
+        present = list(compress(tensors.parameters, self.there))
+        known = addresses_of(present) == self.addresses  # type: ignore[arg-type]
         weights = self.weights if known else packed_weights(tensors.parameters, self.options.encoder_hidden)
         given = _given(tensors)
         return backward(
@@ -59,9 +60,6 @@ class TritonSteps:
             self.numbers,
             _stream(given.x),
         )
-
-    def _addresses(self, parameters: Sequence[Tensor | None]) -> list[int]:
-        return addresses_of(list(compress(parameters, self.there)))  # type: ignore[arg-type]
 
     def _note(self, addresses: list[int]) -> None:
         """Prepare what kernels take; again when the parameters have moved in memory."""
