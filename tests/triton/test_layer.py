@@ -77,7 +77,7 @@ def test_terms_of_more_programs_and_features_than_one_read_takes():
     options = Options(1, 0.0, False, 1.0, 1.5, -20.0, 20.0, tuple(table.flatten().tolist()), None)
     terms, numbers = torch.empty(4, dtype=torch.float64), numbers_of(options)
     with strict(), Meter() as meter:
-        weights = numbers.objective, numbers.rest
+        weights = numbers.tables.named
         layer_mean_kernel[(1,)](statistics, scale, *weights, kept, terms, P, N, D, R, MASKED=True, **tables.MEAN)
     assert (meter.launches[0].outside, meter.launches[0].races) == ([], [])
     means = statistics.double().sum(0)[:12] / kept

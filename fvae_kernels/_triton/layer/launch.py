@@ -6,8 +6,9 @@ that Triton specialises alike, and costs 10 us.
 """
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
+from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
@@ -17,9 +18,26 @@ from .._common import INTERPRET, target
 Constants = dict[str, Any]
 
 
-def plain(value: Any) -> Any:
-    """Named tuples, also inside tuples, as tuples: a direct launch takes both, and copies named ones to lists first."""
-    return tuple(map(plain, value)) if isinstance(value, tuple) else value
+class Fixed(NamedTuple):
+    """A nested argument that stays from step to step, in two forms: `plain` costs a direct launch less."""
+
+    named: Any  # as kernels read it
+    plain: Any  # plain tuples, and addresses for tensors: in a kernel the same, but only a direct launch takes it
+
+    @classmethod
+    def of(cls, named: Any) -> "Fixed":
+        """Of a nested named tuple of numbers and tensors. The addresses hold as long as the tensors."""
+        return cls(named, _plain(named))
+
+    def form(self, direct: bool) -> Any:
+        """For a launch of this kind."""
+        return self.plain if direct else self.named
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 class Launch:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ...ops._checks import rows
 from ...ops._host import addresses_of
-from ...ops._layer_inputs import Arriving, Needs, Networks, Options, Tensors
+from ...ops._layer_inputs import Arriving, Needs, Options, Tensors
 from .. import tables
 from .._common import precision
-from .launch import plain, stream_of, why_general
+from .launch import stream_of, why_general
 from .prepared import Case, Prepared, numbers_of, prepared
 from .steps import Given, backward, by_rows, forward, packed, packed_weights
 
@@ -66,12 +66,9 @@ class TritonSteps:
         self.weights, self.addresses = packed_weights(self.parameters, self.options.encoder_hidden), addresses
         if any(address % 16 for address in addresses):
             self.addresses = []  # kernels read copies, and each step makes them anew
-            return
-        flat = [p.data_ptr() for p in self.weights.flat]
-        self.weights = self.weights._replace(addresses=plain(Networks.of(flat, self.options.encoder_hidden)))
 
     def _ready(self, tensors: Tensors) -> Prepared:
-        x, masked, networks = tensors.x, tensors.mask is not None, self.weights.tensors
+        x, masked, networks = tensors.x, tensors.mask is not None, self.weights.networks.named
         N = x.shape[:-1].numel()
         key = (
             masked,

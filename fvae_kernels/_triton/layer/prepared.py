@@ -16,7 +16,7 @@ from .._common import precision, target, triton_dtype
 from .arguments import Sizes
 from .features import EncoderTiles, Made, layer_grads_kernel
 from .forward import layer_fwd_kernel, layer_mean_kernel
-from .launch import Launch, plain
+from .launch import Fixed, Launch
 from .sums import layer_reduce_kernel
 from .tokens import layer_bwd_kernel
 
@@ -60,21 +60,15 @@ class Case(NamedTuple):
 class Numbers(NamedTuple):
     """Numbers that may change from step to step, as kernels take them.
 
-    A float in a tuple is float32 in a kernel; `rest` holds the rounding errors of the objective's weights.
+    A float in a tuple is float32 in a kernel, so the second table holds the rounding errors of the first.
     """
 
-    objective: Objective
-    rest: Objective
-    plain: tuple[Any, ...]  # both, for direct launches
+    tables: Fixed  # of two Objectives
     recon_weight: float
     scaling: float
     prior2_mean: float
     logvar1_low: float
     logvar1_high: float
-
-    def tables(self, direct: bool) -> tuple[Any, ...]:
-        """The objective and its rest."""
-        return self.plain if direct else (self.objective, self.rest)
 
 
 @functools.lru_cache(maxsize=512)
@@ -84,8 +78,9 @@ def numbers_of(options: Options) -> Numbers:
     high = tuple(ctypes.c_float(entry).value for entry in table)
     rest = tuple(entry - first for entry, first in zip(table, high, strict=True))
     others = Objective.of(table).loss.nll, options.scaling, options.prior2_mean
-    tables = Objective.of(high), Objective.of(rest)
-    return Numbers(*tables, plain(tables), *others, options.logvar1_low, options.logvar1_high)
+    return Numbers(
+        Fixed.of((Objective.of(high), Objective.of(rest))), *others, options.logvar1_low, options.logvar1_high
+    )
 
 
 class Prepared:
@@ -193,8 +188,7 @@ class Backward:
         for flag, shape in zip(made, shapes, strict=True):
             starts.append(self.length)
             self.length += -(-math.prod(shape) // 16) * 16 if flag else 0
-        self.places = Networks.of(starts, hidden)
-        self.plain_places = plain(self.places)
+        self.places = Fixed.of(Networks.of(starts, hidden))
         self.starts = tuple(start for flag, start in zip(self.flags, starts, strict=True) if flag)
         self.entries = tuple(math.prod(shape) for flag, shape in zip(self.flags, shapes, strict=True) if flag)
 
@@ -226,14 +220,12 @@ class Scratch:
         starts = itertools.accumulate((0, *sizes[:-1]))
         self.bytes = [start * itemsize if size else None for start, size in zip(starts, sizes, strict=True)]
 
-    def tensors(self, memory: Tensor) -> list[Any]:
-        """The parts of `memory`; None if empty."""
+    def parts(self, memory: Tensor, direct: bool) -> list[Any]:
+        """The parts of `memory`, None if empty: tensors, or for direct launches addresses, which cost less."""
+        if direct:
+            first = memory.data_ptr()
+            return [None if start is None else first + start for start in self.bytes]
         return [part if part.numel() else None for part in memory.split(self.sizes)]
-
-    def addresses(self, memory: Tensor) -> list[Any]:
-        """Their addresses, for direct launches; `memory` must outlive them."""
-        first = memory.data_ptr()
-        return [None if start is None else first + start for start in self.bytes]
 
 
 def shapes_of(case: Case) -> list[tuple[int, ...]]:

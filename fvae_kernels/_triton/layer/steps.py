@@ -14,6 +14,7 @@ from torch import Tensor
 from ...ops._host import empties, empties_like
 from ...ops._layer_inputs import Arriving, Needs, Networks, Options, Tensors
 from .arguments import Layer
+from .launch import Fixed
 from .objective import TermGrads
 from .prepared import Case, Numbers, Prepared, numbers_of, prepared, zeros
 
@@ -33,12 +34,7 @@ class Weights(NamedTuple):
     """All parameters, contiguous, with zeros for a missing bias."""
 
     flat: Sequence[Tensor]  # in the order of `Networks.flat`
-    tensors: Networks  # the same ones, named
-    addresses: tuple[Any, ...] | None  # cost the host less than tensors, but only a direct launch takes them
-
-    def for_launch(self, direct: bool) -> Any:
-        """The form that costs the launch least."""
-        return self.addresses if direct and self.addresses is not None else self.tensors
+    networks: Fixed  # the same ones, named
 
 
 def forward(
@@ -53,19 +49,18 @@ def forward(
     """y in this shape of N rows of M entries, the terms [4], and the state [N, state_width] for backward."""
     case, x, N, wide = ready.case, given.x, given.x.shape[0], ready.wide
     programs, dtype = -(-N // ready.fwd.constants["BLOCK_N"]), case.dtype if base is None else base.dtype
-    tokens, sums = (dtype, shape, wide, (N, ready.state_width)), (wide, (4,), wide, (programs, 16))
-    y, state, terms, statistics = empties(x, *tokens, *sums)
+    of_tokens, of_sums = (dtype, shape, wide, (N, ready.state_width)), (wide, (4,), wide, (programs, 16))
+    y, state, terms, statistics = empties(x, *of_tokens, *of_sums)
     if N == 0:
         return y, terms.zero_(), state
     key = x.dtype, None if base is None else base.dtype
     direct = stream is not None and ready.knows(key)
-    layer, table = _layer(given, weights, ready.no_flags, direct), numbers.tables(direct)
-    of_latents = numbers.scaling, numbers.prior2_mean, numbers.logvar1_low, numbers.logvar1_high
-    arguments: tuple[Any, ...] = (layer, base, _row(base), y, state, statistics, *of_latents, N, case.D, case.M)
-    ready.fwd((programs, 1), arguments, key, stream)
-    kept = ready.no_flags if given.kept is None else given.kept
-    arguments = statistics, weights.tensors.decoder.scale, *table, kept, terms, programs, N, case.D, case.R
-    ready.mean((1, 1), arguments, None, stream)
+    layer, tables = _layer(given, weights.networks.form(direct), ready.no_flags), numbers.tables.form(direct)
+    latents = numbers.scaling, numbers.prior2_mean, numbers.logvar1_low, numbers.logvar1_high
+    tokens = layer, base, _row(base), y, state, statistics
+    ready.fwd((programs, 1), (*tokens, *latents, N, case.D, case.M), key, stream)
+    kept, scale = ready.no_flags if given.kept is None else given.kept, weights.networks.named.decoder.scale
+    ready.mean((1, 1), (statistics, scale, *tables, kept, terms, programs, N, case.D, case.R), None, stream)
     return y, terms, state
 
 
@@ -97,44 +92,41 @@ def backward(
     grad_y, state = arriving.grad_y, packed(state)
     key = x.dtype, None if grad_y is None else grad_y.dtype
     direct = stream is not None and plan.knows(key)
-    layer = _layer(given, weights, ready.no_flags, direct)
+    layer, tables = _layer(given, weights.networks.form(direct), ready.no_flags), numbers.tables.form(direct)
     chunks, scratch = plan.work(N)
     grad_x, memory = empties(x, x.dtype, shape, ready.wide, (scratch.entries,))
-    grad_state, inputs, grad_hidden, parts = scratch.addresses(memory) if direct else scratch.tensors(memory)
-    term_grads = tuple([ready.no_gradient if grad is None else aligned(grad) for grad in arriving[1:]])
-    arrives = layer, grad_y, _row(grad_y), term_grads if direct else TermGrads(*term_grads)
-    bounds = numbers.logvar1_low, numbers.logvar1_high
+    grad_state, inputs, grad_hidden, parts = scratch.parts(memory, direct)
+    term_grads = TermGrads(*[ready.no_gradient if grad is None else aligned(grad) for grad in arriving[1:]])
+    arrives = layer, grad_y, _row(grad_y), term_grads
+    scalars = numbers.recon_weight, numbers.scaling
+    last = numbers.logvar1_low, numbers.logvar1_high, N, case.D, case.M
     if plan.latents or plan.inputs:
         programs = -(-N // plan.tokens.constants["BLOCK_N"])
-        table, to = numbers.tables(direct), (state, grad_state, inputs, grad_hidden)
-        scalars: tuple[float, ...] = numbers.recon_weight, numbers.scaling, numbers.prior2_mean
-        plan.tokens((programs, 1), (*arrives, *table, *to, *scalars, *bounds, N, case.D, case.M), key, stream)
+        to = state, grad_state, inputs, grad_hidden
+        plan.tokens((programs, 1), (*arrives, *tables, *to, *scalars, numbers.prior2_mean, *last), key, stream)
 
     tensors = state, grad_state, inputs, grad_hidden, grad_x if needs.x else None, parts
-    scalars = numbers.recon_weight, numbers.scaling
-    places = plan.plain_places if direct else plan.places
-    arguments: tuple[Any, ...] = (*arrives, *tensors, places, plan.length, *scalars, *bounds, N, case.D, case.M)
-    plan.grads((plan.programs, chunks), arguments, key, stream)
+    places = plan.places.form(direct), plan.length
+    plan.grads((plan.programs, chunks), (*arrives, *tensors, *places, *scalars, *last), key, stream)
     if plan.entries:
-        arguments = parts, gradients, plan.starts, plan.entries, chunks, plan.length
-        plan.reduce((plan.reduce_programs, 1), arguments, None, stream)
+        sums = parts, gradients, plan.starts, plan.entries, chunks, plan.length
+        plan.reduce((plan.reduce_programs, 1), sums, None, stream)
     return grad_x, gradients
 
 
-def _layer(given: Given, weights: Weights, nothing: Tensor, direct: bool) -> Any:
-    """`Layer`, or its fields for a direct launch. What is missing is `nothing`, or x, and is not read."""
+def _layer(given: Given, networks: Any, nothing: Tensor) -> Layer:
+    """What is missing is `nothing`, or x, and is not read."""
     x = given.x
-    fields = (
+    return Layer(
         x,
         _row(x),
-        weights.for_launch(direct),
+        networks,
         x if given.noise1 is None else given.noise1,
         x if given.noise2 is None else given.noise2,
         nothing if given.mask is None else given.mask,
         nothing if given.kept is None else given.kept,
         nothing if given.seed is None else given.seed,
     )
-    return fields if direct else Layer(*fields)
 
 
 def _row(t: Tensor | None) -> int:
@@ -182,13 +174,13 @@ def packed_weights(parameters: Sequence[Tensor | None], encoder_hidden: int) -> 
     units = max((weight.shape[0] for weight in parameters[:-2:2] if weight is not None), default=1)
     nothing = zeros(B.dtype, B.device, units)
     flat = [nothing if p is None else packed(p) for p in parameters]
-    return Weights(flat, Networks.of(flat, encoder_hidden), None)
+    return Weights(flat, Fixed.of(Networks.of(flat, encoder_hidden)))
 
 
 def _all_of(tensors: Tensors, options: Options) -> tuple[Given, Weights, Prepared, Numbers]:
     x, parameters, noise1, noise2, mask, seed = tensors
     weights, given = packed_weights(parameters, options.encoder_hidden), given_of(x, noise1, noise2, mask, seed)
-    case = Case.of(weights.tensors, options, noise1 is not None, mask is not None, seed is not None, x.shape[0])
+    case = Case.of(weights.networks.named, options, noise1 is not None, mask is not None, seed is not None, x.shape[0])
     return given, weights, prepared(case), numbers_of(options)
 
 
@@ -213,7 +205,7 @@ def layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     rest = arriving, given, weights, state, needs, detach_target, there, ready, numbers
     grad_x, grads = backward(given.x.shape, *rest)
     left, flags = iter(grads), needs.flags(there, options.encoder_hidden)
-    return grad_x, [next(left) if flag else weights.tensors.B.new_empty(0) for flag in flags]
+    return grad_x, [next(left) if flag else weights.networks.named.B.new_empty(0) for flag in flags]
 
 
 def _options(values: Sequence[Any]) -> Options:
