@@ -65,15 +65,16 @@ Statistics latent_statistics(
     double squares = 0, from_mu = 0, var = 0, logvar = 0, sampled = 0;
     for (int64_t n = 0; n < tile.length; ++n) {
       if (!kept[tile.start + n]) continue;
-      const acc_t* q = heads.const_data_ptr<acc_t>() + n * heads.stride(0) + 2 * R * side;
+      const acc_t* of_token = heads.const_data_ptr<acc_t>() + n * heads.stride(0);
+      const acc_t *means = of_token + mean_place(side) * R, *logvars = of_token + logvar_place(side) * R;
       const acc_t* z = sample.z.const_data_ptr<acc_t>() + (2 * n + side) * R;
       const acc_t* std = sample.std.const_data_ptr<acc_t>() + (2 * n + side) * R;
       for (int64_t r = 0; r < R; ++r) {
-        const double mean = q[r], sd = std[r], off_center = z[r] - side * mu;
+        const double mean = means[r], sd = std[r], off_center = z[r] - side * mu;
         squares += mean * mean;
         from_mu += (mean - mu) * (mean - mu);
         var += sd * sd;
-        logvar += bounds[side].clamp(q[R + r]);
+        logvar += bounds[side].clamp(logvars[r]);
         sampled += off_center * off_center;
       }
     }
@@ -115,8 +116,8 @@ Statistics forward_tile(
     const Layer& layer, const Tile& tile, const Tensor& base, const Tensor& y, const Tensor& state_rows) {
   const auto& [sample, outputs, residual] = layer.scratch[tile.worker].first(tile.length);
   const Tensor x_rows = tile.rows(layer.x, layer.type);
-  const Tensor heads = layer.encoders.output(state_rows, layer.encoders.hidden());
-  layer.encoders.forward<acc_t>(x_rows, state_rows, layer.dropout, tile);
+  const Tensor heads = layer.encoders.heads(state_rows);
+  layer.encoders.forward<acc_t>(x_rows, state_rows, layer.dropout, tile, layer.bounds[0].low);
   sample.template draw<acc_t>(heads, layer.noise_rows(tile), layer.bounds);
   update(
       tile.of(y), base.defined() ? tile.of(base) : base, block(sample.z, 1, 0, 2), layer.up.t());

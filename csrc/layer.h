@@ -9,6 +9,23 @@ namespace fvae {
 
 using Parameters = c10::List<std::optional<Tensor>>;  // weight, bias or none, weight, ...; at the end scale and B
 
+// Bounds of a log-variance, clamped wherever it becomes a Gaussian. Equal bounds pass no gradient.
+struct Bounds {
+  double low = -kLogvarLimit, high = kLogvarLimit;
+
+  template <typename T>
+  T clamp(T logvar) const {  // NaN stays NaN
+    return logvar < T(low) ? T(low) : logvar > T(high) ? T(high) : logvar;
+  }
+  template <typename T>
+  bool passes(T logvar) const {
+    return !held() && logvar >= T(low) && logvar <= T(high);
+  }
+  bool held() const {
+    return low >= high;
+  }
+};
+
 // Inputs of both directions of the layer, as fvae_kernels/ops/_layer_inputs.py declares them.
 struct Inputs {
   const Tensor& x;               // [N, D]
@@ -26,6 +43,9 @@ struct Inputs {
   }
   Tensor scale() const {
     return parameter(static_cast<int64_t>(parameters.size()) - 2);
+  }
+  Bounds bounds1() const {
+    return {logvar1_low, logvar1_high};
   }
   Tensor B() const {
     return parameter(static_cast<int64_t>(parameters.size()) - 1);
@@ -50,20 +70,6 @@ enum Statistic {
   kStatistics
 };
 enum Term { kLoss, kKl, kGamma, kTerms };  // rows of the table [kTerms, kStatistics] that defines an objective
-
-// Bounds of a log-variance, clamped wherever it becomes a Gaussian. Equal bounds pass no gradient.
-struct Bounds {
-  double low = -kLogvarLimit, high = kLogvarLimit;
-
-  template <typename T>
-  T clamp(T logvar) const {  // NaN stays NaN
-    return logvar < T(low) ? T(low) : logvar > T(high) ? T(high) : logvar;
-  }
-  template <typename T>
-  bool passes(T logvar) const {
-    return low < high && logvar >= T(low) && logvar <= T(high);
-  }
-};
 
 // Floats in a tile's rows of x, and the least number of its tokens. Measured: shorter tiles have slower products.
 constexpr int64_t kLayerTile = 1 << 18, kTokens = 128;
@@ -123,22 +129,33 @@ inline Linear stacked(
   return {one(w), one(b), blocks};
 }
 
+// Places of the heads in their columns [4R]: logvar1 | mean1 | mean2 | logvar2. Side is 0 for encoder 1, 1 for encoder 2.
+constexpr int64_t mean_place(int64_t side) {
+  return 1 + side;
+}
+constexpr int64_t logvar_place(int64_t side) {
+  return 3 * side;
+}
+
 // Both encoders. Forward saves their state [N, width] for backward: the output of every hidden layer, encoder 1 |
-// encoder 2, then mean1 | logvar1 | mean2 | logvar2.
+// encoder 2, then the heads.
 struct Encoders {
   std::vector<Linear> layers;         // hidden layers, heads last
   std::vector<int64_t> first_column;  // first column of each layer in the state
   int64_t width = 0, R;
+  // A held logvar1 depends on nothing. If the heads read x, their layer is then mean1 | mean2 | logvar2 alone.
+  bool without_logvar1;
 
-  Encoders(const Inputs& in, at::ScalarType type) {
+  Encoders(const Inputs& in, at::ScalarType type)
+      : R(in.B().size(1)), without_logvar1(in.encoder_hidden == 0 && in.bounds1().held()) {
     const int64_t hidden = in.encoder_hidden, first = in.encoder(0), second = in.encoder(1);
     for (int64_t i = 0; i < hidden; ++i) {  // the first layers of both encoders read x
       add(stacked(in.parameters, {first + i, second + i}, type, i == 0 ? 1 : 2));
     }
     const int64_t mean = hidden, logvar = hidden + 1;
-    const std::vector<int64_t> heads{first + mean, first + logvar, second + mean, second + logvar};
+    std::vector<int64_t> heads{first + logvar, first + mean, second + mean, second + logvar};
+    if (without_logvar1) heads.erase(heads.begin()), width += R;
     add(stacked(in.parameters, heads, type, hidden ? 2 : 1));
-    R = layers.back().w.size(0) / 4;
   }
   void add(Linear layer) {
     first_column.push_back(width);
@@ -152,8 +169,19 @@ struct Encoders {
     return state.narrow(1, first_column[i], layers[i].w.size(0));
   }
 
+  // All heads [T, 4R].
+  Tensor heads(const Tensor& state) const {
+    return state.narrow(1, width - 4 * R, 4 * R);
+  }
+  // The columns of the heads that the last layer makes.
+  Tensor made(const Tensor& heads) const {
+    return without_logvar1 ? heads.narrow(1, R, 3 * R) : heads;
+  }
+
   template <typename acc_t>
-  void forward(const Tensor& x, const Tensor& state, const Dropout& dropout, const Tile& tile) const {
+  void forward(
+      const Tensor& x, const Tensor& state, const Dropout& dropout, const Tile& tile, double held_logvar1) const {
+    if (without_logvar1) heads(state).narrow(1, 0, R).fill_(held_logvar1);
     for (int64_t i = 0; i <= hidden(); ++i) {
       const Tensor out = output(state, i);
       layers[i].product(out, i == 0 ? x : output(state, i - 1));
@@ -172,10 +200,11 @@ struct Sample {
     acc_t *to = z.mutable_data_ptr<acc_t>(), *sd = std.mutable_data_ptr<acc_t>();
     const auto each = [&](const auto& body) {
       for (int64_t side = 0; side < 2; ++side) {
-        const acc_t* q = heads.const_data_ptr<acc_t>() + 2 * R * side;
+        const acc_t* mean = heads.const_data_ptr<acc_t>() + mean_place(side) * R;
+        const acc_t* logvar = heads.const_data_ptr<acc_t>() + logvar_place(side) * R;
         const acc_t* eps = noise[side].template const_data_ptr<acc_t>();
-        for (int64_t n = 0; n < z.size(0); ++n, q += heads.stride(0), eps += R) {
-          for (int64_t r = 0; r < R; ++r) body((2 * n + side) * R + r, q[r], bounds[side].clamp(q[R + r]), eps[r]);
+        for (int64_t n = 0; n < z.size(0); ++n, mean += heads.stride(0), logvar += heads.stride(0), eps += R) {
+          for (int64_t r = 0; r < R; ++r) body((2 * n + side) * R + r, mean[r], bounds[side].clamp(logvar[r]), eps[r]);
         }
       }
     };
@@ -258,7 +287,7 @@ struct Layer {
   explicit Layer(const Inputs& in)
       : x(in.x), noise{given(in.noise1), given(in.noise2)}, type(wide(in.B())), kept(in.mask, x.size(0)),
         dropout(in.seed, in.dropout), encoders(in, type), decoder(in), up(in.B().to(type).mul(in.scaling)),
-        mu(in.prior2_mean), bounds{Bounds{in.logvar1_low, in.logvar1_high}, Bounds{}},
+        mu(in.prior2_mean), bounds{in.bounds1(), Bounds{}},
         tiles(x.size(0), x.size(1), std::max(kLayerTile, kTokens * x.size(1)), kWork * x.size(1)) {
     TORCH_CHECK(
         !in.products.has_value(), "layer: the C++ kernel multiplies in the dtype of its parameters, and got products=",

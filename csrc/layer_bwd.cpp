@@ -75,10 +75,12 @@ void grad_latents(
     const acc_t *through_decoder = grad_latent.const_data_ptr<acc_t>() + (average ? 0 : R * side);
     const acc_t share = average ? 0.5 : 1;
     for (int64_t n = 0; n < tile.length; ++n) {
-      const acc_t *mean = heads.const_data_ptr<acc_t>() + n * heads.stride(0) + 2 * R * side, *logvar = mean + R;
+      const acc_t* of_token = heads.const_data_ptr<acc_t>() + n * heads.stride(0);
+      const acc_t *mean = of_token + mean_place(side) * R, *logvar = of_token + logvar_place(side) * R;
       const acc_t *z = sample.z.const_data_ptr<acc_t>() + (2 * n + side) * R;
       const acc_t *std = sample.std.const_data_ptr<acc_t>() + (2 * n + side) * R;
-      acc_t *to_mean = grad_heads.mutable_data_ptr<acc_t>() + (4 * n + 2 * side) * R, *to_logvar = to_mean + R;
+      acc_t* to = grad_heads.mutable_data_ptr<acc_t>() + 4 * n * R;
+      acc_t *to_mean = to + mean_place(side) * R, *to_logvar = to + logvar_place(side) * R;
       const bool keep = kept[tile.start + n];
       for (int64_t r = 0; r < R; ++r) {
         acc_t grad_z = share * through_decoder[n * L + r] + (side == 0 ? through_y[n * R + r] : acc_t(0));
@@ -172,7 +174,7 @@ template <typename acc_t>
 void Backward::tile(const Tile& tile) const {
   Scratch memory = layer.scratch[tile.worker].first(tile.length);
   const Tensor x_rows = tile.rows(layer.x, layer.type), state_rows = tile.of(state);
-  const Tensor heads = layer.encoders.output(state_rows, layer.encoders.hidden());
+  const Tensor heads = layer.encoders.heads(state_rows);
   const auto noise = layer.noise_rows(tile);
   Tensor grad_x_rows = needs[kX] ? tile.of(grad_x) : Tensor();
   const bool in_place = needs[kX] && grad_x.scalar_type() == layer.type;  // grad_x is the residual's memory
@@ -186,7 +188,7 @@ void Backward::tile(const Tile& tile) const {
   grad_latents<acc_t>(
       grad_heads, heads, memory.sample, noise, grad_z1, grad_latent, layer.decoder.average, c, layer.mu, layer.bounds,
       layer.kept, tile);
-  through_encoders<acc_t>(tile, grad_heads, x_rows, state_rows, memory.residual);
+  through_encoders<acc_t>(tile, layer.encoders.made(grad_heads), x_rows, state_rows, memory.residual);
   if (needs[kX] && !in_place) grad_x_rows.copy_(memory.residual);
 }
 
@@ -239,8 +241,7 @@ std::tuple<Tensor, std::vector<Tensor>> layer_bwd(
   }
 
   Gradients gradients{inputs, {}};
-  gradients.add_encoder(backward.encoder_sums, 0);
-  gradients.add_encoder(backward.encoder_sums, 1);
+  gradients.add_encoders(backward.encoder_sums, layer.encoders.without_logvar1);
   for (size_t i = 0; i < backward.decoder_sums.size(); ++i) gradients.add(backward.decoder_sums[i], inputs.decoder() + i);
   gradients.add(needs[kScale] ? backward.slack.sum(0) * backward.factor : Tensor(), bool{needs[kScale]});
   for (int64_t i = 1; needs[kB] && i < workers; ++i) backward.sums_B[0].add_(backward.sums_B[i]);

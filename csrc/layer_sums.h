@@ -74,13 +74,29 @@ struct Gradients {
       all.push_back(there && !sums.empty() ? total(sums, of, part, parts) : at::empty({0}, in.B().options()));
     }
   }
-  void add_encoder(const NetworkSums& sums, int64_t which) {
-    const int64_t hidden = in.encoder_hidden, first = in.encoder(which);
-    for (int64_t i = 0; i < hidden; ++i) add(sums[i], first + i, which, 2);
-    for (int64_t head = 0; head < 2; ++head) add(sums[hidden], first + hidden + head, 2 * which + head, 4);
+  // Those of a held logvar1, which no layer makes, are zero.
+  void add_encoders(const NetworkSums& sums, bool without_logvar1) {
+    const int64_t hidden = in.encoder_hidden, left_out = without_logvar1;
+    for (int64_t side = 0; side < 2; ++side) {
+      const int64_t first = in.encoder(side), mean = first + hidden, logvar = mean + 1;
+      for (int64_t i = 0; i < hidden; ++i) add(sums[i], first + i, side, 2);
+      add(sums[hidden], mean, mean_place(side) - left_out, 4 - left_out);
+      if (side == 0 && without_logvar1) {
+        add_zeros(logvar, !sums[hidden].empty());
+      } else {
+        add(sums[hidden], logvar, logvar_place(side) - left_out, 4 - left_out);
+      }
+    }
   }
 
  private:
+  void add_zeros(int64_t number, bool needed) {
+    for (const int64_t i : {2 * number, 2 * number + 1}) {
+      const std::optional<Tensor> parameter = in.parameters.get(i);
+      const bool there = needed && parameter.has_value();
+      all.push_back(there ? at::zeros_like(*parameter) : at::empty({0}, in.B().options()));
+    }
+  }
   Tensor total(const std::vector<LinearSums>& sums, Tensor LinearSums::* of, int64_t part, int64_t parts) const {
     Tensor total = block(sums[0].*of, 0, part, parts);
     for (size_t i = 1; i < sums.size(); ++i) total.add_(block(sums[i].*of, 0, part, parts));
