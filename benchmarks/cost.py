@@ -68,7 +68,7 @@ class Cost(TorchDispatchMode):
         if packet in flop_registry:
             flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         elif name.startswith("fvae_"):
-            flops = FORMULAS[name.partition("::")[2]](*args)
+            flops = FORMULAS.get(name, FORMULAS[name.partition("::")[2]])(*args)
         dtype = next((t.dtype for t in touched.values() if t.is_floating_point()), torch.float32)
         self.operators.append(Launch(name, sum(map(nbytes, touched.values())), flops, dtype))
         return out

@@ -1,4 +1,6 @@
-"""FLOPs of the matrix products inside our raw kernels, by op name. PyTorch's counter cannot see them.
+"""FLOPs of the matrix products inside our raw kernels, by op name, or by full name where a backend differs.
+
+PyTorch's counter cannot see them.
 
 A product of N tokens with a weight takes 2 N times the weight's entries, and each of its gradients as much.
 """
@@ -8,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fvae_kernels.ops._layer_inputs import Arriving, Tensors, encoder_entries
+from fvae_kernels.ops._layer_inputs import Arriving, Needs, Options, Tensors, encoder_entries
 
 
 def _entries(parameters: Sequence[Tensor | None]) -> int:
@@ -52,6 +54,26 @@ def _layer_bwd(*arguments: Any) -> int:
     return 2 * x.shape[0] * entries
 
 
+def _cpp_layer_fwd(base: Any, *rest: Any) -> int:
+    return _layer_fwd(base, *rest) - 2 * rest[0].shape[0] * _left_out(*rest)
+
+
+def _cpp_layer_bwd(*arguments: Any) -> int:
+    first = len(Arriving._fields)
+    needs = Needs(*arguments[-1])
+    products = needs.encoders + needs.x
+    return _layer_bwd(*arguments) - 2 * arguments[first].shape[0] * _left_out(*arguments[first:]) * products
+
+
+def _left_out(*arguments: Any) -> int:
+    """Entries of the head of a held logvar1, if it reads x: the C++ kernels leave it out."""
+    count = len(Tensors._fields)
+    tensors, options = Tensors(*arguments[:count]), Options(*arguments[count : count + len(Options._fields)])
+    head = tensors.parameters[2]
+    held = options.encoder_hidden == 0 and options.logvar1_low >= options.logvar1_high
+    return head.numel() if held and head is not None else 0
+
+
 def _none(*_: Any) -> int:
     return 0
 
@@ -66,4 +88,6 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "reconstruct_bwd": _reconstruct_bwd,
     "layer_fwd": _layer_fwd,
     "layer_bwd": _layer_bwd,
+    "fvae_cpp::layer_fwd": _cpp_layer_fwd,
+    "fvae_cpp::layer_bwd": _cpp_layer_bwd,
 }

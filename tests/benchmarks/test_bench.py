@@ -77,12 +77,19 @@ def test_counts_of_a_linear_layer() -> None:
 @pytest.mark.skipif("cpp" not in fk.available_backends(), reason="the C++ kernels are missing")
 @pytest.mark.parametrize("x_needs", [True, False])
 def test_a_kernel_does_the_products_of_plain_pytorch_and_the_decoder_once_more(x_needs: bool) -> None:
-    found = sides.layer_sides(("plain", "cpp"), 8, 12, 10)
+    found = sides.layer_sides(("plain", "cpp", "cpp_default"), 8, 12, 10)
     for side in found.values():
         side.inputs[0].requires_grad_(x_needs)
-    (adapter,) = sides.adapters(found["cpp"].module)
+    (adapter,), (default,) = (sides.adapters(found[name].module) for name in ("cpp", "cpp_default"))
     decoder = sum(p.numel() for n, p in adapter.named_parameters() if n.startswith("decoder") and p.dim() == 2)
     assert found["cpp"].cost()["flops"] == found["plain"].cost()["flops"] + 2 * 8 * decoder
+
+    sizes = {name: p.numel() for name, p in default.named_parameters() if p.dim() == 2}
+    encoders = sum(size for name, size in sizes.items() if name.startswith("encoder"))
+    made = encoders - sizes["encoder1_logvar_weight"]  # which the default holds
+    products = made * (2 + x_needs) + sizes["decoder_out_weight"] * 4 + sizes["B"] * 3
+    base = 8 * 12 * 10 * (1 + x_needs)
+    assert found["cpp_default"].cost()["flops"] == 2 * (8 * products + base)
 
 
 @pytest.mark.skipif("cpp" not in fk.available_backends(), reason="the C++ kernels are missing")
