@@ -9,8 +9,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 OPTIONAL = (
-    *("trl", "datasets", "pandas", "pyarrow", "ttsem", "tensorboard", "rich", "matplotlib", "torchao", "hqq"),
-    *("pytest_timeout", "xdist", "pytest_benchmark", "torchvision"),
+    *("trl", "datasets", "pandas", "pyarrow", "ttsem", "tensorboard", "rich", "matplotlib", "PIL"),
+    *("torchao", "hqq", "pytest_timeout", "xdist", "pytest_benchmark", "torchvision"),
     *("sentence_transformers", "pytorch_lightning", "diffusers"),
 )
 

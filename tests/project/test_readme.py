@@ -31,7 +31,9 @@ RUN = {name: code for name, mark, code in SNIPPETS if mark in ("", CONTINUES)}
 @pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", RUN)
 def test_snippet_runs_as_it_stands(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in re.findall(r"^(?:import|from) (\w+)", RUN[name], re.MULTILINE):
+    imported = re.findall(r"^(?:import|from) (\w+)", RUN[name], re.MULTILINE)
+    reporters = set(re.findall(r'report_to="(\w+)"', RUN[name])) - {"none"}
+    for package in (*imported, *reporters):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     exec(compile(RUN[name], name, "exec"), {"__name__": name})
