@@ -53,10 +53,10 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
 	$(PIP) torch setuptools wheel numpy
 	$(BIN)/python -c "import triton" 2>/dev/null || cp constraints.txt $(VENV)
-	$(PIP) --no-build-isolation --editable '.[dev,triton]'
-	# PEFT imports these wherever it finds them, slowly and with a lot to say: one test alone looks in this folder
-	$(PIP) --no-deps --upgrade --target $(VENV)/quantised torchao hqq einops termcolor
-	# the oldest Triton that the kernels compile with, for one test, which is skipped without it
-	-$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target $(VENV)/oldest triton==3.6.0
+	# What a test or two look at, in folders of their own, while the kernels compile: packages that PEFT imports wherever
+	# it finds them, slowly and with a lot to say; and the oldest Triton, whose test is skipped without it.
+	$(PIP) --no-deps --upgrade --target $(VENV)/quantised torchao hqq einops termcolor & quantised=$$!; \
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target $(VENV)/oldest triton==3.6.0 & \
+	$(PIP) --no-build-isolation --editable '.[dev,triton]'; installed=$$?; wait $$quantised || installed=$$?; wait; exit $$installed
 	$(PIP) --no-deps --ignore-requires-python ttsem  # says that it needs a newer Python and an older Triton; it does not
 	@touch $@
