@@ -6,7 +6,7 @@ nothing (fake_libcuda.c). Everything from the module down to the call of the dri
 
 python -m benchmarks.host_cost               print it
 python -m benchmarks.host_cost --full        more tokens, and the other precisions; Triton compiles for minutes
-python -m benchmarks.host_cost --write       into benchmarks/results/host_cost.json and docs/roofline.md
+python -m benchmarks.host_cost --write       into benchmarks/results/host_cost.json, docs/roofline.md and the README
 
 Missing, for every side: the driver's own launch (2 to 4 us a kernel). Too much, for every side: PyTorch's operators
 compute on one token of few features, where the host of a GPU would launch.

@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.host_cost", description="Time the host's part of a step.")
     parser.add_argument("--quick", action="store_true", help="few calls: does it run?")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write what was found, as JSON")
-    parser.add_argument("--write", action="store_true", help=f"write {FOUND.name} and docs/roofline.md")
+    parser.add_argument("--write", action="store_true", help=f"write {FOUND.name}, docs/roofline.md and the README")
     parser.add_argument("--full", action="store_true", help="more tokens, and the other precisions")
     options = parser.parse_args(arguments)
     if os.environ.pop("TRITON_INTERPRET", "0") not in ("", "0"):

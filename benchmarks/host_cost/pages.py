@@ -7,7 +7,8 @@ from typing import Any
 from ..pages import replace_block, row
 from ..sides import TITLES
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "roofline.md"
+ROOT = Path(__file__).parent.parent.parent
+PAGE, README = ROOT / "docs" / "roofline.md", ROOT / "README.md"
 Found = dict[str, Any]
 
 
@@ -25,6 +26,20 @@ def table(found: Found) -> list[str]:
             over = beyond(us, side)
             ratios = [f"{over / beyond(us, other):.2f}" for other in ("lora", "dora")] if side != "base" else ["", ""]
             lines.append(row([TITLES[side], f"{value:.0f}", f"{over:.0f}" if side != "base" else "", *ratios]))
+    return lines
+
+
+def summary(found: Found) -> list[str]:
+    """An adapted layer of a model, in four rows."""
+    us = found["in_model"]
+    lines = [
+        row(["host's time of a step, of an adapted layer beyond its base", "us", "/ LoRA", "/ DoRA"]),
+        row(["---"] * 4),
+    ]
+    for side in ("lora", "dora", "triton_default", "triton"):
+        over = beyond(us, side)
+        cells = f"{over:.0f}", f"{over / beyond(us, 'lora'):.2f}", f"{over / beyond(us, 'dora'):.2f}"
+        lines.append(row([TITLES[side] + ", the paper's recipe" * (side == "triton"), *cells]))
     return lines
 
 
@@ -77,6 +92,7 @@ def text(found: Found) -> Iterator[str]:
 
 
 def write(found: Found) -> None:
-    """Write the block of docs/roofline.md."""
+    """Write the blocks of docs/roofline.md and of the README."""
     more = ["", *precisions(found)] if len(found["steps"]) > 1 else []
     replace_block(PAGE, "host", [f"Measured on {where(found)}.", "", *table(found), *more])
+    replace_block(README, "host", summary(found))

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import host_cost
 from benchmarks.host_cost import internals, pages
+from benchmarks.pages import block
 from tests.helpers.host_costs import FOUND
 
 KERNELS = ["layer_fwd_kernel", "layer_mean_kernel", "layer_bwd_kernel", "layer_grads_kernel", "layer_reduce_kernel"]
@@ -35,6 +36,21 @@ def test_the_table_by_hand() -> None:
         "| plain PyTorch FVAE | 1000 | 920 | 7.67 | 2.56 |",
         "| ours, Triton | 500 | 420 | 3.50 | 1.17 |",
     ]
+
+
+def test_the_summary_by_hand() -> None:
+    assert pages.summary(FOUND)[2:] == [
+        "| PEFT LoRA | 100 | 1.00 | 0.33 |",
+        "| PEFT DoRA | 300 | 3.00 | 1.00 |",
+        "| ours, Triton, the default config | 260 | 2.60 | 0.87 |",
+        "| ours, Triton, the paper's recipe | 350 | 3.50 | 1.17 |",
+    ]
+
+
+def test_the_pages_have_what_was_measured() -> None:
+    found = json.loads(host_cost.FOUND.read_text())
+    assert block(pages.README, "host") == pages.summary(found)
+    assert block(pages.PAGE, "host")[2 : 2 + len(pages.table(found))] == pages.table(found)
 
 
 @pytest.mark.timeout(1200)  # the first time Triton compiles
