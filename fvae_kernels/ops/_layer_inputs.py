@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import FVAEConfig
+from ._checks import rows
 
 
 def encoder_entries(encoder_hidden: int) -> int:
@@ -170,14 +171,31 @@ def _kl(i: int, prior: int, config: FVAEConfig) -> Form:
 
 
 class Tensors(NamedTuple):
-    """Tensors that the raw operators of the layer read, in both directions."""
+    """Tensors that the layer reads, in both directions. The raw operators take tokens [N]."""
 
-    x: Tensor  # [N, D]
+    x: Tensor  # [..., D]
     parameters: list[Tensor | None]  # of `Networks.flat`
-    noise1: Tensor | None  # [N, R]; made from the seed if None
+    noise1: Tensor | None  # [..., R]; made from the seed if None
     noise2: Tensor | None
     mask: Tensor | None  # bool [N]
     seed: Tensor | None  # int64 []; None: no dropout
+
+    @classmethod
+    def of(cls, entries: Sequence[Any]) -> "Tensors":
+        """The inverse of `flat`."""
+        count = len(cls._fields) - 1
+        x, *others = entries[:count]
+        return cls(x, list(entries[count:]), *others)
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """All of them for autograd, the parameters last."""
+        x, parameters, *others = self
+        return x, *others, *parameters
+
+    def rows(self) -> "Tensors":
+        """The same for tokens [N]."""
+        noise1, noise2 = (None if noise is None else rows(noise) for noise in (self.noise1, self.noise2))
+        return self._replace(x=rows(self.x), noise1=noise1, noise2=noise2)
 
 
 class Options(NamedTuple):

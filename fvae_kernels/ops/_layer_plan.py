@@ -59,7 +59,7 @@ class CppSteps:
 
     def forward(self, base: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
         """See `Steps`."""
-        y, terms, state = self._forward(rows(base), *_flat(tensors), *self.options)
+        y, terms, state = self._forward(rows(base), *tensors.rows(), *self.options)
         return _shaped(y, base), terms, state, None
 
     def backward(
@@ -68,16 +68,9 @@ class CppSteps:
         """See `Steps`."""
         grad_y, *grad_terms = arriving
         arrives = None if grad_y is None else rows(grad_y), *grad_terms
-        grad_x, grads = self._backward(*arrives, *_flat(tensors), *self.options, state, self.detach_target, needs)
+        grad_x, grads = self._backward(*arrives, *tensors.rows(), *self.options, state, self.detach_target, needs)
         grad_x = _shaped(grad_x, tensors.x) if needs.x else grad_x
         return grad_x, list(itertools.compress(grads, self._flags(needs)))
-
-
-def _flat(tensors: Tensors) -> Tensors:
-    """The same for tokens [N]."""
-    x, parameters, noise1, noise2, mask, seed = tensors
-    noise1, noise2 = (None if noise is None else rows(noise) for noise in (noise1, noise2))
-    return Tensors(rows(x), parameters, noise1, noise2, mask, seed)
 
 
 def _shaped(t: Tensor, like: Tensor) -> Tensor:
@@ -210,20 +203,18 @@ class PlannedTerms:
 
 
 class PlannedLayer(torch.autograd.Function):
-    """(plan, loss gradient, base, x, mask bool [N], noise1, noise2, seed, parameters) -> y, loss, terms [4]
+    """(plan, loss gradient, base, *`Tensors.flat`) -> y, loss, terms [4]
 
     The terms are for the log and carry no graph. In backward `loss_gradient` is added to the gradient of the loss.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, loss_gradient: LossGradient | None, base: Tensor, x: Tensor, *rest: Any
+        ctx: Any, plan: Plan, loss_gradient: LossGradient | None, base: Tensor, *entries: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mask, noise1, noise2, seed, *parameters = rest
-        tensors = Tensors(x, parameters, noise1, noise2, mask, seed)
-        y, terms, state, ctx.kept = plan.steps.forward(base, tensors)
+        y, terms, state, ctx.kept = plan.steps.forward(base, Tensors.of(entries))
         # the tensors that LayerFunction saves too: a checkpoint may run forward by one and recompute by the other
-        ctx.save_for_backward(x, noise1, noise2, mask, seed, state, *parameters)
+        ctx.save_for_backward(state, *entries)
         ctx.plan, ctx.loss_gradient = plan, loss_gradient
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(terms)
@@ -238,11 +229,10 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, _: Any)
     injected = None if ctx.loss_gradient is None else ctx.loss_gradient(ctx.plan.constant)
     if injected is not None:
         grad_loss = injected if grad_loss is None else grad_loss + injected
-    x, noise1, noise2, mask, seed, state, *parameters = ctx.saved_tensors
-    plan, needed = ctx.plan, ctx.needs_input_grad
+    state, *entries = ctx.saved_tensors
+    plan, needed, tensors = ctx.plan, ctx.needs_input_grad, Tensors.of(entries)
     arriving = Arriving(grad_y, grad_loss, None, None, None)
-    needs, of_parameters = plan.asked(needed[3], needed[-len(parameters) :], arriving)
-    tensors = Tensors(x, parameters, noise1, noise2, mask, seed)
+    needs, of_parameters = plan.asked(needed[3], needed[-len(tensors.parameters) :], arriving)
     grad_x, grads = plan.steps.backward(arriving, tensors, state, needs, ctx.kept)
     inputs = grad_y if needed[2] else None, grad_x if needs.x else None  # base and x
     return None, None, *inputs, None, None, None, None, *of_parameters((None, *grads))
@@ -264,8 +254,7 @@ def run_plan(
     loss_gradient: LossGradient | None,
 ) -> tuple[Tensor, PlannedTerms]:
     """y and the terms."""
-    flags, noises = token_flags(mask), noise or (None, None)
-    y, loss, terms = _apply(
-        plan, loss_gradient, unwrap_if_dead(base), unwrap_if_dead(x), flags, *noises, seed, *parameters
-    )
+    noise1, noise2 = noise or (None, None)
+    tensors = Tensors(unwrap_if_dead(x), list(parameters), noise1, noise2, token_flags(mask), seed)
+    y, loss, terms = _apply(plan, loss_gradient, unwrap_if_dead(base), *tensors.flat())
     return y, PlannedTerms(loss, terms)

@@ -24,49 +24,39 @@ from ._raw import RAW
 
 
 class LayerFunction(torch.autograd.Function):
-    """(base [..., M], x [..., D], noise1, noise2 [..., R], mask bool [N], seed, options, parameters) -> y, terms
+    """(base [..., M], options, detach_target, backend, *`Tensors.flat`) -> y, terms
 
-    y is [..., M], and the terms are loss, nll, kl and gamma. The parameters are in the order of `Networks.flat`.
-    Tensors are reshaped to [N, D] in here, and results are no views: autograd adds gradients of x in place only if the
-    tensor owns its memory.
+    y is [..., M], and the terms are loss, nll, kl and gamma. Tensors are reshaped to tokens [N] in here. Results are no
+    views: autograd adds gradients of x in place only if the tensor owns its memory.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        base: Tensor | None,
-        x: Tensor,
-        noise1: Tensor | None,
-        noise2: Tensor | None,
-        mask: Tensor | None,
-        seed: Tensor | None,
-        options: Options,
-        detach_target: bool,
-        backend: str,
-        *parameters: Tensor | None,
+        ctx: Any, base: Tensor | None, options: Options, detach_target: bool, backend: str, *entries: Tensor | None
     ) -> tuple[Tensor, ...]:
-        tensors = Tensors(rows(x), list(parameters), _rows(noise1), _rows(noise2), mask, seed)
-        y, terms, state = RAW[backend].layer_fwd(_rows(base), *tensors, *options)
-        ctx.save_for_backward(x, noise1, noise2, mask, seed, state, *parameters)
+        tensors = Tensors.of(entries)
+        y, terms, state = RAW[backend].layer_fwd(_rows(base), *tensors.rows(), *options)
+        ctx.save_for_backward(state, *entries)
         ctx.options, ctx.detach_target, ctx.backend = options, detach_target, backend
         ctx.set_materialize_grads(False)
-        return _shaped(y, x), *terms.unbind()
+        return _shaped(y, tensors.x), *terms.unbind()
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_y: Tensor | None, *grad_terms: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, noise1, noise2, mask, seed, state, *parameters = ctx.saved_tensors
-        need_base, need_x, *_ = ctx.needs_input_grad
-        flags, hidden = ctx.needs_input_grad[-len(parameters) :], ctx.options.encoder_hidden
+        state, *entries = ctx.saved_tensors
+        tensors = Tensors.of(entries)
+        need_base, _, _, _, need_x, *_ = ctx.needs_input_grad
+        flags, hidden = ctx.needs_input_grad[-len(tensors.parameters) :], ctx.options.encoder_hidden
         arriving = Arriving(_rows(grad_y), *grad_terms)
         needs = Needs.of(need_x, flags, hidden, arriving)
-        tensors = Tensors(rows(x), parameters, _rows(noise1), _rows(noise2), mask, seed)
         grad_x, computed = RAW[ctx.backend].layer_bwd(
-            *arriving, *tensors, *ctx.options, state, ctx.detach_target, needs
+            *arriving, *tensors.rows(), *ctx.options, state, ctx.detach_target, needs
         )
         made = needs.flags(flags, hidden)
         grads = (grad if flag else None for flag, grad in zip(made, computed, strict=True))
-        return grad_y if need_base else None, _shaped(grad_x, x) if needs.x else None, *(None,) * 7, *grads
+        grad_x = _shaped(grad_x, tensors.x) if needs.x else None
+        return grad_y if need_base else None, None, None, None, grad_x, *(None,) * 4, *grads
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
@@ -130,17 +120,11 @@ def layer(
         arguments = x.to(B.dtype), encoder1, encoder2, decoder, B, config, noise, dropout, mask
         delta, terms = composed(*arguments, path.backend) if path.kind == "composed" else reference.layer(*arguments)
         return delta if base is None else base + delta.to(base.dtype), terms
-    y, *terms = LayerFunction.apply(
-        base,
-        x,
-        *(noise or (None, None)),
-        token_flags(mask),
-        draw_seed(x.device) if dropout > 0 or noise is None else None,
-        Options.of(config, dropout, autocast_products(B, path.backend)),
-        config.detach_target,
-        path.backend,
-        *flat_parameters(encoder1, encoder2, decoder, B),
-    )
+    seed = draw_seed(x.device) if dropout > 0 or noise is None else None
+    parameters, (noise1, noise2) = flat_parameters(encoder1, encoder2, decoder, B), noise or (None, None)
+    entries = Tensors(x, parameters, noise1, noise2, token_flags(mask), seed).flat()
+    options = Options.of(config, dropout, autocast_products(B, path.backend))
+    y, *terms = LayerFunction.apply(base, options, config.detach_target, path.backend, *entries)
     return y, reference.Terms(*terms)
 
 

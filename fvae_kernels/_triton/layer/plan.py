@@ -13,7 +13,7 @@ from .. import tables
 from .._common import precision
 from .launch import stream_of, why_general
 from .prepared import Case, Prepared, numbers_of, prepared
-from .steps import Given, backward, by_rows, forward, packed, packed_weights
+from .steps import backward, by_rows, forward, packed, packed_weights
 
 
 class TritonSteps:
@@ -31,9 +31,9 @@ class TritonSteps:
         addresses = addresses_of(self._present)
         if addresses != self.addresses:
             self._note(addresses)
-        given, ready = _given(tensors), self._ready(tensors)
-        stream = _stream(given.x)
-        return *forward(base.shape, by_rows(rows(base)), given, self.weights, ready, self.numbers, stream), ready
+        tensors, ready = _readable(tensors), self._ready(tensors)
+        stream = _stream(tensors.x)
+        return *forward(base.shape, by_rows(rows(base)), tensors, self.weights, ready, self.numbers, stream), ready
 
     def backward(
         self, arriving: Arriving, tensors: Tensors, state: Tensor, needs: Needs, kept: Prepared
@@ -46,11 +46,11 @@ class TritonSteps:
         present = list(compress(tensors.parameters, self.there))
         known = addresses_of(present) == self.addresses  # type: ignore[arg-type]
         weights = self.weights if known else packed_weights(tensors.parameters, self.options.encoder_hidden)
-        given = _given(tensors)
+        tensors = _readable(tensors)
         return backward(
             x.shape,
             Arriving(None if grad_y is None else by_rows(rows(grad_y)), *arriving[1:]),
-            given,
+            tensors,
             weights,
             state,
             needs,
@@ -58,7 +58,7 @@ class TritonSteps:
             self.there,
             kept,
             self.numbers,
-            _stream(given.x),
+            _stream(tensors.x),
         )
 
     def _note(self, addresses: list[int]) -> None:
@@ -88,6 +88,7 @@ def _stream(x: Tensor) -> int | None:
     return stream_of(x.device.index or 0) if why_general() is None else None
 
 
-def _given(tensors: Tensors) -> Given:
-    mask = None if tensors.mask is None else packed(tensors.mask)
-    return Given(by_rows(rows(tensors.x)), None, None, mask, None if mask is None else mask.sum(), tensors.seed)
+def _readable(tensors: Tensors) -> Tensors:
+    """As `steps.readable`, for tokens [...] without noise and with a seed of our own."""
+    x, mask = by_rows(rows(tensors.x)), tensors.mask
+    return tensors._replace(x=x) if mask is None else tensors._replace(x=x, mask=packed(mask))

@@ -19,17 +19,6 @@ from .objective import TermGrads
 from .prepared import Case, Numbers, Prepared, numbers_of, prepared, zeros
 
 
-class Given(NamedTuple):
-    """Inputs of one step apart from the parameters. Contiguous, except that rows of x may lie apart."""
-
-    x: Tensor
-    noise1: Tensor | None
-    noise2: Tensor | None
-    mask: Tensor | None
-    kept: Tensor | None  # number of tokens that the mask keeps
-    seed: Tensor | None
-
-
 class Weights(NamedTuple):
     """All parameters, contiguous, with zeros for a missing bias."""
 
@@ -40,14 +29,17 @@ class Weights(NamedTuple):
 def forward(
     shape: tuple[int, ...],
     base: Tensor | None,
-    given: Given,
+    tensors: Tensors,
     weights: Weights,
     ready: Prepared,
     numbers: Numbers,
     stream: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y in this shape of N rows of M entries, the terms [4], and the state [N, state_width] for backward."""
-    case, x, N, wide = ready.case, given.x, given.x.shape[0], ready.wide
+    """y in this shape of N rows of M entries, the terms [4], and the state [N, state_width] for backward.
+
+    Tensors are those of tokens [N], as `readable` gives them.
+    """
+    case, x, N, wide = ready.case, tensors.x, tensors.x.shape[0], ready.wide
     programs, dtype = -(-N // ready.fwd.constants["BLOCK_N"]), case.dtype if base is None else base.dtype
     of_tokens, of_sums = (dtype, shape, wide, (N, ready.state_width)), (wide, (4,), wide, (programs, 16))
     y, state, terms, statistics = empties(x, *of_tokens, *of_sums)
@@ -55,19 +47,19 @@ def forward(
         return y, terms.zero_(), state
     key = x.dtype, None if base is None else base.dtype
     direct = stream is not None and ready.knows(key)
-    layer, tables = _layer(given, weights.networks.form(direct), ready.no_flags), numbers.tables.form(direct)
+    layer, tables = _layer(tensors, weights.networks.form(direct), ready.no_flags), numbers.tables.form(direct)
     latents = numbers.scaling, numbers.prior2_mean, numbers.logvar1_low, numbers.logvar1_high
-    tokens = layer, base, _row(base), y, state, statistics
-    ready.fwd((programs, 1), (*tokens, *latents, N, case.D, case.M), key, stream)
-    kept, scale = ready.no_flags if given.kept is None else given.kept, weights.networks.named.decoder.scale
-    ready.mean((1, 1), (statistics, scale, *tables, kept, terms, programs, N, case.D, case.R), None, stream)
+    rows = layer, base, _row(base), y, state, statistics
+    ready.fwd((programs, 1), (*rows, *latents, N, case.D, case.M), key, stream)
+    scale = weights.networks.named.decoder.scale
+    ready.mean((1, 1), (statistics, scale, *tables, layer.kept, terms, programs, N, case.D, case.R), None, stream)
     return y, terms, state
 
 
 def backward(
     shape: tuple[int, ...],
     arriving: Arriving,
-    given: Given,
+    tensors: Tensors,
     weights: Weights,
     state: Tensor,
     needs: Needs,
@@ -82,7 +74,7 @@ def backward(
     grad_x has this shape of N rows of D entries, or is empty if it is not needed.
     `there`: of each parameter, whether there is one, which a bias may not be.
     """
-    case, x, N = ready.case, given.x, given.x.shape[0]
+    case, x, N = ready.case, tensors.x, tensors.x.shape[0]
     plan = ready.backward(needs, detach_target, arriving.at_decoder, there)
     gradients = tuple(empties_like(list(compress(weights.flat, plan.flags))))
     shape = shape if needs.x else (0,)
@@ -92,7 +84,7 @@ def backward(
     grad_y, state = arriving.grad_y, packed(state)
     key = x.dtype, None if grad_y is None else grad_y.dtype
     direct = stream is not None and plan.knows(key)
-    layer, tables = _layer(given, weights.networks.form(direct), ready.no_flags), numbers.tables.form(direct)
+    layer, tables = _layer(tensors, weights.networks.form(direct), ready.no_flags), numbers.tables.form(direct)
     chunks, scratch = plan.work(N)
     grad_x, memory = empties(x, x.dtype, shape, ready.wide, (scratch.entries,))
     grad_state, inputs, grad_hidden, parts = scratch.parts(memory, direct)
@@ -105,28 +97,21 @@ def backward(
         to = state, grad_state, inputs, grad_hidden
         plan.tokens((programs, 1), (*arrives, *tables, *to, *scalars, numbers.prior2_mean, *last), key, stream)
 
-    tensors = state, grad_state, inputs, grad_hidden, grad_x if needs.x else None, parts
+    read = state, grad_state, inputs, grad_hidden, grad_x if needs.x else None, parts
     places = plan.places.form(direct), plan.length
-    plan.grads((plan.programs, chunks), (*arrives, *tensors, *places, *scalars, *last), key, stream)
+    plan.grads((plan.programs, chunks), (*arrives, *read, *places, *scalars, *last), key, stream)
     if plan.entries:
         sums = parts, gradients, plan.starts, plan.entries, chunks, plan.length
         plan.reduce((plan.reduce_programs, 1), sums, None, stream)
     return grad_x, gradients
 
 
-def _layer(given: Given, networks: Any, nothing: Tensor) -> Layer:
+def _layer(tensors: Tensors, networks: Any, nothing: Tensor) -> Layer:
     """What is missing is `nothing`, or x, and is not read."""
-    x = given.x
-    return Layer(
-        x,
-        _row(x),
-        networks,
-        x if given.noise1 is None else given.noise1,
-        x if given.noise2 is None else given.noise2,
-        nothing if given.mask is None else given.mask,
-        nothing if given.kept is None else given.kept,
-        nothing if given.seed is None else given.seed,
-    )
+    x, mask = tensors.x, tensors.mask
+    noise1, noise2 = (x if noise is None else noise for noise in (tensors.noise1, tensors.noise2))
+    flags, kept = (nothing, nothing) if mask is None else (mask, mask.sum())
+    return Layer(x, _row(x), networks, noise1, noise2, flags, kept, nothing if tensors.seed is None else tensors.seed)
 
 
 def _row(t: Tensor | None) -> int:
@@ -159,12 +144,10 @@ def packed(t: Tensor) -> Tensor:
     return aligned(t.contiguous())
 
 
-def given_of(
-    x: Tensor, noise1: Tensor | None, noise2: Tensor | None, mask: Tensor | None, seed: Tensor | None
-) -> Given:
-    """The inputs in the layout that kernels read. x is [N, D]."""
-    noise1, noise2, mask, seed = [None if t is None else packed(t) for t in (noise1, noise2, mask, seed)]
-    return Given(by_rows(x), noise1, noise2, mask, None if mask is None else mask.sum(), seed)
+def readable(tensors: Tensors) -> Tensors:
+    """Those of tokens [N] in the layout that kernels read; the parameters as they are."""
+    x, parameters, *others = tensors
+    return Tensors(by_rows(x), parameters, *(None if t is None else packed(t) for t in others))
 
 
 def packed_weights(parameters: Sequence[Tensor | None], encoder_hidden: int) -> Weights:
@@ -177,19 +160,19 @@ def packed_weights(parameters: Sequence[Tensor | None], encoder_hidden: int) -> 
     return Weights(flat, Fixed.of(Networks.of(flat, encoder_hidden)))
 
 
-def _all_of(tensors: Tensors, options: Options) -> tuple[Given, Weights, Prepared, Numbers]:
-    x, parameters, noise1, noise2, mask, seed = tensors
-    weights, given = packed_weights(parameters, options.encoder_hidden), given_of(x, noise1, noise2, mask, seed)
-    case = Case.of(weights.networks.named, options, noise1 is not None, mask is not None, seed is not None, x.shape[0])
-    return given, weights, prepared(case), numbers_of(options)
+def _all_of(tensors: Tensors, options: Options) -> tuple[Tensors, Weights, Prepared, Numbers]:
+    weights, tensors = packed_weights(tensors.parameters, options.encoder_hidden), readable(tensors)
+    noisy, masked, seeded = (t is not None for t in (tensors.noise1, tensors.mask, tensors.seed))
+    case = Case.of(weights.networks.named, options, noisy, masked, seeded, tensors.x.shape[0])
+    return tensors, weights, prepared(case), numbers_of(options)
 
 
 def layer_fwd(base: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The raw operator."""
     count = len(Tensors._fields)
-    given, weights, ready, numbers = _all_of(Tensors(*rest[:count]), _options(rest[count:]))
-    shape = given.x.shape[0], ready.case.M
-    return forward(shape, None if base is None else by_rows(base), given, weights, ready, numbers)
+    tensors, weights, ready, numbers = _all_of(Tensors(*rest[:count]), _options(rest[count:]))
+    shape = tensors.x.shape[0], ready.case.M
+    return forward(shape, None if base is None else by_rows(base), tensors, weights, ready, numbers)
 
 
 def layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -198,12 +181,12 @@ def layer_bwd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     needs = Needs(*needs)
     first, count = len(Arriving._fields), len(Arriving._fields) + len(Tensors._fields)
     grad_y, *grad_terms = arguments[:first]
-    tensors, options = Tensors(*arguments[first:count]), _options(arguments[count:])
-    given, weights, ready, numbers = _all_of(tensors, options)
+    options = _options(arguments[count:])
+    tensors, weights, ready, numbers = _all_of(Tensors(*arguments[first:count]), options)
     arriving = Arriving(None if grad_y is None else by_rows(grad_y), *grad_terms)
     there = tuple(p is not None for p in tensors.parameters)
-    rest = arriving, given, weights, state, needs, detach_target, there, ready, numbers
-    grad_x, grads = backward(given.x.shape, *rest)
+    rest = arriving, tensors, weights, state, needs, detach_target, there, ready, numbers
+    grad_x, grads = backward(tensors.x.shape, *rest)
     left, flags = iter(grads), needs.flags(there, options.encoder_hidden)
     return grad_x, [next(left) if flag else weights.networks.named.B.new_empty(0) for flag in flags]
 
