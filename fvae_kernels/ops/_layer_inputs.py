@@ -174,7 +174,7 @@ class Tensors(NamedTuple):
     """Tensors that the layer reads, in both directions. The raw operators take tokens [N]."""
 
     x: Tensor  # [..., D]
-    parameters: list[Tensor | None]  # of `Networks.flat`
+    parameters: Sequence[Tensor | None]  # of `Networks.flat`
     noise1: Tensor | None  # [..., R]; made from the seed if None
     noise2: Tensor | None
     mask: Tensor | None  # bool [N]
@@ -183,14 +183,11 @@ class Tensors(NamedTuple):
     @classmethod
     def of(cls, entries: Sequence[Any]) -> "Tensors":
         """The inverse of `flat`."""
-        count = len(cls._fields) - 1
-        x, *others = entries[:count]
-        return cls(x, list(entries[count:]), *others)
+        return cls._make((entries[0], entries[5:], *entries[1:5]))  # noise1, noise2, mask, seed
 
     def flat(self) -> tuple[Tensor | None, ...]:
         """All of them for autograd, the parameters last."""
-        x, parameters, *others = self
-        return x, *others, *parameters
+        return self.x, *self[2:], *self.parameters
 
     def rows(self) -> "Tensors":
         """The same for tokens [N]."""
@@ -276,7 +273,7 @@ class Needs(NamedTuple):
 SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
-    list[Tensor | None]: "Tensor?[]",
+    Sequence[Tensor | None]: "Tensor?[]",
     int: "int",
     float: "float",
     bool: "bool",

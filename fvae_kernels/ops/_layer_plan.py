@@ -255,6 +255,6 @@ def run_plan(
 ) -> tuple[Tensor, PlannedTerms]:
     """y and the terms."""
     noise1, noise2 = noise or (None, None)
-    tensors = Tensors(unwrap_if_dead(x), list(parameters), noise1, noise2, token_flags(mask), seed)
+    tensors = Tensors(unwrap_if_dead(x), parameters, noise1, noise2, token_flags(mask), seed)
     y, loss, terms = _apply(plan, loss_gradient, unwrap_if_dead(base), *tensors.flat())
     return y, PlannedTerms(loss, terms)

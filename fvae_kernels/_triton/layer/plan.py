@@ -90,5 +90,5 @@ def _stream(x: Tensor) -> int | None:
 
 def _readable(tensors: Tensors) -> Tensors:
     """As `steps.readable`, for tokens [...] without noise and with a seed of our own."""
-    x, mask = by_rows(rows(tensors.x)), tensors.mask
-    return tensors._replace(x=x) if mask is None else tensors._replace(x=x, mask=packed(mask))
+    tensors = Tensors._make((by_rows(rows(tensors.x)), *tensors[1:]))
+    return tensors if tensors.mask is None else tensors._replace(mask=packed(tensors.mask))

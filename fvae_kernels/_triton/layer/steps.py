@@ -109,7 +109,8 @@ def backward(
 def _layer(tensors: Tensors, networks: Any, nothing: Tensor) -> Layer:
     """What is missing is `nothing`, or x, and is not read."""
     x, mask = tensors.x, tensors.mask
-    noise1, noise2 = (x if noise is None else noise for noise in (tensors.noise1, tensors.noise2))
+    noise1 = x if tensors.noise1 is None else tensors.noise1
+    noise2 = x if tensors.noise2 is None else tensors.noise2
     flags, kept = (nothing, nothing) if mask is None else (mask, mask.sum())
     return Layer(x, _row(x), networks, noise1, noise2, flags, kept, nothing if tensors.seed is None else tensors.seed)
 
