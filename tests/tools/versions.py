@@ -49,7 +49,6 @@ OLDER = (  # of a torch that is too old for the kernels: everything runs as plai
     ),
     *("tests/peft/test_use.py", "tests/training/test_aux_loss.py", "tests/training/test_trainer.py"),
 )
-ALL = ("tests/ops", "tests/nn", "tests/peft", "tests/serving", "tests/training", "tests/interop")
 TRAINER = ("tests/training/test_trainer.py", "tests/training/test_trainer_total_loss.py")
 PLUGIN = ("tests/peft", "tests/serving", "tests/interop", "tests/nn/test_linear.py", *TRAINER)
 COMPILE = (
@@ -69,7 +68,6 @@ class Row:
 
 
 ROWS = {
-    "this environment": Row((), ALL),
     "torch 2.10, Python 3.10": Row(("torch==2.10.0", *NEEDED), OLDER, "3.10", kernels=False),
     "torch 2.11, Python 3.12": Row(("torch==2.11.0", *NEEDED), CORE, "3.12"),
     "torch 2.12, Python 3.13": Row(("torch==2.12.1", *NEEDED), CORE, "3.13"),
