@@ -67,8 +67,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if (shard := config.getoption("--shard")) is not None:
         first, step = map(int, shard.split("/"))
         items[:] = items[first - 1 :: step]
-    # the longest first, so that no worker is left with one of them at the end
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    # Each of two workers gets one half of the list: the longest come first in both, so that none is left at the end.
+    longest = [item for item in items if item.nodeid.startswith(LONGEST)]
+    others = [item for item in items if not item.nodeid.startswith(LONGEST)]
+    middle = max(len(items) // 2 - len(longest[::2]), 0)
+    items[:] = [*longest[::2], *others[:middle], *longest[1::2], *others[middle:]]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
