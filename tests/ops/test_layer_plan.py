@@ -171,6 +171,39 @@ def test_other_tokens_masks_and_needs_share_a_plan(backend_with_plans, device):
         assert adapter.plans.plan is plan
 
 
+class Marked(torch.Tensor):
+    """A subclass, which may want to see each operation."""
+
+
+INPUTS = {
+    "x's dtype": lambda x, base: (x.bfloat16(), base),
+    "features of x": lambda x, base: (x[:, :-1], base),
+    "x's class": lambda x, base: (x.as_subclass(Marked), base),
+    "base's dtype": lambda x, base: (x, base.bfloat16()),
+    "outputs of base": lambda x, base: (x, base[:, :-1]),
+    "tokens of base": lambda x, base: (x, base[1:]),
+    "base's class": lambda x, base: (x, base.as_subclass(Marked)),
+}
+
+
+@pytest.mark.parametrize("change", INPUTS.values(), ids=INPUTS)
+def test_a_plan_serves_no_other_inputs(change, backend_with_plans, device):
+    adapter = made(device=device)
+    step(adapter, backend_with_plans)
+    plans = adapter.plans
+    x, base = torch.randn(5, D, device=device), torch.randn(5, M, device=device)
+    order = [adapter._parameters.get(name) for name in adapter._order]
+    with fk.use_backend(backend_with_plans):
+        assert plans.fitting(order, *_around(x, base, adapter)) is plans.plan is not None
+        assert plans.fitting(order, *_around(*change(x, base), adapter)) is None
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            assert plans.fitting(order, *_around(x, base, adapter)) is None
+
+
+def _around(x, base, adapter):
+    return x, adapter.training_config, adapter.config.dropout, None, base
+
+
 def test_a_mask_that_does_not_fit_is_refused_as_ever(backend_with_plans, device):
     adapter = made(device=device)
     step(adapter, backend_with_plans)
