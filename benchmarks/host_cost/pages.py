@@ -1,13 +1,12 @@
 """The measurement as tables, and as one line that sums it up."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ..pages import replace_block, row
 from ..sides import TITLES
+from . import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 PAGE, README = ROOT / "docs" / "roofline.md", ROOT / "README.md"
 Found = dict[str, Any]
 

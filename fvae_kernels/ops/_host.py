@@ -41,12 +41,15 @@ def kind_of(x: Tensor, base: Tensor) -> Any:
     return x.dtype, base.dtype, x.device, base.device, *features, rows[0] == rows[1], dtype
 
 
+def draw_seed(device: torch.device) -> Tensor:
+    """One int64 from torch's generator. It stays on the device, and the kernels read it there."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+
+
 def seed_like(tensor: Tensor) -> Tensor:
-    """A seed from torch's default generator, as ``torch.randint(2**63 - 1, ())`` on the device of a tensor."""
+    """`draw_seed` on the device of a tensor. Only where nothing is compiled."""
     library = compiled()
-    if library is None:
-        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=tensor.device)
-    made: Tensor = library.seed_like(tensor)
+    made: Tensor = draw_seed(tensor.device) if library is None else library.seed_like(tensor)
     return made
 
 

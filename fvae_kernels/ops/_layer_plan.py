@@ -143,7 +143,7 @@ class Plans:
             or plan.config is not config
             or not (type(x) in PLAIN and type(base) in PLAIN)
             or not all(map(operator.is_, parameters, plan.parameters))
-            or self.key != (dropout, _backend._selected, kind_of(x, base))
+            or self.key != key_of(x, dropout, base)
             or not look_as(plan.there, plan.looks)
             or torch._C._len_torch_dispatch_stack() > 0
             or (mask is not None and (mask.shape != x.shape[:-1] or mask.device != plan.device))
@@ -153,7 +153,7 @@ class Plans:
 
     def keep(self, plan: Plan, x: Tensor, dropout: float, base: Tensor) -> None:
         """Serve later steps of the same kind with this plan."""
-        self.plan, self.key = plan, (dropout, _backend._selected, kind_of(x, base))
+        self.plan, self.key = plan, key_of(x, dropout, base)
 
     def forget(self) -> None:
         """Drop the plan."""
@@ -164,6 +164,11 @@ class Plans:
 
     def __reduce__(self) -> tuple[type["Plans"], tuple[()]]:
         return Plans, ()
+
+
+def key_of(x: Tensor, dropout: float, base: Tensor) -> tuple[Any, ...]:
+    """What else decides the path, cheap to compare."""
+    return dropout, _backend._selected, kind_of(x, base)
 
 
 def plannable(parameters: Parameters, x: Tensor, base: Tensor | None) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import reference
 from ..config import FVAEConfig
 from ._checks import rows, token_flags
+from ._host import draw_seed
 from ._layer_checks import check_layer
 from ._layer_composed import composed
 from ._layer_inputs import Arriving, Needs, Options, Tensors
@@ -143,8 +144,3 @@ def _flat(layers: reference.Linears) -> list[Tensor | None]:
 def draw_noise(x: Tensor, B: Tensor) -> Tensor:
     """Standard normal ``[..., R]`` for the tokens of x, from torch's generator."""
     return torch.randn(*x.shape[:-1], B.shape[1], dtype=B.dtype, device=x.device)
-
-
-def draw_seed(device: torch.device) -> Tensor:
-    """One int64 from torch's generator. It stays on the device, and the kernels read it there."""
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)

@@ -193,15 +193,15 @@ def test_a_plan_serves_no_other_inputs(change, backend_with_plans, device):
     plans = adapter.plans
     x, base = torch.randn(5, D, device=device), torch.randn(5, M, device=device)
     order = [adapter._parameters.get(name) for name in adapter._order]
+
+    def fitting(x, base):
+        return plans.fitting(order, x, adapter.training_config, adapter.config.dropout, None, base)
+
     with fk.use_backend(backend_with_plans):
-        assert plans.fitting(order, *_around(x, base, adapter)) is plans.plan is not None
-        assert plans.fitting(order, *_around(*change(x, base), adapter)) is None
+        assert fitting(x, base) is plans.plan is not None
+        assert fitting(*change(x, base)) is None
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            assert plans.fitting(order, *_around(x, base, adapter)) is None
-
-
-def _around(x, base, adapter):
-    return x, adapter.training_config, adapter.config.dropout, None, base
+            assert fitting(x, base) is None
 
 
 def test_a_mask_that_does_not_fit_is_refused_as_ever(backend_with_plans, device):
