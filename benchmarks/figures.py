@@ -51,7 +51,7 @@ def ratios(groups: list[dict[str, Any]], path: Path, note: str) -> None:
     axes.set_ylim(low, high * 1.1)
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_ylabel("time of a training step / PEFT LoRA's")
-    axes.legend(ncols=len(order) + 1, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     _finish(figure, path, note + "; medians of ratios by round, 95 % intervals (below 6 rounds: the range)")
 
 
