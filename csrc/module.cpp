@@ -34,6 +34,20 @@ bool for_each_tensor(PyObject* tensors, const Body& body) {
   return true;
 }
 
+// Entries as bytes, which are quick to compare with those of another step.
+template <typename Entries>
+PyObject* bytes_of(const Entries& entries) {
+  const auto* bytes = reinterpret_cast<const char*>(entries.data());
+  return PyBytes_FromStringAndSize(bytes, static_cast<Py_ssize_t>(entries.size() * sizeof entries[0]));
+}
+
+// Whether `bytes_of` gave these bytes for the same entries.
+template <typename Entries>
+bool same(PyObject* bytes, const Entries& entries) {
+  const auto size = static_cast<size_t>(PyBytes_GET_SIZE(bytes));
+  return size == entries.size() * sizeof entries[0] && std::memcmp(PyBytes_AS_STRING(bytes), entries.data(), size) == 0;
+}
+
 using Looks = c10::SmallVector<int64_t, 256>;
 
 // dtype, device, shape and strides of each tensor. False with a Python error if one is none.
@@ -52,8 +66,7 @@ PyObject* looks_of(PyObject*, PyObject* tensors) {
   HANDLE_TH_ERRORS
   Looks looks;
   if (!looks_at(tensors, looks)) return nullptr;
-  const auto* bytes = reinterpret_cast<const char*>(looks.data());
-  return PyBytes_FromStringAndSize(bytes, static_cast<Py_ssize_t>(looks.size_in_bytes()));
+  return bytes_of(looks);
   END_HANDLE_TH_ERRORS
 }
 
@@ -66,9 +79,7 @@ PyObject* look_as(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
   Looks looks;
   if (!looks_at(arguments[0], looks)) return nullptr;
-  const auto size = static_cast<size_t>(PyBytes_GET_SIZE(arguments[1]));
-  const char* before = PyBytes_AS_STRING(arguments[1]);
-  return PyBool_FromLong(size == looks.size_in_bytes() && std::memcmp(before, looks.data(), size) == 0);
+  return PyBool_FromLong(same(arguments[1], looks));
   END_HANDLE_TH_ERRORS
 }
 
@@ -94,7 +105,7 @@ PyObject* kind_of(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const auto type = x.device().type();
   const bool autocast = at::autocast::is_autocast_available(type) && at::autocast::is_autocast_enabled(type);
   *to++ = autocast, *to++ = autocast ? static_cast<int64_t>(at::autocast::get_autocast_dtype(type)) : 0;
-  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(kind.data()), sizeof kind);
+  return bytes_of(kind);
   END_HANDLE_TH_ERRORS
 }
 
@@ -173,16 +184,32 @@ PyObject* address_of(const at::Tensor& t) {
   return address;
 }
 
-// data_ptr() of each tensor, as a list.
+using Addresses = c10::SmallVector<const void*, 32>;
+
+// Where the data of each tensor begins. False with a Python error if one is none.
+bool addresses_in(PyObject* tensors, Addresses& addresses) {
+  return for_each_tensor(tensors, [&](Py_ssize_t, const at::Tensor& t) { addresses.push_back(t.const_data_ptr()); });
+}
+
+// data_ptr() of each tensor, as bytes for `lie_at`.
 PyObject* addresses_of(PyObject*, PyObject* tensors) {
   HANDLE_TH_ERRORS
-  THPObjectPtr found(PyList_New(0));
-  if (!found) return nullptr;
-  const bool done = for_each_tensor(tensors, [&](Py_ssize_t, const at::Tensor& t) {
-    THPObjectPtr one(address_of(t));
-    if (PyList_Append(found.get(), one.get()) != 0) throw python_error();
-  });
-  return done ? found.release() : nullptr;
+  Addresses addresses;
+  if (!addresses_in(tensors, addresses)) return nullptr;
+  return bytes_of(addresses);
+  END_HANDLE_TH_ERRORS
+}
+
+// Whether tensors have these addresses.
+PyObject* lie_at(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 2 || !PyBytes_Check(arguments[1])) {
+    PyErr_SetString(PyExc_TypeError, "expected tensors, and what addresses_of gave");
+    return nullptr;
+  }
+  Addresses addresses;
+  if (!addresses_in(arguments[0], addresses)) return nullptr;
+  return PyBool_FromLong(same(arguments[1], addresses));
   END_HANDLE_TH_ERRORS
 }
 
@@ -241,7 +268,8 @@ PyMethodDef functions[] = {
     {"empties_like", empties_like, METH_O, "torch.empty_like of each tensor."},
     {"empties", fast(empties), METH_FASTCALL, "torch.empty of each dtype and shape, on the device of a tensor."},
     {"renewed", renewed, METH_O, "The same memory in a tensor with a node of its own, which is no view."},
-    {"addresses_of", addresses_of, METH_O, "data_ptr() of each tensor."},
+    {"addresses_of", addresses_of, METH_O, "data_ptr() of each tensor, as bytes."},
+    {"lie_at", fast(lie_at), METH_FASTCALL, "Whether tensors have the addresses that addresses_of gave."},
     {"pointers", pointers, METH_O, "A kernel's arguments with addresses for tensors and plain tuples for named ones."},
     {nullptr, nullptr, 0, nullptr}};
 

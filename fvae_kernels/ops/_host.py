@@ -69,11 +69,17 @@ def empties(like: Tensor, *kinds: Any) -> Sequence[Tensor]:
     return made
 
 
-def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
-    """data_ptr() of each."""
+def addresses_of(tensors: Sequence[Tensor]) -> Any:
+    """data_ptr() of each. For `lie_at`."""
     library = compiled()
-    found: list[int] = list(map(Tensor.data_ptr, tensors)) if library is None else library.addresses_of(tensors)
-    return found
+    return list(map(Tensor.data_ptr, tensors)) if library is None else library.addresses_of(tensors)
+
+
+def lie_at(tensors: Sequence[Tensor], addresses: Any) -> bool:
+    """True if `addresses_of` gave these addresses and would give them again."""
+    library = compiled()
+    same: bool = addresses_of(tensors) == addresses if library is None else library.lie_at(tensors, addresses)
+    return same
 
 
 def pointers(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -100,4 +106,4 @@ def compiled() -> Any:
     if _backend.why_missing("cpp") is not None:
         return None
     library = importlib.import_module(_raw.MODULES["cpp"])
-    return library if hasattr(library, "seed_like") else None
+    return library if hasattr(library, "lie_at") else None

@@ -110,10 +110,16 @@ def test_empties_of_several_kinds():
 
 
 @pytest.mark.usefixtures("_way")
-def test_addresses_are_those_of_the_tensors():
+def test_tensors_lie_where_they_lay():
     base = torch.ones(8)
     tensors = [base, nn.Parameter(torch.ones(3)), base[2:], torch.ones(0)]
-    assert _host.addresses_of(tensors) == [t.data_ptr() for t in tensors]
+    addresses = _host.addresses_of(tensors)
+    assert _host.lie_at([base[:], *tensors[1:]], addresses), "another tensor at the same place"
+    assert not _host.lie_at(tensors[:-1], addresses)
+    assert not _host.lie_at([*tensors[:2], base[1:], tensors[3]], addresses)
+    tensors[1].data = tensors[1].data.clone()
+    assert not _host.lie_at(tensors, addresses), "moved"
+    assert _host.lie_at([], _host.addresses_of([]))
 
 
 class Named(NamedTuple):
@@ -156,6 +162,8 @@ def test_other_objects_are_refused():
         _host.looks_of([torch.ones(2), "text"])
     with pytest.raises((TypeError, AttributeError)):
         _host.addresses_of([torch.ones(2), "text"])
+    with pytest.raises((TypeError, AttributeError)):
+        _host.lie_at([torch.ones(2), "text"], _host.addresses_of([torch.ones(2)]))
     with pytest.raises(TypeError):
         _host.empties_like([torch.ones(2), None])
     with pytest.raises((TypeError, AttributeError)):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...ops._checks import rows
-from ...ops._host import addresses_of
+from ...ops._host import addresses_of, lie_at
 from ...ops._layer_inputs import Arriving, Needs, Options, Tensors
 from .. import tables
 from .._common import precision
@@ -23,14 +23,13 @@ class TritonSteps:
         self.options, self.detach_target, self.numbers = options, detach_target, numbers_of(options)
         self.there = tuple(p is not None for p in parameters)
         self.parameters, self._present = parameters, [p for p in parameters if p is not None]
-        self._note(addresses_of(self._present))
+        self._note()
         self._of_case: dict[Any, Prepared] = {}
 
     def forward(self, base: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Any]:
         """y in the shape of `base`, the terms [4], the state, and what backward reuses."""
-        addresses = addresses_of(self._present)
-        if addresses != self.addresses:
-            self._note(addresses)
+        if not lie_at(self._present, self.addresses):
+            self._note()
         tensors, ready = _readable(tensors), self._ready(tensors)
         stream = _stream(tensors.x)
         return *forward(base.shape, by_rows(rows(base)), tensors, self.weights, ready, self.numbers, stream), ready
@@ -44,7 +43,7 @@ class TritonSteps:
         """
         grad_y, x = arriving.grad_y, tensors.x
         present = list(compress(tensors.parameters, self.there))
-        known = addresses_of(present) == self.addresses  # type: ignore[arg-type]
+        known = lie_at(present, self.addresses)  # type: ignore[arg-type]
         weights = self.weights if known else packed_weights(tensors.parameters, self.options.encoder_hidden)
         tensors = _readable(tensors)
         return backward(
@@ -61,11 +60,11 @@ class TritonSteps:
             _stream(tensors.x),
         )
 
-    def _note(self, addresses: list[int]) -> None:
+    def _note(self) -> None:
         """Prepare what kernels take; again when the parameters have moved in memory."""
-        self.weights, self.addresses = packed_weights(self.parameters, self.options.encoder_hidden), addresses
-        if any(address % 16 for address in addresses):
-            self.addresses = []  # kernels read copies, and each step makes them anew
+        self.weights = packed_weights(self.parameters, self.options.encoder_hidden)
+        aligned = all(p.data_ptr() % 16 == 0 for p in self._present)  # else kernels read copies, new ones in each step
+        self.addresses = addresses_of(self._present if aligned else [])
 
     def _ready(self, tensors: Tensors) -> Prepared:
         x, masked, networks = tensors.x, tensors.mask is not None, self.weights.networks.named
@@ -90,5 +89,5 @@ def _stream(x: Tensor) -> int | None:
 
 def _readable(tensors: Tensors) -> Tensors:
     """As `steps.readable`, for tokens [...] without noise and with a seed of our own."""
-    tensors = Tensors._make((by_rows(rows(tensors.x)), *tensors[1:]))
-    return tensors if tensors.mask is None else tensors._replace(mask=packed(tensors.mask))
+    x, parameters, noise1, noise2, mask, seed = tensors
+    return Tensors(by_rows(rows(x)), parameters, noise1, noise2, None if mask is None else packed(mask), seed)
