@@ -42,44 +42,53 @@ template <typename acc_t>
 double sum_of_squares(
     const Tensor& x, const Tensor& residual, const Decoder& decoder, const Kept& kept, const Tile& tile) {
   const int64_t D = x.size(1);
-  const acc_t *target = x.const_data_ptr<acc_t>(), *minus = residual.const_data_ptr<acc_t>();
+  const acc_t *target = x.const_data_ptr<acc_t>(), *rows = residual.const_data_ptr<acc_t>();
   const acc_t *b = decoder.layers.back().b.const_data_ptr<acc_t>();
-  const acc_t *inverse = decoder.inverse_scale.const_data_ptr<acc_t>();
+  const acc_t* inverse = decoder.inverse_scale.const_data_ptr<acc_t>();
   double sum = 0;
   for (int64_t n = 0; n < tile.length; ++n) {
-    if (kept[tile.start + n]) sum += squares_of_row<acc_t>(target + n * D, minus + n * D, b, inverse, D);
+    if (kept[tile.start + n]) sum += squares_of_row<acc_t>(target + n * D, rows + n * D, b, inverse, D);
   }
   return sum;
 }
 
 using Statistics = std::array<double, kStatistics>;
 
-// Sums over the tokens kept, in doubles: the terms are small differences of them.
+// Adds the statistics of one posterior of a token to sums [5, R], in doubles: the terms are small differences of them.
+template <typename acc_t>
+FVAE_VECTORISED static void add_moments(
+    double* sums, const acc_t* means, const acc_t* logvars, const acc_t* z, const acc_t* std, double mu, double center,
+    const Bounds& bounds, int64_t R) {
+  for (int64_t r = 0; r < R; ++r) {
+    const double mean = means[r], sd = std[r], off_center = z[r] - center;
+    sums[r] += mean * mean;
+    sums[R + r] += (mean - mu) * (mean - mu);
+    sums[2 * R + r] += sd * sd;
+    sums[3 * R + r] += bounds.clamp(logvars[r]);
+    sums[4 * R + r] += off_center * off_center;
+  }
+}
+
+// Sums over the tokens kept.
 template <typename acc_t>
 Statistics latent_statistics(
     const Tensor& heads, const Sample& sample, double mu, const std::array<Bounds, 2>& bounds, const Kept& kept,
     const Tile& tile) {
   const int64_t R = sample.z.size(1) / 2;
+  const acc_t* of_heads = heads.const_data_ptr<acc_t>();
+  const acc_t *z = sample.z.const_data_ptr<acc_t>(), *std = sample.std.const_data_ptr<acc_t>();
   Statistics sums{};
   for (int64_t side = 0; side < 2; ++side) {
-    double squares = 0, from_mu = 0, var = 0, logvar = 0, sampled = 0;
+    std::vector<double> moments(5 * R);
     for (int64_t n = 0; n < tile.length; ++n) {
       if (!kept[tile.start + n]) continue;
-      const acc_t* of_token = heads.const_data_ptr<acc_t>() + n * heads.stride(0);
-      const acc_t *means = of_token + mean_place(side) * R, *logvars = of_token + logvar_place(side) * R;
-      const acc_t* z = sample.z.const_data_ptr<acc_t>() + (2 * n + side) * R;
-      const acc_t* std = sample.std.const_data_ptr<acc_t>() + (2 * n + side) * R;
-      for (int64_t r = 0; r < R; ++r) {
-        const double mean = means[r], sd = std[r], off_center = z[r] - side * mu;
-        squares += mean * mean;
-        from_mu += (mean - mu) * (mean - mu);
-        var += sd * sd;
-        logvar += bounds[side].clamp(logvars[r]);
-        sampled += off_center * off_center;
-      }
+      const acc_t* of_token = of_heads + n * heads.stride(0);
+      const acc_t *mean = of_token + mean_place(side) * R, *logvar = of_token + logvar_place(side) * R;
+      const int64_t first = (2 * n + side) * R;
+      add_moments<acc_t>(moments.data(), mean, logvar, z + first, std + first, mu, side * mu, bounds[side], R);
     }
     double* to = sums.data() + (side == 0 ? kSquares1 : kSquares2);
-    to[0] = squares, to[1] = from_mu, to[2] = var, to[3] = logvar, to[4] = sampled;
+    for (int64_t i = 0; i < 5 * R; ++i) to[i / R] += moments[i];
   }
   return sums;
 }

@@ -75,9 +75,9 @@ enum Term { kLoss, kKl, kGamma, kTerms };  // rows of the table [kTerms, kStatis
 constexpr int64_t kLayerTile = 1 << 18, kTokens = 128;
 constexpr int64_t kWork = 64;  // work of a token for each entry of x, relative to a simple loop
 
-// to = a b + beta to
-inline void multiply(Tensor to, const Tensor& a, const Tensor& b, double beta) {
-  beta != 0 ? to.addmm_(a, b, beta) : at::mm_out(to, a, b);
+// to = alpha a b + beta to. MKL makes a pass over `to` of its own unless beta is 1; alpha costs nothing.
+inline void multiply(Tensor to, const Tensor& a, const Tensor& b, double beta, double alpha = 1) {
+  to.addmm_(a, b, beta, alpha);
 }
 
 // The i-th of equal parts of t along dim.
@@ -98,16 +98,16 @@ struct Linear {
       multiply(block(out, 1, i, blocks), block(in, 1, i, blocks), block(w, 0, i, blocks).t(), 0);
     }
   }
-  // grad_in = beta * grad_in + grad_out w
-  void grad_input(const Tensor& grad_in, const Tensor& grad_out, double beta = 0) const {
+  // grad_in = beta * grad_in + sign * grad_out w
+  void grad_input(const Tensor& grad_in, const Tensor& grad_out, double beta = 0, double sign = 1) const {
     for (int64_t i = 0; i < blocks; ++i) {
-      multiply(block(grad_in, 1, i, blocks), block(grad_out, 1, i, blocks), block(w, 0, i, blocks), beta);
+      multiply(block(grad_in, 1, i, blocks), block(grad_out, 1, i, blocks), block(w, 0, i, blocks), beta, sign);
     }
   }
-  // grad_w = beta * grad_w + grad_out^T in
-  void grad_weight(const Tensor& grad_w, const Tensor& grad_out, const Tensor& in, double beta) const {
+  // grad_w = beta * grad_w + sign * grad_out^T in
+  void grad_weight(const Tensor& grad_w, const Tensor& grad_out, const Tensor& in, double beta, double sign) const {
     for (int64_t i = 0; i < blocks; ++i) {
-      multiply(block(grad_w, 0, i, blocks), block(grad_out, 1, i, blocks).t(), block(in, 1, i, blocks), beta);
+      multiply(block(grad_w, 0, i, blocks), block(grad_out, 1, i, blocks).t(), block(in, 1, i, blocks), beta, sign);
     }
   }
 };
@@ -190,6 +190,17 @@ struct Encoders {
   }
 };
 
+template <typename acc_t>
+FVAE_VECTORISED static void half_of_row(acc_t* half, const acc_t* logvar, const Bounds& bounds, int64_t R) {
+  for (int64_t r = 0; r < R; ++r) half[r] = bounds.clamp(logvar[r]) / 2;
+}
+
+template <typename acc_t>
+FVAE_VECTORISED static void sample_row(
+    acc_t* z, const acc_t* mean, const acc_t* std, const acc_t* noise, int64_t R) {
+  for (int64_t r = 0; r < R; ++r) z[r] = mean[r] + std[r] * noise[r];
+}
+
 // z = [z1 | z2] from the heads of a tile, and its standard deviations.
 struct Sample {
   Tensor z, std;  // [T, 2R]
@@ -197,20 +208,21 @@ struct Sample {
   template <typename acc_t>
   void draw(const Tensor& heads, const std::array<Tensor, 2>& noise, const std::array<Bounds, 2>& bounds) const {
     const int64_t R = z.size(1) / 2;
+    const acc_t* of_heads = heads.const_data_ptr<acc_t>();
     acc_t *to = z.mutable_data_ptr<acc_t>(), *sd = std.mutable_data_ptr<acc_t>();
-    const auto each = [&](const auto& body) {
-      for (int64_t side = 0; side < 2; ++side) {
-        const acc_t* mean = heads.const_data_ptr<acc_t>() + mean_place(side) * R;
-        const acc_t* logvar = heads.const_data_ptr<acc_t>() + logvar_place(side) * R;
-        const acc_t* eps = noise[side].template const_data_ptr<acc_t>();
-        for (int64_t n = 0; n < z.size(0); ++n, mean += heads.stride(0), logvar += heads.stride(0), eps += R) {
-          for (int64_t r = 0; r < R; ++r) body((2 * n + side) * R + r, mean[r], bounds[side].clamp(logvar[r]), eps[r]);
-        }
+    const auto each_row = [&](const auto& body) {
+      for (int64_t n = 0; n < z.size(0); ++n) {
+        for (int64_t side = 0; side < 2; ++side) body(side, (2 * n + side) * R, n * heads.stride(0), n * R);
       }
     };
-    each([&](int64_t i, acc_t, acc_t logvar, acc_t) { sd[i] = logvar / 2; });
+    each_row([&](int64_t side, int64_t first, int64_t head, int64_t) {
+      half_of_row(sd + first, of_heads + head + logvar_place(side) * R, bounds[side], R);
+    });
     Tensor(std).exp_();  // ATen's exp uses the vector instructions of the machine that runs it
-    each([&](int64_t i, acc_t mean, acc_t, acc_t eps) { to[i] = mean + sd[i] * eps; });
+    const std::array<const acc_t*, 2> eps{noise[0].const_data_ptr<acc_t>(), noise[1].const_data_ptr<acc_t>()};
+    each_row([&](int64_t side, int64_t first, int64_t head, int64_t of_noise) {
+      sample_row(to + first, of_heads + head + mean_place(side) * R, sd + first, eps[side] + of_noise, R);
+    });
   }
 };
 

@@ -19,30 +19,30 @@ template <typename acc_t>
 FVAE_VECTORISED static void finish_row(
     acc_t* r, acc_t* slack, const acc_t* x, const acc_t* b, const acc_t* inverse, const acc_t* factor, int64_t D) {
   for (int64_t d = 0; d < D; ++d) {
-    const acc_t deviation = (r[d] + b[d] - x[d]) * inverse[d];
+    const acc_t deviation = (x[d] - b[d] - r[d]) * inverse[d];
     r[d] = deviation * factor[d];
     slack[d] += 1 - deviation * deviation;
   }
 }
 
-// residual = (x_hat - x) / t factor for the tokens kept: the gradient of x_hat, and minus that of x as the target. At
-// entry it lacks x and the bias. slack [D] += 1 - ((x_hat - x) / t)^2; the gradient of t comes from it.
+// residual = (x - x_hat) / t factor for the tokens kept: the gradient of x as the target, and minus that of x_hat. At
+// entry it is x_hat without the bias. slack [D] += 1 - ((x - x_hat) / t)^2; the gradient of t comes from it.
 template <typename acc_t>
 void finish_residual(
     const Tensor& residual, double* slack, const Tensor& x, const Decoder& decoder, const Tensor& factor,
     const Kept& kept, const Tile& tile) {
   const int64_t D = x.size(1);
-  const acc_t *b = decoder.layers.back().b.const_data_ptr<acc_t>(), *f = factor.const_data_ptr<acc_t>();
-  const acc_t* inverse = decoder.inverse_scale.const_data_ptr<acc_t>();
+  acc_t* rows = residual.mutable_data_ptr<acc_t>();
+  const acc_t *target = x.const_data_ptr<acc_t>(), *b = decoder.layers.back().b.const_data_ptr<acc_t>();
+  const acc_t *inverse = decoder.inverse_scale.const_data_ptr<acc_t>(), *f = factor.const_data_ptr<acc_t>();
   std::vector<acc_t> run(D);
   for (int64_t start = 0; start < tile.length; start += kRun) {
     std::fill(run.begin(), run.end(), acc_t(0));
     for (int64_t n = start; n < std::min(start + kRun, tile.length); ++n) {
-      acc_t* r = residual.mutable_data_ptr<acc_t>() + n * D;
       if (kept[tile.start + n]) {
-        finish_row<acc_t>(r, run.data(), x.const_data_ptr<acc_t>() + n * D, b, inverse, f, D);
+        finish_row<acc_t>(rows + n * D, run.data(), target + n * D, b, inverse, f, D);
       } else {
-        std::fill_n(r, D, acc_t(0));
+        std::fill_n(rows + n * D, D, acc_t(0));
       }
     }
     for (int64_t d = 0; d < D; ++d) slack[d] += run[d];
@@ -62,6 +62,31 @@ struct Slopes {
   }
 };
 
+// What the gradients of one posterior of a token are made of, and where they go; [R] each.
+template <typename acc_t>
+struct LatentRow {
+  const acc_t *mean, *logvar, *z, *std, *noise, *through_decoder, *through_y;  // through_y: only z1 has it
+  acc_t *grad_mean, *grad_logvar;
+};
+
+template <typename acc_t>
+FVAE_VECTORISED static void grad_row(
+    const LatentRow<acc_t>& row, const Slopes<acc_t>& slopes, const Bounds& bounds, acc_t share, bool keep, int64_t R) {
+  acc_t *__restrict__ grad_mean = row.grad_mean, *__restrict__ grad_logvar = row.grad_logvar;
+  for (int64_t r = 0; r < R; ++r) {
+    acc_t grad_z = share * row.through_decoder[r] + (row.through_y ? row.through_y[r] : acc_t(0));
+    acc_t of_mean = 0, of_logvar = 0;
+    if (keep) {
+      grad_z += slopes.z * row.z[r] + slopes.z_offset;
+      of_mean = slopes.mean * row.mean[r] + slopes.mean_offset;
+      of_logvar = slopes.var * row.std[r] * row.std[r] + slopes.logvar;
+    }
+    grad_mean[r] = grad_z + of_mean;
+    const acc_t through_std = grad_z * row.noise[r] * row.std[r] / 2 + of_logvar;
+    grad_logvar[r] = bounds.passes(row.logvar[r]) ? through_std : acc_t(0);
+  }
+}
+
 // grad_heads [T, 4R], from the gradient of z1 through y [T, R] and of the decoder's input [T, 2R] or [T, R].
 template <typename acc_t>
 void grad_latents(
@@ -69,30 +94,21 @@ void grad_latents(
     const Tensor& grad_z1, const Tensor& grad_latent, bool average, const Coefficients& c, double mu,
     const std::array<Bounds, 2>& bounds, const Kept& kept, const Tile& tile) {
   const int64_t R = sample.z.size(1) / 2, L = grad_latent.size(1);
+  acc_t* to = grad_heads.mutable_data_ptr<acc_t>();
+  const acc_t *of_heads = heads.const_data_ptr<acc_t>(), *through_y = grad_z1.const_data_ptr<acc_t>();
+  const acc_t *z = sample.z.const_data_ptr<acc_t>(), *std = sample.std.const_data_ptr<acc_t>();
   for (int64_t side = 0; side < 2; ++side) {
     const Slopes<acc_t> slopes(c, side, mu);
-    const acc_t *eps = noise[side].const_data_ptr<acc_t>(), *through_y = grad_z1.const_data_ptr<acc_t>();
-    const acc_t *through_decoder = grad_latent.const_data_ptr<acc_t>() + (average ? 0 : R * side);
-    const acc_t share = average ? 0.5 : 1;
+    const acc_t* eps = noise[side].const_data_ptr<acc_t>();
+    const acc_t* through_decoder = grad_latent.const_data_ptr<acc_t>() + (average ? 0 : R * side);
     for (int64_t n = 0; n < tile.length; ++n) {
-      const acc_t* of_token = heads.const_data_ptr<acc_t>() + n * heads.stride(0);
-      const acc_t *mean = of_token + mean_place(side) * R, *logvar = of_token + logvar_place(side) * R;
-      const acc_t *z = sample.z.const_data_ptr<acc_t>() + (2 * n + side) * R;
-      const acc_t *std = sample.std.const_data_ptr<acc_t>() + (2 * n + side) * R;
-      acc_t* to = grad_heads.mutable_data_ptr<acc_t>() + 4 * n * R;
-      acc_t *to_mean = to + mean_place(side) * R, *to_logvar = to + logvar_place(side) * R;
-      const bool keep = kept[tile.start + n];
-      for (int64_t r = 0; r < R; ++r) {
-        acc_t grad_z = share * through_decoder[n * L + r] + (side == 0 ? through_y[n * R + r] : acc_t(0));
-        acc_t grad_mean = 0, grad_logvar = 0;
-        if (keep) {
-          grad_z += slopes.z * z[r] + slopes.z_offset;
-          grad_mean = slopes.mean * mean[r] + slopes.mean_offset;
-          grad_logvar = slopes.var * std[r] * std[r] + slopes.logvar;
-        }
-        to_mean[r] = grad_z + grad_mean;
-        to_logvar[r] = bounds[side].passes(logvar[r]) ? grad_z * eps[n * R + r] * std[r] / 2 + grad_logvar : acc_t(0);
-      }
+      const acc_t* of_token = of_heads + n * heads.stride(0);
+      acc_t* to_token = to + 4 * n * R;
+      const int64_t first = (2 * n + side) * R, mean = mean_place(side) * R, logvar = logvar_place(side) * R;
+      const LatentRow<acc_t> row{
+          of_token + mean, of_token + logvar, z + first, std + first, eps + n * R, through_decoder + n * L,
+          side == 0 ? through_y + n * R : nullptr, to_token + mean, to_token + logvar};
+      grad_row<acc_t>(row, slopes, bounds[side], average ? 0.5 : 1, kept[tile.start + n], R);
     }
   }
 }
@@ -132,7 +148,7 @@ Tensor Backward::through_y(const Tile& tile, const Sample& sample) const {
   return latents() ? at::mm(grad, layer.up) : Tensor();
 }
 
-// Gradient of the decoder's input [T, 2R] or [T, R]. The gradient of x_hat stays in `memory.residual`.
+// Gradient of the decoder's input [T, 2R] or [T, R]. Minus the gradient of x_hat stays in `memory.residual`.
 template <typename acc_t>
 Tensor Backward::through_decoder(const Tile& tile, const Tensor& x_rows, const Scratch& memory) const {
   const auto& layers = layer.decoder.layers;
@@ -142,18 +158,19 @@ Tensor Backward::through_decoder(const Tile& tile, const Tensor& x_rows, const S
   finish_residual<acc_t>(memory.residual, to_slack, x_rows, layer.decoder, factor, layer.kept, tile);
   if (!latents() && !needs[kDecoder]) return Tensor();
   Tensor grad = memory.residual;
-  for (int64_t i = layer.decoder.hidden(); i >= 0; --i) {
-    if (needs[kDecoder]) decoder_sums[i][tile.worker].add<acc_t>(layers[i], grad, memory.outputs[i], tile.first);
+  for (int64_t i = layer.decoder.hidden(), last = i; i >= 0; --i) {
+    const double sign = i == last ? -1 : 1;
+    if (needs[kDecoder]) decoder_sums[i][tile.worker].add<acc_t>(layers[i], grad, memory.outputs[i], tile.first, sign);
     if (i == 0 && !latents()) return Tensor();
     const Tensor grad_in = at::empty(memory.outputs[i].sizes(), grad.options());
-    layers[i].grad_input(grad_in, grad);
+    layers[i].grad_input(grad_in, grad, 0, sign);
     if (i > 0) grad_activate<acc_t>(grad_in, memory.outputs[i], layer.dropout);
     grad = grad_in;
   }
   return grad;
 }
 
-// Gradients of the encoders' weights and of x. At entry `to` holds the negative gradient of x as the target.
+// Gradients of the encoders' weights and of x. At entry `to` holds the gradient of x as the target.
 template <typename acc_t>
 void Backward::through_encoders(
     const Tile& tile, Tensor grad, const Tensor& x_rows, const Tensor& state_rows, const Tensor& to) const {
@@ -167,7 +184,7 @@ void Backward::through_encoders(
     grad_activate<acc_t>(grad_in, in, layer.dropout);
     grad = grad_in;
   }
-  if (needs[kX]) encoders.layers[0].grad_input(to, grad, decode && through_target ? -1 : 0);
+  if (needs[kX]) encoders.layers[0].grad_input(to, grad, decode && through_target ? 1 : 0);
 }
 
 template <typename acc_t>

@@ -5,9 +5,10 @@
 
 namespace fvae {
 
-// Sums of the columns of `rows`, 16 rows at a time, so that small numbers do not drown in a large sum.
+// sums += sign * the sums of the columns of `rows`, 16 rows at a time, so that small numbers do not drown in a large sum.
 template <typename acc_t>
-FVAE_VECTORISED static void add_columns(acc_t* sums, const acc_t* rows, int64_t stride, int64_t length, int64_t width) {
+FVAE_VECTORISED static void add_columns(
+    acc_t* sums, const acc_t* rows, int64_t stride, int64_t length, int64_t width, acc_t sign) {
   constexpr int64_t kRows = 16, kColumns = 64;
   for (int64_t first = 0; first < width; first += kColumns) {
     const int64_t columns = std::min(kColumns, width - first);
@@ -17,14 +18,18 @@ FVAE_VECTORISED static void add_columns(acc_t* sums, const acc_t* rows, int64_t 
         const acc_t* row = rows + n * stride + first;
         for (int64_t j = 0; j < columns; ++j) run[j] += row[j];
       }
-      for (int64_t j = 0; j < columns; ++j) sums[first + j] += run[j];
+      for (int64_t j = 0; j < columns; ++j) sums[first + j] += sign * run[j];
     }
   }
 }
 
-// Memory for a worker's sum of a gradient like t. Its first tile overwrites it; zero if the worker has no tile.
+// Memory for a worker's sum of a gradient like t. Its first tile overwrites it; zero if the worker has no tile. The longer
+// dimension comes last: measured, a product [768, 32] takes 1.2 times as long as its transpose.
 inline Tensor sum_like(const Tensor& t, bool started) {
-  return started ? at::empty_like(t) : at::zeros_like(t);
+  const bool turned = t.size(0) > t.size(1);
+  const auto shape = turned ? t.t().sizes().vec() : t.sizes().vec();
+  const Tensor made = started ? at::empty(shape, t.options()) : at::zeros(shape, t.options());
+  return turned ? made.t() : made;
 }
 
 inline std::vector<Tensor> sums_like(const Tensor& t, int64_t workers, bool started) {
@@ -39,11 +44,11 @@ struct LinearSums {
   LinearSums(const Linear& layer, bool started) : w(sum_like(layer.w, started)), b(at::zeros_like(layer.b)) {}
 
   template <typename acc_t>
-  void add(const Linear& layer, const Tensor& grad_out, const Tensor& in, bool first) const {
-    layer.grad_weight(w, grad_out, in, first ? 0 : 1);
+  void add(const Linear& layer, const Tensor& grad_out, const Tensor& in, bool first, double sign = 1) const {
+    layer.grad_weight(w, grad_out, in, first ? 0 : 1, sign);
     add_columns<acc_t>(
         b.mutable_data_ptr<acc_t>(), grad_out.const_data_ptr<acc_t>(), grad_out.stride(0), grad_out.size(0),
-        grad_out.size(1));
+        grad_out.size(1), sign);
   }
 };
 
@@ -65,9 +70,10 @@ struct Gradients {
 
   void add(const Tensor& gradient, bool needed) {
     const auto options = in.B().options();
-    all.push_back(needed ? gradient.to(options.dtype()) : at::empty({0}, options));
+    all.push_back(needed ? gradient.to(options.dtype()).contiguous() : at::empty({0}, options));
   }
-  // Weight and bias of the linear layer with this number: part `part` of `parts` equal parts of the summed rows.
+  // Weight and bias of the linear layer with this number: part `part` of `parts` equal parts of the summed rows. No two
+  // results share memory.
   void add(const std::vector<LinearSums>& sums, int64_t number, int64_t part = 0, int64_t parts = 1) {
     for (const auto of : {&LinearSums::w, &LinearSums::b}) {
       const bool there = of == &LinearSums::w || in.parameters.get(2 * number + 1).has_value();
@@ -100,7 +106,8 @@ struct Gradients {
   Tensor total(const std::vector<LinearSums>& sums, Tensor LinearSums::* of, int64_t part, int64_t parts) const {
     Tensor total = block(sums[0].*of, 0, part, parts);
     for (size_t i = 1; i < sums.size(); ++i) total.add_(block(sums[i].*of, 0, part, parts));
-    return total.to(in.B().scalar_type(), false, /*copy=*/parts > 1);  // results share no memory
+    const Tensor result = total.to(in.B().scalar_type());
+    return result.is_contiguous() && parts == 1 ? result : at::empty(result.sizes(), result.options()).copy_(result);
   }
 };
 
