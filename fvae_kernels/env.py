@@ -28,6 +28,8 @@ def report() -> str:
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # says what it was built for, which its package may not
     try:
         return version(package)
     except PackageNotFoundError:

@@ -12,6 +12,7 @@ from hypothesis import settings
 from fvae_kernels import testing
 from fvae_kernels.ops._backend import backends_for, interpreting, why_missing
 from fvae_kernels.testing import device_of
+from tests.helpers.interpreter import replace_language_once_a_launch
 
 # On a machine with a GPU: matrix products of PyTorch are deterministic, so that nothing warns under `poisoned`, and
 # Trainer stays on the CPU, as its tests expect. Kernels run on the device that `device_of` gives.
@@ -28,6 +29,8 @@ LONGEST = tuple(
     for name in ("triton/test_interpreted", "benchmarks/test_gpu_report", "triton/test_executed", "triton/test_compile")
 )
 
+if interpreting():
+    replace_language_once_a_launch()
 settings.register_profile("kernels", max_examples=25, deadline=None)
 settings.register_profile("interpreted", max_examples=6, deadline=None)
 settings.register_profile("few", max_examples=3, deadline=None)  # where each example is compiled for a GPU

@@ -15,11 +15,12 @@ from torch import nn
 import fvae_kernels as fk
 from fvae_kernels import testing
 from fvae_kernels.nn.adapter import FVAEAdapter
-from fvae_kernels.ops._backend import interpreting
+from fvae_kernels.ops._backend import interpreting, why_missing
 from tests.helpers.recipe import SMALL_NETWORKS
 
 OP = "layer"
 D, M, R = 12, 10, 3
+needs_cpp = pytest.mark.skipif(why_missing("cpp") is not None, reason="the C++ kernels are not built")
 
 
 def made(dtype=torch.float32, device="cpu", **options):
@@ -227,6 +228,7 @@ def test_another_weight_of_the_loss_is_noticed(backend_with_plans, device):
     assert found[0].abs().max() > 0
 
 
+@needs_cpp
 def test_another_backend_and_a_dispatch_mode_take_no_old_plan(device):
     adapter = made()
     step(adapter, "cpp")
@@ -268,6 +270,7 @@ def test_a_plan_keeps_no_model_alive(backend_with_plans, device):
     assert [ref() for ref in gone] == [None, None]
 
 
+@needs_cpp
 @pytest.mark.skipif(interpreting(), reason="the interpreter starts threads, which a fork does not copy")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_goes_on():

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import fvae_kernels as fk
-from fvae_kernels.ops._versions import parsed
 from fvae_kernels.training.aux_loss import aux_loss_layers
+from tests.helpers.compiled import TORCH, with_checkpointing
 from tests.helpers.gradients import adapted, assert_same, checkpoint_activations, direct, own_criterion
 from tests.helpers.tiny_models import batch
 
-TORCH = parsed(torch.__version__)
 pytestmark = [
     pytest.mark.usefixtures("fixed_noise"),
     pytest.mark.filterwarnings("ignore:FVAE. the auxiliary loss entered:UserWarning"),
@@ -41,14 +40,12 @@ def test_compiled_model(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None
     torch._dynamo.reset()
 
 
-def test_compiled_with_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/versions.md says what torch before 2.12 needs."""
-    if TORCH < (2, 12):
-        monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
+def test_compiled_with_checkpointing() -> None:
     model, inputs = adapted("bert"), batch("bert")
     expected = direct(model, [(inputs, 1.0, 1.0)])
     checkpoint_activations(model, False)
-    torch.compile(model, backend="aot_eager")(**inputs).loss.backward()
+    with with_checkpointing():
+        torch.compile(model, backend="aot_eager")(**inputs).loss.backward()
     assert_same(model, expected)
     torch._dynamo.reset()
 

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 import fvae_kernels as fk
 from fvae_kernels.training.aux_loss import aux_loss_layers
+from tests.helpers.compiled import with_checkpointing
 from tests.helpers.gradients import (
     CAUSAL,
     EXACT,
@@ -115,7 +116,8 @@ def test_compiled_model(recompute: bool) -> None:
     if recompute:
         checkpoint_activations(model, False)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=not recompute)  # recomputing, transformers logs
-    compiled(**padded(rows)).loss.backward()
+    with with_checkpointing():
+        compiled(**padded(rows)).loss.backward()
     assert_same(model, expected)
     torch._dynamo.reset()
 
@@ -148,7 +150,8 @@ def test_compiled_in_pieces_with_checkpointing() -> None:
     model(x, mask)["loss"].backward()
     expected = grads(model)
     model.zero_grad()
-    torch.compile(model, backend="aot_eager")(x, mask)["loss"].backward()
+    with with_checkpointing():
+        torch.compile(model, backend="aot_eager")(x, mask)["loss"].backward()
     assert_same(model, expected)
     torch._dynamo.reset()
 
