@@ -75,7 +75,7 @@ enum Term { kLoss, kKl, kGamma, kTerms };  // rows of the table [kTerms, kStatis
 constexpr int64_t kLayerTile = 1 << 18, kTokens = 128;
 constexpr int64_t kWork = 64;  // work of a token for each entry of x, relative to a simple loop
 
-// to = alpha a b + beta to. MKL makes a pass over `to` of its own unless beta is 1; alpha costs nothing.
+// to = alpha a b + beta to. MKL makes a pass over `to` of its own unless beta is 1.
 inline void multiply(Tensor to, const Tensor& a, const Tensor& b, double beta, double alpha = 1) {
   to.addmm_(a, b, beta, alpha);
 }

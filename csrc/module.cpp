@@ -41,13 +41,6 @@ PyObject* bytes_of(const Entries& entries) {
   return PyBytes_FromStringAndSize(bytes, static_cast<Py_ssize_t>(entries.size() * sizeof entries[0]));
 }
 
-// Whether `bytes_of` gave these bytes for the same entries.
-template <typename Entries>
-bool same(PyObject* bytes, const Entries& entries) {
-  const auto size = static_cast<size_t>(PyBytes_GET_SIZE(bytes));
-  return size == entries.size() * sizeof entries[0] && std::memcmp(PyBytes_AS_STRING(bytes), entries.data(), size) == 0;
-}
-
 using Looks = c10::SmallVector<int64_t, 256>;
 
 // dtype, device, shape and strides of each tensor. False with a Python error if one is none.
@@ -61,25 +54,29 @@ bool looks_at(PyObject* tensors, Looks& looks) {
   });
 }
 
-// The looks of tensors, as bytes for `look_as`.
-PyObject* looks_of(PyObject*, PyObject* tensors) {
+// What `gather` finds in tensors, as bytes for `unchanged`. `gather` is false with a Python error.
+template <typename Entries, bool (*gather)(PyObject*, Entries&)>
+PyObject* noted(PyObject*, PyObject* tensors) {
   HANDLE_TH_ERRORS
-  Looks looks;
-  if (!looks_at(tensors, looks)) return nullptr;
-  return bytes_of(looks);
+  Entries entries;
+  if (!gather(tensors, entries)) return nullptr;
+  return bytes_of(entries);
   END_HANDLE_TH_ERRORS
 }
 
-// Whether tensors have these looks.
-PyObject* look_as(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+// Whether `noted` gave these bytes and would give them again.
+template <typename Entries, bool (*gather)(PyObject*, Entries&)>
+PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 2 || !PyBytes_Check(arguments[1])) {
-    PyErr_SetString(PyExc_TypeError, "expected tensors, and what looks_of gave");
+    PyErr_SetString(PyExc_TypeError, "expected tensors, and the bytes that looks_of or addresses_of gave");
     return nullptr;
   }
-  Looks looks;
-  if (!looks_at(arguments[0], looks)) return nullptr;
-  return PyBool_FromLong(same(arguments[1], looks));
+  Entries entries;
+  if (!gather(arguments[0], entries)) return nullptr;
+  const auto size = static_cast<size_t>(PyBytes_GET_SIZE(arguments[1]));
+  const char* before = PyBytes_AS_STRING(arguments[1]);
+  return PyBool_FromLong(size == entries.size_in_bytes() && std::memcmp(before, entries.data(), size) == 0);
   END_HANDLE_TH_ERRORS
 }
 
@@ -191,28 +188,6 @@ bool addresses_in(PyObject* tensors, Addresses& addresses) {
   return for_each_tensor(tensors, [&](Py_ssize_t, const at::Tensor& t) { addresses.push_back(t.const_data_ptr()); });
 }
 
-// data_ptr() of each tensor, as bytes for `lie_at`.
-PyObject* addresses_of(PyObject*, PyObject* tensors) {
-  HANDLE_TH_ERRORS
-  Addresses addresses;
-  if (!addresses_in(tensors, addresses)) return nullptr;
-  return bytes_of(addresses);
-  END_HANDLE_TH_ERRORS
-}
-
-// Whether tensors have these addresses.
-PyObject* lie_at(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  if (count != 2 || !PyBytes_Check(arguments[1])) {
-    PyErr_SetString(PyExc_TypeError, "expected tensors, and what addresses_of gave");
-    return nullptr;
-  }
-  Addresses addresses;
-  if (!addresses_in(arguments[0], addresses)) return nullptr;
-  return PyBool_FromLong(same(arguments[1], addresses));
-  END_HANDLE_TH_ERRORS
-}
-
 // A number, or None: most arguments are, and a look for a tensor takes some hundred times as long.
 bool is_number(PyObject* item) {
   return PyLong_CheckExact(item) || PyFloat_CheckExact(item) || item == Py_None;
@@ -261,15 +236,16 @@ PyCFunction fast(Function function) {
 }
 
 PyMethodDef functions[] = {
-    {"looks_of", looks_of, METH_O, "dtype, device, shape and strides of each tensor, as bytes."},
-    {"look_as", fast(look_as), METH_FASTCALL, "Whether tensors have the looks that looks_of gave."},
+    {"looks_of", noted<Looks, looks_at>, METH_O, "dtype, device, shape and strides of each tensor, as bytes."},
+    {"look_as", fast(unchanged<Looks, looks_at>), METH_FASTCALL, "Whether tensors have the looks that looks_of gave."},
     {"kind_of", fast(kind_of), METH_FASTCALL, "What decides the path of x and base, apart from the tokens, as bytes."},
     {"seed_like", seed_like, METH_O, "A seed from the default generator, on the device of a tensor."},
     {"empties_like", empties_like, METH_O, "torch.empty_like of each tensor."},
     {"empties", fast(empties), METH_FASTCALL, "torch.empty of each dtype and shape, on the device of a tensor."},
     {"renewed", renewed, METH_O, "The same memory in a tensor with a node of its own, which is no view."},
-    {"addresses_of", addresses_of, METH_O, "data_ptr() of each tensor, as bytes."},
-    {"lie_at", fast(lie_at), METH_FASTCALL, "Whether tensors have the addresses that addresses_of gave."},
+    {"addresses_of", noted<Addresses, addresses_in>, METH_O, "data_ptr() of each tensor, as bytes."},
+    {"lie_at", fast(unchanged<Addresses, addresses_in>), METH_FASTCALL,
+     "Whether tensors have the addresses that addresses_of gave."},
     {"pointers", pointers, METH_O, "A kernel's arguments with addresses for tensors and plain tuples for named ones."},
     {nullptr, nullptr, 0, nullptr}};
 

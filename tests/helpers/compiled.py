@@ -14,5 +14,5 @@ def with_checkpointing() -> AbstractContextManager[object]:
     """To compile and run a model with activation checkpointing; before 2.12 it raises CheckpointError without this."""
     if TORCH >= (2, 12):
         return contextlib.nullcontext()
-    # as a patch of its own: after monkeypatch, which reads and sets it, 2.11 says that the setting does not exist
+    # not by monkeypatch: once that has undone it, 2.11 says that the setting does not exist
     return torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
