@@ -151,10 +151,16 @@ def table() -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Write the tables into the page, and print them."""
+def write() -> None:
+    """Write the tables into the page."""
     for mark, lines in (("devices", devices_table()), ("predictions", table())):
         replace_block(PAGE, mark, lines)
+
+
+def main() -> None:
+    """Write the tables into the page, and print them."""
+    write()
+    for lines in (devices_table(), table()):
         print(*lines, "", sep="\n")
 
 
