@@ -16,6 +16,8 @@
 #include <cstring>
 #include <limits>
 
+#include "step.h"
+
 namespace {
 
 // Calls `body` with each tensor of a sequence. False with a Python error if it is none.
@@ -246,6 +248,7 @@ PyMethodDef functions[] = {
     {"addresses_of", noted<Addresses, addresses_in>, METH_O, "data_ptr() of each tensor, as bytes."},
     {"lie_at", fast(unchanged<Addresses, addresses_in>), METH_FASTCALL,
      "Whether tensors have the addresses that addresses_of gave."},
+    {"run_step", fast(run_step), METH_FASTCALL, "A step of a plan as one node of autograd."},
     {"pointers", pointers, METH_O, "A kernel's arguments with addresses for tensors and plain tuples for named ones."},
     {nullptr, nullptr, 0, nullptr}};
 

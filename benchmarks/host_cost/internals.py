@@ -13,11 +13,11 @@ OUTSIDE = "outside: the base layer, PyTorch's engine, gradients of leaves"
 LAYER = "PEFT layer and auxiliary loss"
 ADAPTER = "adapter"
 CHECKS = "whether the plan fits"
-FUNCTION = "autograd.Function"
+NODE = "node of autograd"
 LAUNCHER = "our launchers"
 JIT = "Triton's JITFunction.run"
 LAUNCH = "Triton's launches"
-PARTS = (OUTSIDE, LAYER, ADAPTER, CHECKS, FUNCTION, LAUNCHER, JIT, LAUNCH)
+PARTS = (OUTSIDE, LAYER, ADAPTER, CHECKS, NODE, LAUNCHER, JIT, LAUNCH)
 
 
 @contextlib.contextmanager
@@ -59,9 +59,9 @@ def entrances(launcher: type) -> Iterator[tuple[str, Any, str]]:
     yield LAYER, aux_loss.InjectAuxLoss, "backward"
     yield ADAPTER, adapter.FVAEAdapter, "planned"
     yield CHECKS, plan.Plans, "fitting"
-    yield FUNCTION, plan, "_apply"
-    yield FUNCTION, plan.PlannedLayer, "forward"
-    yield FUNCTION, plan.PlannedLayer, "backward"
+    yield NODE, plan, "run_step"
+    yield NODE, plan.Step, "forward"
+    yield NODE, plan.Step, "backward"
     yield LAUNCHER, steps.TritonSteps, "forward"
     yield LAUNCHER, steps.TritonSteps, "backward"
     yield JIT, JITFunction, "run"

@@ -19,7 +19,7 @@ from torch._C._functorch import unwrap_if_dead
 from ..config import FVAEConfig
 from . import _backend
 from ._checks import rows, token_flags
-from ._host import kind_of, look_as, looks_of
+from ._host import kind_of, look_as, looks_of, run_step
 from ._layer_inputs import Arriving, Needs, Options, Tensors
 from ._layer_path import autocast_products
 from ._once import differentiable_once
@@ -207,45 +207,65 @@ class PlannedTerms:
         yield from self.values.unbind()[1:]
 
 
-class PlannedLayer(torch.autograd.Function):
-    """(plan, loss gradient, base, *`Tensors.flat`) -> y, loss, terms [4]
+class Step:
+    """One run of a plan: what a node of autograd does, `PlannedLayer` or the compiled library's own.
 
-    The terms are for the log and carry no graph. In backward `loss_gradient` is added to the gradient of the loss.
+    In backward `loss_gradient` is added to the gradient of the loss.
+    """
+
+    __slots__ = ("kept", "loss_gradient", "plan")
+
+    def __init__(self, plan: Plan, loss_gradient: LossGradient | None) -> None:
+        self.plan, self.loss_gradient, self.kept = plan, loss_gradient, None
+
+    def forward(self, base: Tensor, *entries: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """y, the terms [4] and the state, for `Tensors.flat`."""
+        y, terms, state, self.kept = self.plan.steps.forward(base, Tensors.of(entries))
+        return y, terms, state
+
+    def backward(
+        self, needed: Sequence[bool], saved: Sequence[Tensor | None], grad_y: Tensor | None, grad_loss: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of base and entries that are `needed`; `saved` is the state and the entries."""
+        run = _gradients_once if torch.is_grad_enabled() else _gradients
+        return run((self, needed, saved), grad_y, grad_loss)
+
+
+def _gradients(asked: Any, grad_y: Tensor | None, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+    step, needed, (state, *entries) = asked
+    injected = None if step.loss_gradient is None else step.loss_gradient(step.plan.constant)
+    if injected is not None:
+        grad_loss = injected if grad_loss is None else grad_loss + injected
+    plan, tensors = step.plan, Tensors.of(entries)
+    arriving = Arriving(grad_y, grad_loss, None, None, None)
+    needs, of_parameters = plan.asked(needed[1], needed[-len(tensors.parameters) :], arriving)
+    grad_x, grads = plan.steps.backward(arriving, tensors, state, needs, step.kept)
+    inputs = grad_y if needed[0] else None, grad_x if needs.x else None  # base and x
+    return *inputs, None, None, None, None, *of_parameters((None, *grads))
+
+
+_gradients_once = differentiable_once(_gradients)
+
+
+class PlannedLayer(torch.autograd.Function):
+    """(step, base, *`Tensors.flat`) -> y, loss, terms [4]
+
+    The terms are for the log and carry no graph.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, plan: Plan, loss_gradient: LossGradient | None, base: Tensor, *entries: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, terms, state, ctx.kept = plan.steps.forward(base, Tensors.of(entries))
+    def forward(ctx: Any, step: Step, base: Tensor, *entries: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        y, terms, state = step.forward(base, *entries)
         # the tensors that LayerFunction saves too: a checkpoint may run forward by one and recompute by the other
         ctx.save_for_backward(state, *entries)
-        ctx.plan, ctx.loss_gradient = plan, loss_gradient
+        ctx.step = step
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(terms)
         return y, terms[0], terms
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward_once(ctx, *grads) if torch.is_grad_enabled() else _backward(ctx, *grads)
-
-
-def _backward(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    injected = None if ctx.loss_gradient is None else ctx.loss_gradient(ctx.plan.constant)
-    if injected is not None:
-        grad_loss = injected if grad_loss is None else grad_loss + injected
-    state, *entries = ctx.saved_tensors
-    plan, needed, tensors = ctx.plan, ctx.needs_input_grad, Tensors.of(entries)
-    arriving = Arriving(grad_y, grad_loss, None, None, None)
-    needs, of_parameters = plan.asked(needed[3], needed[-len(tensors.parameters) :], arriving)
-    grad_x, grads = plan.steps.backward(arriving, tensors, state, needs, ctx.kept)
-    inputs = grad_y if needed[2] else None, grad_x if needs.x else None  # base and x
-    return None, None, *inputs, None, None, None, None, *of_parameters((None, *grads))
-
-
-_backward_once = differentiable_once(_backward)
-# `Function.apply` without its search for remains of torch.func in each argument: `run_plan` looks where they can be
-_apply = super(torch.autograd.Function, PlannedLayer).apply
+    def backward(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        return None, *ctx.step.backward(ctx.needs_input_grad[1:], ctx.saved_tensors, grad_y, grad_loss)
 
 
 def run_plan(
@@ -261,5 +281,5 @@ def run_plan(
     """y and the terms."""
     noise1, noise2 = noise or (None, None)
     tensors = Tensors(unwrap_if_dead(x), parameters, noise1, noise2, token_flags(mask), seed)
-    y, loss, terms = _apply(plan, loss_gradient, unwrap_if_dead(base), *tensors.flat())
+    y, loss, terms = run_step(PlannedLayer, Step(plan, loss_gradient), unwrap_if_dead(base), *tensors.flat())
     return y, PlannedTerms(loss, terms)

@@ -154,8 +154,8 @@ class Scope:
         if compiled:
             forward.pending = [term for term in forward.pending if term.call is not None]
         if not (torch.compiler.is_compiling() or transformed()) and (forward.pending or forward.values):
-            nodes = {id(term.loss.grad_fn) for term in forward.pending}
-            for tensor in [t for t in tensors(output, 1) if id(t.grad_fn) in nodes]:  # output of a layer itself
+            nodes = {term.loss.grad_fn for term in forward.pending}
+            for tensor in [t for t in tensors(output, 1) if t.grad_fn in nodes]:  # output of a layer itself
                 output = replaced(output, tensor, renewed(tensor))
             forward.own(tensors(output))
         inject = compiled and not self.hooks.external

@@ -22,8 +22,10 @@ TESTS = (
     "layer_bounds",
     "layer_dropout",
     "layer_edges",
+    "step",
 )
-WANTED = "(cpp or every_dtype) and not distribution and not compiles"  # statistics and torch.compile: slow, no new code
+# no statistics, no torch.compile: slow, and no code of ours
+WANTED = "(cpp or every_dtype or compiled) and not (distribution or compiles or compiled_autograd)"
 
 PLANTED = """
 import torch

@@ -1,0 +1,137 @@
+#include "step.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/SafePyObject.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/PyInterpreter.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
+#include <torch/csrc/utils/pybind.h>
+
+namespace fvae_kernels {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Keeps a Python object alive for a node, which may die on a thread without the interpreter's lock.
+struct Kept : torch::CustomClassHolder {
+  explicit Kept(PyObject* object) : object(Py_NewRef(object), getPyInterpreter()) {}
+  c10::SafePyObject object;
+};
+
+struct Arguments {
+  PyObject* const* begin;  // step, base, *entries
+  Py_ssize_t count;
+};
+
+// A new tuple: the tensors, None where one is not defined.
+PyObject* tuple_of(at::TensorList tensors) {
+  THPObjectPtr made(PyTuple_New(static_cast<Py_ssize_t>(tensors.size())));
+  if (!made) throw python_error();
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    PyObject* one = THPVariable_Wrap(tensors[i]);
+    if (!one) throw python_error();
+    PyTuple_SET_ITEM(made.get(), static_cast<Py_ssize_t>(i), one);
+  }
+  return made.release();
+}
+
+// The tensor, or an undefined one for None.
+at::Tensor tensor_of(PyObject* object) {
+  if (object == Py_None) return {};
+  if (THPVariable_Check(object)) return THPVariable_Unpack(object);
+  PyErr_Format(PyExc_TypeError, "%s; expected a tensor or None", Py_TYPE(object)->tp_name);
+  throw python_error();
+}
+
+// The entries of what a method of the step returned, of which there must be `size`.
+THPObjectPtr entries_of(PyObject* returned, Py_ssize_t size) {
+  THPObjectPtr owned(returned);
+  if (!returned) throw python_error();
+  THPObjectPtr entries(PySequence_Fast(returned, "a step must return a sequence"));
+  if (!entries) throw python_error();
+  TORCH_CHECK(PySequence_Fast_GET_SIZE(entries.get()) == size, "a step returned ",
+              PySequence_Fast_GET_SIZE(entries.get()), " entries; expected ", size);
+  return entries;
+}
+
+PyObject* name(const char* text) {
+  PyObject* made = PyUnicode_InternFromString(text);
+  if (!made) throw python_error();
+  return made;
+}
+
+// PyTorch's own Function for C++ around the two methods of a step.
+struct PlannedLayer : torch::autograd::Function<PlannedLayer> {
+  static variable_list forward(AutogradContext* ctx, Arguments arguments, at::TensorList) {
+    static PyObject* const method = name("forward");
+    const auto count = static_cast<size_t>(arguments.count);
+    THPObjectPtr returned = entries_of(PyObject_VectorcallMethod(method, arguments.begin, count, nullptr), 3);
+    at::Tensor results[3];
+    for (int i = 0; i < 3; ++i) results[i] = tensor_of(PySequence_Fast_GET_ITEM(returned.get(), i));
+    auto& [y, terms, state] = results;
+    variable_list saved;
+    saved.reserve(count - 1);
+    saved.push_back(state);
+    for (size_t i = 2; i < count; ++i) saved.push_back(tensor_of(arguments.begin[i]));
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["step"] = at::IValue::make_capsule(c10::make_intrusive<Kept>(arguments.begin[0]));
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({terms});
+    const at::AutoDispatchBelowADInplaceOrView below;  // no view for autograd
+    return {y, terms.select(0, 0), terms};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const pybind11::gil_scoped_acquire lock;
+    static PyObject* const method = name("backward");
+    const auto kept = ctx->saved_data["step"].toCapsule();
+    PyObject* step = static_cast<Kept*>(kept.get())->object.ptr(getPyInterpreter());
+    // which gradients are asked for: of base, and of each entry, which `saved` has behind the state
+    THPObjectPtr needed(PyTuple_New(static_cast<Py_ssize_t>(saved.size())));
+    if (!needed) throw python_error();
+    size_t edges = 0;
+    for (size_t i = 0; i < saved.size(); ++i) {
+      const bool there = i == 0 || saved[i].defined();
+      PyObject* flag = there && ctx->needs_input_grad(edges) ? Py_True : Py_False;
+      edges += there;
+      PyTuple_SET_ITEM(needed.get(), static_cast<Py_ssize_t>(i), Py_NewRef(flag));
+    }
+    THPObjectPtr held(tuple_of(saved)), grad_y(THPVariable_Wrap(grads[0])), grad_loss(THPVariable_Wrap(grads[1]));
+    PyObject* const arguments[] = {step, needed.get(), held.get(), grad_y.get(), grad_loss.get()};
+    const auto size = static_cast<Py_ssize_t>(saved.size());
+    THPObjectPtr returned = entries_of(PyObject_VectorcallMethod(method, arguments, 5, nullptr), size);
+    variable_list made{at::Tensor()};  // of the arguments as Python has them
+    made.reserve(edges + 1);
+    for (size_t i = 0; i < saved.size(); ++i) {
+      if (i > 0 && !saved[i].defined()) continue;
+      made.push_back(tensor_of(PySequence_Fast_GET_ITEM(returned.get(), static_cast<Py_ssize_t>(i))));
+    }
+    return made;
+  }
+};
+
+}  // namespace fvae_kernels
+
+// A compiled backward traces Python, which this node hides. `run_step` of ops/_host.py does not use it then.
+template <>
+void torch::autograd::CppNode<fvae_kernels::PlannedLayer>::compiled_args(CompiledNodeArgs&) const {
+  TORCH_CHECK(false,
+              "compiled autograd is on in the backward of an FVAE layer, and was off in its forward: switch it on "
+              "around both, or in neither");
+}
+
+PyObject* run_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  using namespace fvae_kernels;
+  TORCH_CHECK_TYPE(count >= 2 && THPVariable_Check(arguments[1]), "expected a step, base, and what the step saves");
+  variable_list there;  // the inputs of the node
+  there.reserve(static_cast<size_t>(count) - 1);
+  for (Py_ssize_t i = 1; i < count; ++i) {
+    if (arguments[i] != Py_None) there.push_back(tensor_of(arguments[i]));
+  }
+  return tuple_of(PlannedLayer::apply(Arguments{arguments, count}, at::TensorList(there)));
+  END_HANDLE_TH_ERRORS
+}
