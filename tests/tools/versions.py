@@ -35,6 +35,7 @@ TRANSFORMERS_4 = (
 NEEDED = ("transformers", "peft", "pytest", "hypothesis", "setuptools>=77,<82", "wheel", "numpy>=2")  # torch: below 82
 CORE = (  # of a torch: the ops, layers in all their forms, compiled ones, files, Trainer, launches
     *(f"tests/ops/test_{name}.py" for name in ("encode", "divergence", "geometry", "reconstruct", "no_waiting")),
+    *("tests/ops/test_host.py", "tests/ops/test_step.py"),
     *(f"tests/ops/test_layer{name}.py" for name in ("", "_base", "_plan", "_edges", "_composed")),
     *("tests/nn/test_linear.py", "tests/peft/test_use.py", "tests/peft/test_saving.py", "tests/peft/test_files.py"),
     *(f"tests/training/test_{name}.py" for name in ("aux_loss", "aux_loss_compile", "trainer", "trainer_total_loss")),
