@@ -151,16 +151,17 @@ def table() -> list[str]:
     return lines
 
 
-def write() -> None:
-    """Write the tables into the page."""
-    for mark, lines in (("devices", devices_table()), ("predictions", table())):
+def write() -> list[list[str]]:
+    """Write the tables into the page, and return them."""
+    tables = {"devices": devices_table(), "predictions": table()}
+    for mark, lines in tables.items():
         replace_block(PAGE, mark, lines)
+    return list(tables.values())
 
 
 def main() -> None:
     """Write the tables into the page, and print them."""
-    write()
-    for lines in (devices_table(), table()):
+    for lines in write():
         print(*lines, "", sep="\n")
 
 

@@ -21,8 +21,8 @@ struct Kept : torch::CustomClassHolder {
 };
 
 struct Arguments {
-  PyObject* const* begin;  // step, base, *entries
-  Py_ssize_t count;
+  PyObject* const* objects;  // step, base, *entries
+  variable_list tensors;     // base, *entries; undefined for None
 };
 
 // A new tuple: the tensors, None where one is not defined.
@@ -64,19 +64,18 @@ PyObject* name(const char* text) {
 
 // PyTorch's own Function for C++ around the two methods of a step.
 struct PlannedLayer : torch::autograd::Function<PlannedLayer> {
-  static variable_list forward(AutogradContext* ctx, Arguments arguments, at::TensorList) {
+  // `inputs` are the tensors that are defined: those that PyTorch ties to the node.
+  static variable_list forward(AutogradContext* ctx, const Arguments& arguments, at::TensorList /*inputs*/) {
     static PyObject* const method = name("forward");
-    const auto count = static_cast<size_t>(arguments.count);
-    THPObjectPtr returned = entries_of(PyObject_VectorcallMethod(method, arguments.begin, count, nullptr), 3);
+    variable_list saved = arguments.tensors;
+    THPObjectPtr returned =
+        entries_of(PyObject_VectorcallMethod(method, arguments.objects, saved.size() + 1, nullptr), 3);
     at::Tensor results[3];
     for (int i = 0; i < 3; ++i) results[i] = tensor_of(PySequence_Fast_GET_ITEM(returned.get(), i));
     auto& [y, terms, state] = results;
-    variable_list saved;
-    saved.reserve(count - 1);
-    saved.push_back(state);
-    for (size_t i = 2; i < count; ++i) saved.push_back(tensor_of(arguments.begin[i]));
+    saved[0] = state;
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["step"] = at::IValue::make_capsule(c10::make_intrusive<Kept>(arguments.begin[0]));
+    ctx->saved_data["step"] = at::IValue::make_capsule(c10::make_intrusive<Kept>(arguments.objects[0]));
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({terms});
     const at::AutoDispatchBelowADInplaceOrView below;  // no view for autograd
@@ -127,11 +126,13 @@ PyObject* run_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   using namespace fvae_kernels;
   TORCH_CHECK_TYPE(count >= 2 && THPVariable_Check(arguments[1]), "expected a step, base, and what the step saves");
-  variable_list there;  // the inputs of the node
-  there.reserve(static_cast<size_t>(count) - 1);
+  Arguments all{arguments, {}};
+  variable_list there;
+  all.tensors.reserve(static_cast<size_t>(count) - 1), there.reserve(static_cast<size_t>(count) - 1);
   for (Py_ssize_t i = 1; i < count; ++i) {
-    if (arguments[i] != Py_None) there.push_back(tensor_of(arguments[i]));
+    all.tensors.push_back(tensor_of(arguments[i]));
+    if (all.tensors.back().defined()) there.push_back(all.tensors.back());
   }
-  return tuple_of(PlannedLayer::apply(Arguments{arguments, count}, at::TensorList(there)));
+  return tuple_of(PlannedLayer::apply(all, at::TensorList(there)));
   END_HANDLE_TH_ERRORS
 }

@@ -21,7 +21,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.pop("TRITON_INTERPRET", "0") not in ("", "0"):
         print("TRITON_INTERPRET is ignored here: kernels are compiled, and never run", file=sys.stderr)
     fake = driver.load(ROOT / ".cache" / "host_cost")  # before torch
-    from .. import roofline
     from . import measure, pages
 
     settings = measure.QUICK if options.quick else measure.FULL if options.full else measure.Settings()
@@ -29,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in filter(None, (options.out, FOUND if options.write else None)):
         path.write_text(json.dumps(found, indent=1) + "\n")
     if options.write:
+        from .. import roofline
+
         pages.write(found)
         roofline.write()  # its predictions rest on these numbers
     print(*pages.text(found), sep="\n")

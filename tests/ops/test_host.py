@@ -8,15 +8,6 @@ from torch import nn
 
 from fvae_kernels.ops import _host
 
-
-@pytest.fixture(params=["compiled", "PyTorch's"])
-def _way(request, monkeypatch):
-    if request.param != "compiled":
-        monkeypatch.setattr(_host, "compiled", lambda: None)
-    elif _host.compiled() is None:
-        pytest.skip("the compiled library is not built")
-
-
 CHANGES = {
     "dtype": lambda p: p.data.double(),
     "16-bit dtype": lambda p: p.data.bfloat16(),
@@ -129,10 +120,9 @@ class Named(NamedTuple):
     second: Any
 
 
+@pytest.mark.usefixtures("compiled_library")
 def test_pointers_of_arguments():
     """Tensors become addresses, and named tuples plain ones; a plain tuple without a tensor first stays."""
-    if _host.compiled() is None:
-        pytest.skip("the compiled library is not built")
     a, b, constants = torch.ones(2), nn.Parameter(torch.ones(3)), (1, (2.5, None))
     arguments = (Named(a, Named(3, b)), constants, (a, 4), None, True, 1.5, b, Named(constants, 2), ())
     at, bt = a.data_ptr(), b.data_ptr()

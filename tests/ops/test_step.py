@@ -36,12 +36,8 @@ class Scaled:
         return grad_y if needed[0] else None, *grads
 
 
-@pytest.fixture(params=["compiled", "PyTorch's"])
-def node(request, monkeypatch):
-    if request.param != "compiled":
-        monkeypatch.setattr(_host, "compiled", lambda: None)
-    elif _host.compiled() is None:
-        pytest.skip("the compiled library is not built")
+@pytest.fixture
+def node(_way):
     return lambda step, *tensors: _host.run_step(PlannedLayer, step, *tensors)
 
 
@@ -50,14 +46,13 @@ def leaves(*flags):
     return [None if f is None else torch.full((2, 3), 1.0 + i, requires_grad=f) for i, f in enumerate(flags)]
 
 
+@pytest.mark.usefixtures("compiled_library")
 @given(
     flags=st.lists(st.sampled_from([None, False, True]), min_size=1, max_size=4),
     base=st.booleans(),
     used=st.sampled_from(["y", "loss", "both"]),
 )
 def test_both_nodes_do_the_same(flags, base, used):
-    if _host.compiled() is None:
-        pytest.skip("the compiled library is not built")
     flags = base, True, *flags
     found = []
     for run in (lambda *a: _host.compiled().run_step(*a), PlannedLayer.apply):
@@ -198,9 +193,8 @@ def test_compiled_autograd(node):
             y.sum().backward()
 
 
+@pytest.mark.usefixtures("compiled_library")
 def test_a_graph_may_live_until_the_interpreter_ends():
-    if _host.compiled() is None:
-        pytest.skip("the compiled library is not built")
     program = (
         "import torch; from tests.ops.test_step import Scaled, leaves; from fvae_kernels.ops import _host;"
         "y, *_ = _host.compiled().run_step(Scaled(), *leaves(True, True)); torch.kept = y"
@@ -209,10 +203,8 @@ def test_a_graph_may_live_until_the_interpreter_ends():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_other_arguments_are_refused():
-    if _host.compiled() is None:
-        pytest.skip("the compiled library is not built")
-    run = _host.compiled().run_step
+def test_other_arguments_are_refused(compiled_library):
+    run = compiled_library.run_step
     for arguments in ((), (Scaled(),), (Scaled(), None), (Scaled(), torch.ones(2), "text")):
         with pytest.raises(TypeError, match="expected"):
             run(*arguments)
