@@ -56,7 +56,8 @@ class Side:
     module: nn.Module
     run: Callable[[], Any]
     forward: Callable[[], Any]
-    inputs: tuple[Tensor, ...] = ()
+    inputs: tuple[Tensor, ...]
+    step: Callable[[], Any]  # `run` for a caller that is in the side's `environment`
 
     def cost(self) -> dict[str, Any]:
         """Operators, bytes, FLOPs and saved bytes of one run. Weights, buffers and inputs do not count as saved.
@@ -192,7 +193,7 @@ def layer_side(
             p.grad = None
         forward().backward(grad_y)
 
-    return Side(name, module, within(name, step), within(name, forward), (x,))
+    return Side(name, module, within(name, step), within(name, forward), (x,), step)
 
 
 def layer_sides(
@@ -237,7 +238,7 @@ def _inference(name: str, module: nn.Module, x: Tensor) -> Side:
     def forward() -> Tensor:
         return module(x)
 
-    return Side(name, module, forward, forward)
+    return Side(name, module, forward, forward, (), forward)
 
 
 def adapters(module: nn.Module) -> list[Any]:

@@ -4,7 +4,6 @@
 #include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/ops/randint.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
@@ -17,6 +16,7 @@
 #include <limits>
 
 #include "step.h"
+#include "tensor_list.h"
 
 namespace {
 
@@ -117,21 +117,43 @@ PyObject* seed_like(PyObject*, PyObject* tensor) {
   }
   const at::AutoDispatchBelowADInplaceOrView below;
   const auto options = THPVariable_Unpack(tensor).options().dtype(at::kLong);
-  return THPVariable_Wrap(at::randint(std::numeric_limits<int64_t>::max(), {}, options));
+  return THPVariable_Wrap(at::empty({}, options).random_(0, std::numeric_limits<int64_t>::max()));
   END_HANDLE_TH_ERRORS
 }
 
-// torch.empty_like of each tensor, which must be dense; without a look for autograd, which has no part in it.
-PyObject* empties_like(PyObject*, PyObject* tensors) {
+// Bytes between the starts of two tensors in one piece of memory: what kernels that read vectors want.
+constexpr size_t kAlignment = 128;
+
+// A list of torch.empty_like of the tensors whose flag is True; they are dense and on one device. All of it is one piece
+// of memory, since each piece costs the host a call of the allocator. Without a look for autograd, which has no part in it.
+PyObject* empties_like(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  THPObjectPtr made(PyList_New(0));
-  if (!made) return nullptr;
-  const at::AutoDispatchBelowADInplaceOrView below;
-  const bool done = for_each_tensor(tensors, [&](Py_ssize_t, const at::Tensor& t) {
-    THPObjectPtr one(THPVariable_Wrap(at::empty_strided(t.sizes(), t.strides(), t.options())));
-    if (!one || PyList_Append(made.get(), one.get()) != 0) throw python_error();
+  if (count != 2 || !PyTuple_Check(arguments[1])) {
+    PyErr_SetString(PyExc_TypeError, "expected tensors and a tuple of flags");
+    return nullptr;
+  }
+  std::vector<const at::Tensor*> wanted;
+  wanted.reserve(static_cast<size_t>(PyTuple_GET_SIZE(arguments[1])));
+  size_t total = 0;
+  const auto bytes = [](const at::Tensor& t) { return (t.nbytes() + kAlignment - 1) / kAlignment * kAlignment; };
+  const bool done = for_each_tensor(arguments[0], [&](Py_ssize_t i, const at::Tensor& t) {
+    if (i >= PyTuple_GET_SIZE(arguments[1]) || PyTuple_GET_ITEM(arguments[1], i) != Py_True) return;
+    wanted.push_back(&t), total += bytes(t);
   });
-  return done ? made.release() : nullptr;
+  if (!done) return nullptr;
+  std::vector<at::Tensor> made;
+  if (wanted.empty()) return tensor_list(std::move(made));
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const auto options = at::TensorOptions().dtype(at::kByte).device(wanted[0]->device());
+  const at::Tensor memory = at::empty({static_cast<int64_t>(total)}, options);
+  made.reserve(wanted.size());
+  size_t start = 0;
+  for (const at::Tensor* t : wanted) {
+    TORCH_CHECK(t->device() == memory.device(), "tensors on ", memory.device(), " and ", t->device());
+    made.push_back(part_of(memory, t->dtype(), t->sizes(), t->strides(), static_cast<int64_t>(start / t->itemsize())));
+    start += bytes(*t);
+  }
+  return tensor_list(std::move(made));
   END_HANDLE_TH_ERRORS
 }
 
@@ -183,6 +205,15 @@ PyObject* address_of(const at::Tensor& t) {
   return address;
 }
 
+PyObject* addresses_of(const std::vector<at::Tensor>& tensors) {
+  THPObjectPtr made(PyTuple_New(static_cast<Py_ssize_t>(tensors.size())));
+  if (!made) throw python_error();
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    PyTuple_SET_ITEM(made.get(), static_cast<Py_ssize_t>(i), address_of(tensors[i]));
+  }
+  return made.release();
+}
+
 using Addresses = c10::SmallVector<const void*, 32>;
 
 // Where the data of each tensor begins. False with a Python error if one is none.
@@ -199,7 +230,7 @@ bool is_tensor(PyObject* item) {
   return THPVariable_CheckExact(item) || (!is_number(item) && !PyTuple_Check(item) && THPVariable_Check(item));
 }
 
-// The tuple with addresses for tensors, and the same of tuples inside, if they are named or begin with a tensor.
+// The tuple with addresses for tensors, and the same of lists and tuples inside, if they are named or begin with one.
 PyObject* pointers_in(PyObject* tuple) {
   const Py_ssize_t size = PyTuple_GET_SIZE(tuple);
   THPObjectPtr made(PyTuple_New(size));
@@ -210,6 +241,8 @@ PyObject* pointers_in(PyObject* tuple) {
                         (!PyTuple_CheckExact(item) || is_tensor(PyTuple_GET_ITEM(item, 0)));
     if (inside) {
       item = pointers_in(item);
+    } else if (const auto* tensors = is_number(item) ? nullptr : listed(item)) {
+      item = addresses_of(*tensors);
     } else if (is_tensor(item)) {
       item = address_of(THPVariable_Unpack(item));
     } else {
@@ -242,7 +275,7 @@ PyMethodDef functions[] = {
     {"look_as", fast(unchanged<Looks, looks_at>), METH_FASTCALL, "Whether tensors have the looks that looks_of gave."},
     {"kind_of", fast(kind_of), METH_FASTCALL, "What decides the path of x and base, apart from the tokens, as bytes."},
     {"seed_like", seed_like, METH_O, "A seed from the default generator, on the device of a tensor."},
-    {"empties_like", empties_like, METH_O, "torch.empty_like of each tensor."},
+    {"empties_like", fast(empties_like), METH_FASTCALL, "torch.empty_like of each tensor whose flag is True, as a list."},
     {"empties", fast(empties), METH_FASTCALL, "torch.empty of each dtype and shape, on the device of a tensor."},
     {"renewed", renewed, METH_O, "The same memory in a tensor with a node of its own, which is no view."},
     {"addresses_of", noted<Addresses, addresses_in>, METH_O, "data_ptr() of each tensor, as bytes."},

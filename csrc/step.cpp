@@ -1,6 +1,7 @@
 #include "step.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
+#include "tensor_list.h"
+
 #include <c10/core/SafePyObject.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/PyInterpreter.h>
@@ -45,16 +46,56 @@ at::Tensor tensor_of(PyObject* object) {
   throw python_error();
 }
 
+THPObjectPtr sequence_of(PyObject* object) {
+  THPObjectPtr entries(PySequence_Fast(object, "a step must return a sequence"));
+  if (!entries) throw python_error();
+  return entries;
+}
+
+template <typename Body>
+void for_each_of(PyObject* object, const Body& body) {
+  THPObjectPtr entries = sequence_of(object);
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(entries.get()); ++i) {
+    body(PySequence_Fast_GET_ITEM(entries.get(), i));
+  }
+}
+
 // The entries of what a method of the step returned, of which there must be `size`.
 THPObjectPtr entries_of(PyObject* returned, Py_ssize_t size) {
-  THPObjectPtr owned(returned);
+  const THPObjectPtr owned(returned);
   if (!returned) throw python_error();
-  THPObjectPtr entries(PySequence_Fast(returned, "a step must return a sequence"));
-  if (!entries) throw python_error();
+  THPObjectPtr entries = sequence_of(returned);
   TORCH_CHECK(PySequence_Fast_GET_SIZE(entries.get()) == size, "a step returned ",
               PySequence_Fast_GET_SIZE(entries.get()), " entries; expected ", size);
   return entries;
 }
+
+// What `Step.backward` returned: `Gradients` of ops/_layer_plan.py.
+struct Gradients {
+  at::Tensor base, x;
+  variable_list converted;
+  const variable_list* made;  // lives as long as `entries`
+  std::vector<size_t> places;
+
+  explicit Gradients(PyObject* entries) {
+    const auto entry = [&](Py_ssize_t i) { return PySequence_Fast_GET_ITEM(entries, i); };
+    base = tensor_of(entry(0)), x = tensor_of(entry(1));
+    made = listed(entry(2));
+    if (!made) {
+      for_each_of(entry(2), [&](PyObject* one) { converted.push_back(tensor_of(one)); });
+      made = &converted;
+    }
+    for_each_of(entry(3), [&](PyObject* one) {
+      places.push_back(PyLong_AsSize_t(one));
+      if (PyErr_Occurred()) throw python_error();
+      TORCH_CHECK(places.back() <= made->size(), "a step returned ", made->size(), " gradients and place ", places.back());
+    });
+  }
+  at::Tensor of(size_t parameter) const {
+    const size_t place = places[parameter];
+    return place == 0 ? at::Tensor() : (*made)[place - 1];
+  }
+};
 
 PyObject* name(const char* text) {
   PyObject* made = PyUnicode_InternFromString(text);
@@ -78,8 +119,7 @@ struct PlannedLayer : torch::autograd::Function<PlannedLayer> {
     ctx->saved_data["step"] = at::IValue::make_capsule(c10::make_intrusive<Kept>(arguments.objects[0]));
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({terms});
-    const at::AutoDispatchBelowADInplaceOrView below;  // no view for autograd
-    return {y, terms.select(0, 0), terms};
+    return {y, part_of(terms, terms.dtype(), {}, {}, terms.storage_offset()), terms};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -100,13 +140,16 @@ struct PlannedLayer : torch::autograd::Function<PlannedLayer> {
     }
     THPObjectPtr held(tuple_of(saved)), grad_y(THPVariable_Wrap(grads[0])), grad_loss(THPVariable_Wrap(grads[1]));
     PyObject* const arguments[] = {step, needed.get(), held.get(), grad_y.get(), grad_loss.get()};
-    const auto size = static_cast<Py_ssize_t>(saved.size());
-    THPObjectPtr returned = entries_of(PyObject_VectorcallMethod(method, arguments, 5, nullptr), size);
+    THPObjectPtr returned = entries_of(PyObject_VectorcallMethod(method, arguments, 5, nullptr), 4);
+    const Gradients gradients(returned.get());
+    const size_t first = saved.size() - gradients.places.size();  // of the parameters
+    TORCH_CHECK(gradients.places.size() + 2 <= saved.size(), "a step returned places for ", gradients.places.size(),
+                " parameters; there are ", saved.size() - 2, " entries");
     variable_list made{at::Tensor()};  // of the arguments as Python has them
     made.reserve(edges + 1);
     for (size_t i = 0; i < saved.size(); ++i) {
       if (i > 0 && !saved[i].defined()) continue;
-      made.push_back(tensor_of(PySequence_Fast_GET_ITEM(returned.get(), static_cast<Py_ssize_t>(i))));
+      made.push_back(i == 0 ? gradients.base : i == 1 ? gradients.x : i < first ? at::Tensor() : gradients.of(i - first));
     }
     return made;
   }

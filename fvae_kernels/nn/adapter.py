@@ -195,7 +195,10 @@ class FVAEAdapter(nn.Module):
 
     def trained(self) -> bool:
         """True if any parameter is trained. DataParallel's replicas hold plain tensors, which count as trained."""
-        return not self._parameters or any(p.requires_grad for p in self._parameters.values() if p is not None)
+        for p in self._parameters.values():  # not any(): this runs in each step, and most often ends at the first
+            if p is not None and p.requires_grad:
+                return True
+        return not self._parameters
 
     def draw_noise(self, x: Tensor) -> Tensor:
         """Standard normal ``[..., R]`` from torch's global generator, so manual_seed and recomputation repeat it."""

@@ -5,6 +5,7 @@ Both do the same; the compiled ones take the host a fraction of the time, since 
 
 import functools
 import importlib
+import itertools
 import operator
 import sys
 from collections.abc import Sequence
@@ -54,10 +55,15 @@ def seed_like(tensor: Tensor) -> Tensor:
     return made
 
 
-def empties_like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """torch.empty_like of each. They are dense."""
+def empties_like(tensors: Sequence[Tensor], flags: tuple[bool, ...]) -> Sequence[Tensor]:
+    """torch.empty_like of those whose flag is True. They are dense and on one device.
+
+    The compiled library makes them parts of one piece of memory, and no Python object of any until it is read.
+    """
     library = compiled()
-    made: list[Tensor] = list(map(torch.empty_like, tensors)) if library is None else library.empties_like(tensors)
+    if library is None:
+        return list(map(torch.empty_like, itertools.compress(tensors, flags)))
+    made: Sequence[Tensor] = library.empties_like(tensors, flags)
     return made
 
 

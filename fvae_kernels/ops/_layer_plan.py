@@ -82,8 +82,7 @@ class Asked(NamedTuple):
     """What a backward computes and returns."""
 
     needs: Needs
-    # (None, *what `Steps.backward` returns) -> of each parameter: its gradient, or None if it is not asked for
-    of_parameters: Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...]]
+    places: tuple[int, ...]  # of `Gradients`
 
 
 class Plan:
@@ -121,8 +120,8 @@ class Plan:
             made = needs.flags([p is not None for p in self.parameters], hidden)
             places = itertools.count(1)
             numbered = [next(places) if flag else 0 for flag in made]
-            wanted = (place if flag else 0 for place, flag in zip(numbered, flags, strict=True))
-            found = self._asked[key] = Asked(needs, operator.itemgetter(*wanted))
+            wanted = tuple(place if flag else 0 for place, flag in zip(numbered, flags, strict=True))
+            found = self._asked[key] = Asked(needs, wanted)
         return found
 
 
@@ -207,6 +206,20 @@ class PlannedTerms:
         yield from self.values.unbind()[1:]
 
 
+class Gradients(NamedTuple):
+    """What the backward of a step returns."""
+
+    base: Tensor | None
+    x: Tensor | None
+    made: Sequence[Tensor | None]  # of the parameters that `Steps.backward` makes gradients of
+    places: Sequence[int]  # of each parameter: which of `made` is its gradient, from 1; 0 for none
+
+    def flat(self, size: int) -> tuple[Tensor | None, ...]:
+        """Of base and the entries of `Tensors.flat`, `size` in all; what lies between x and the parameters has none."""
+        of_parameters = (self.made[place - 1] if place else None for place in self.places)
+        return self.base, self.x, *(None,) * (size - 2 - len(self.places)), *of_parameters
+
+
 class Step:
     """One run of a plan: what a node of autograd does, `PlannedLayer` or the compiled library's own.
 
@@ -225,26 +238,28 @@ class Step:
 
     def backward(
         self, needed: Sequence[bool], saved: Sequence[Tensor | None], grad_y: Tensor | None, grad_loss: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    ) -> Gradients:
         """The gradients of base and entries that are `needed`; `saved` is the state and the entries."""
-        run = _gradients_once if torch.is_grad_enabled() else _gradients
-        return run((self, needed, saved), grad_y, grad_loss)
+        asked = self, needed, saved
+        if not torch.is_grad_enabled():
+            return _gradients(asked, grad_y, grad_loss)
+        base, x, *made = _gradients_once(asked, grad_y, grad_loss)
+        return Gradients(base, x, made, range(1, len(made) + 1))
 
 
-def _gradients(asked: Any, grad_y: Tensor | None, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(asked: Any, grad_y: Tensor | None, grad_loss: Tensor | None) -> Gradients:
     step, needed, (state, *entries) = asked
     injected = None if step.loss_gradient is None else step.loss_gradient(step.plan.constant)
     if injected is not None:
         grad_loss = injected if grad_loss is None else grad_loss + injected
     plan, tensors = step.plan, Tensors.of(entries)
     arriving = Arriving(grad_y, grad_loss, None, None, None)
-    needs, of_parameters = plan.asked(needed[1], needed[-len(tensors.parameters) :], arriving)
+    needs, places = plan.asked(needed[1], needed[-len(tensors.parameters) :], arriving)
     grad_x, grads = plan.steps.backward(arriving, tensors, state, needs, step.kept)
-    inputs = grad_y if needed[0] else None, grad_x if needs.x else None  # base and x
-    return *inputs, None, None, None, None, *of_parameters((None, *grads))
+    return Gradients(grad_y if needed[0] else None, grad_x if needs.x else None, grads, places)
 
 
-_gradients_once = differentiable_once(_gradients)
+_gradients_once = differentiable_once(lambda asked, *grads: _gradients(asked, *grads).flat(len(asked[1])))
 
 
 class PlannedLayer(torch.autograd.Function):
@@ -265,7 +280,8 @@ class PlannedLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        return None, *ctx.step.backward(ctx.needs_input_grad[1:], ctx.saved_tensors, grad_y, grad_loss)
+        needed, saved = ctx.needs_input_grad[1:], ctx.saved_tensors
+        return None, *ctx.step.backward(needed, saved, grad_y, grad_loss).flat(len(needed))
 
 
 def run_plan(

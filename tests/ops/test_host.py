@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from fvae_kernels.ops import _host
@@ -77,13 +79,46 @@ def test_seeds_come_from_the_default_generator():
 
 
 @pytest.mark.usefixtures("_way")
-def test_empties_are_as_the_tensors():
-    tensors = [nn.Parameter(torch.ones(3, 4, dtype=torch.bfloat16)), torch.ones(0), torch.ones(2, device="meta")]
-    made = _host.empties_like(tensors)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_empties_are_as_the_tensors(device):
+    tensors = [nn.Parameter(torch.ones(3, 4, dtype=torch.bfloat16)), torch.ones(0), torch.ones(2, 5).double().t()]
+    tensors = [t.data.to(device) if device == "meta" else t for t in tensors]
+    made = _host.empties_like([*tensors, tensors[0]], (True, True, True, False))
+    assert len(made) == 3
     assert _host.look_as(made, _host.looks_of(tensors))
     assert [type(t) for t in made] == [torch.Tensor] * 3
-    assert not any(t.requires_grad for t in made)
-    assert made[0].data_ptr() != tensors[0].data_ptr()
+    assert not any(t.requires_grad or t._is_view() for t in made)
+    assert len(_host.empties_like(tensors, (False,) * 3)) == 0
+
+
+@pytest.mark.usefixtures("_way")
+@given(sizes=st.lists(st.integers(0, 70), min_size=1, max_size=8), data=st.data())
+def test_empties_do_not_overlap(sizes, data):
+    dtypes = [data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])) for _ in sizes]
+    like = [torch.ones(n, dtype=t) for n, t in zip(sizes, dtypes, strict=True)]
+    made = list(_host.empties_like(like, (True,) * len(sizes)))
+    for number, t in enumerate(made):
+        t.fill_(number)
+    assert all(bool((t == number).all()) for number, t in enumerate(made))
+    assert all(t.data_ptr() % 64 == 0 for t in made)
+
+
+def test_a_list_of_empties(compiled_library):
+    """One piece of memory, and a tensor for Python when an entry is read."""
+    made = compiled_library.empties_like([torch.ones(3), torch.ones(5)], (True, True))
+    first, second = made
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    assert [made[0].data_ptr(), made[1].data_ptr()] == [first.data_ptr(), second.data_ptr()]
+    assert _host.pointers((made, 1)) == ((first.data_ptr(), second.data_ptr()), 1)
+    with pytest.raises(IndexError):
+        made[2]
+    kept = made[1]
+    del made, first, second
+    assert kept.fill_(2).sum() == 10
+    with pytest.raises(RuntimeError, match="meta"):
+        compiled_library.empties_like([torch.ones(3), torch.ones(3, device="meta")], (True, True))
+    with pytest.raises(TypeError, match="flags"):
+        compiled_library.empties_like([torch.ones(3)])
 
 
 @pytest.mark.usefixtures("_way")
@@ -155,7 +190,7 @@ def test_other_objects_are_refused():
     with pytest.raises((TypeError, AttributeError)):
         _host.lie_at([torch.ones(2), "text"], _host.addresses_of([torch.ones(2)]))
     with pytest.raises(TypeError):
-        _host.empties_like([torch.ones(2), None])
+        _host.empties_like([torch.ones(2), None], (True, True))
     with pytest.raises((TypeError, AttributeError)):
         _host.kind_of(torch.ones(2), None)
     with pytest.raises((TypeError, AttributeError)):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fvae_kernels.ops import _host
-from fvae_kernels.ops._layer_plan import PlannedLayer
+from fvae_kernels.ops._layer_plan import Gradients, PlannedLayer
 
 
 class Scaled:
@@ -33,7 +33,8 @@ class Scaled:
         _, *entries = saved
         grad = sum(g for g in (None if grad_y is None else grad_y.sum(), grad_loss and 2 * grad_loss) if g is not None)
         grads = [grad.expand_as(e).clone() if flag else None for flag, e in zip(needed[1:], entries, strict=True)]
-        return grad_y if needed[0] else None, *grads
+        x, *parameters = grads
+        return Gradients(grad_y if needed[0] else None, x, parameters, range(1, len(parameters) + 1))
 
 
 @pytest.fixture
@@ -135,14 +136,58 @@ def test_anomaly_mode_shows_the_forward(node):
             y.sum().backward()
 
 
-def test_a_wrong_number_of_gradients_is_refused(node):
-    class Short(Scaled):
-        def backward(self, *arguments):
-            return super().backward(*arguments)[:-1]
+class Changed(Scaled):
+    """A step with mistakes in what its backward returns."""
 
-    y, *_ = node(Short(), *leaves(True, True))
-    with pytest.raises(RuntimeError, match=r"returned"):
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def backward(self, *arguments):
+        return self.change(super().backward(*arguments))
+
+
+def test_a_wrong_number_of_gradients_is_refused(node):
+    y, *_ = node(Changed(lambda found: found._replace(places=(1, 0, 1, 1))), *leaves(True, True, True))
+    with pytest.raises(RuntimeError, match="returned"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda found: found[:-1], "3 entries; expected 4"),
+        (lambda found: found._replace(places=(2,)), "1 gradients and place 2"),
+        (lambda found: found._replace(made=["text"]), "str; expected a tensor or None"),
+    ],
+)
+def test_wrong_gradients_are_refused(compiled_library, change, error):
+    y, *_ = compiled_library.run_step(Changed(change), *leaves(True, True, True))
+    with pytest.raises((RuntimeError, TypeError), match=error):
+        y.sum().backward()
+
+
+@pytest.mark.usefixtures("compiled_library")
+def test_a_list_of_gradients_is_taken_as_it_is():
+    """Of the parameters in any order; the leaves get the tensors of the list and no copies."""
+    made = _host.empties_like([torch.ones(2, 3)] * 3, (True,) * 3)
+    addresses = [t.fill_(number).data_ptr() for number, t in enumerate(made)]
+
+    class Listed(Scaled):
+        def backward(self, *arguments):
+            nonlocal made
+            found = super().backward(*arguments)._replace(made=made, places=(3, 0, 1))
+            made = None
+            return found
+
+    tensors = leaves(True, True, True, True, True)
+    y, *_ = _host.compiled().run_step(Listed(), *tensors)
+    y.sum().backward()
+    third, none, first = (t.grad for t in tensors[2:])
+    assert none is None
+    assert (third == 2).all()
+    assert (first == 0).all()
+    assert [third.data_ptr(), first.data_ptr()] == [addresses[2], addresses[0]]
 
 
 def test_no_step_outlives_its_graph(node):

@@ -49,10 +49,6 @@ class Launch:
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
         self.compiled: dict[Hashable, tuple[Any, Any, Any]] = {}
 
-    def knows(self, key: Hashable) -> bool:
-        """True if a launch with this key can go directly, so that its pointers may be given as addresses."""
-        return key in self.compiled
-
     def __call__(self, grid: tuple[int, int], arguments: tuple[Any, ...], key: Hashable, stream: int | None) -> None:
         """Launch. Arguments that Triton specialises differently have another `key`. No stream: the general way.
 

@@ -41,14 +41,14 @@ class TritonSteps:
 
         The parameters are those of forward, or as autograd's saved-tensor hooks returned them.
         """
-        grad_y, x = arriving.grad_y, tensors.x
+        x = tensors.x
         present = list(compress(tensors.parameters, self.there))
         known = lie_at(present, self.addresses)  # type: ignore[arg-type]
         weights = self.weights if known else packed_weights(tensors.parameters, self.options.encoder_hidden)
         tensors = _readable(tensors)
         return backward(
             x.shape,
-            Arriving(None if grad_y is None else by_rows(rows(grad_y)), *arriving[1:]),
+            _readable_grads(arriving),
             tensors,
             weights,
             state,
@@ -89,5 +89,14 @@ def _stream(x: Tensor) -> int | None:
 
 def _readable(tensors: Tensors) -> Tensors:
     """As `steps.readable`, for tokens [...] without noise and with a seed of our own."""
-    x, parameters, noise1, noise2, mask, seed = tensors
-    return Tensors(by_rows(rows(x)), parameters, noise1, noise2, None if mask is None else packed(mask), seed)
+    x, mask = by_rows(rows(tensors.x)), tensors.mask
+    if x is tensors.x and mask is None:
+        return tensors
+    return tensors._replace(x=x, mask=None if mask is None else packed(mask))
+
+
+def _readable_grads(arriving: Arriving) -> Arriving:
+    """The same with grad_y for tokens [N] in the layout that kernels read."""
+    given = arriving.grad_y
+    grad_y = None if given is None else by_rows(rows(given))
+    return arriving if grad_y is given else arriving._replace(grad_y=grad_y)

@@ -106,11 +106,8 @@ class Prepared:
         self.fwd = self.launch("layer_fwd", layer_fwd_kernel, S=self.S)
         blocks = {"MASKED": case.masked, **{name: tables.MEAN[name] for name in ("BLOCK_P", "BLOCK_D")}}
         self.mean = Launch(layer_mean_kernel, blocks, tables.MEAN["num_warps"], 3)
+        self.launched: set[Any] = set()  # keys of arguments with which both launches of forward can go directly
         self._backwards: dict[Any, Backward] = {}
-
-    def knows(self, key: Any) -> bool:
-        """True if both launches of forward can go directly; `key` is of the one that reads tokens."""
-        return self.fwd.knows(key) and self.mean.knows(None)
 
     def launch(self, name: str, kernel: Any, **constants: Any) -> Launch:
         """A kernel of the layer with its row of the table; blocks of features are cut to the features there are."""
@@ -178,6 +175,7 @@ class Backward:
         acc = {"ACC": triton_dtype(prepared.wide), "BLOCK_L": tables.BLOCK_L}
         self.reduce = Launch(layer_reduce_kernel, acc, 4, 3)
         self.reduce_programs = sum(-(-size // tables.BLOCK_L) for size in self.entries)
+        self.launched: set[Any] = set()  # keys of arguments with which every launch can go directly
         self._work: dict[int, tuple[int, Scratch]] = {}
 
     def _place(self, prepared: Prepared, given: tuple[bool, ...]) -> None:
@@ -191,11 +189,6 @@ class Backward:
         self.places = Fixed.of(Networks.of(starts, hidden))
         self.starts = tuple(start for flag, start in zip(self.flags, starts, strict=True) if flag)
         self.entries = tuple(math.prod(shape) for flag, shape in zip(self.flags, shapes, strict=True) if flag)
-
-    def knows(self, key: Any) -> bool:
-        """True if every launch of this backward can go directly; `key` is of those that read tokens."""
-        first = self.tokens.knows(key) or not (self.latents or self.inputs)
-        return first and self.grads.knows(key) and (self.reduce.knows(None) or not self.entries)
 
     def work(self, N: int) -> tuple[int, "Scratch"]:
         """For N tokens: the number of their chunks, for each of which the programs store sums; and the memory."""

@@ -46,13 +46,15 @@ def forward(
     if N == 0:
         return y, terms.zero_(), state
     key = x.dtype, None if base is None else base.dtype
-    direct = stream is not None and ready.knows(key)
+    direct = stream is not None and key in ready.launched
     layer, tables = _layer(tensors, weights.networks.form(direct), ready.no_flags), numbers.tables.form(direct)
     latents = numbers.scaling, numbers.prior2_mean, numbers.logvar1_low, numbers.logvar1_high
     rows = layer, base, _row(base), y, state, statistics
     ready.fwd((programs, 1), (*rows, *latents, N, case.D, case.M), key, stream)
     scale = weights.networks.named.decoder.scale
     ready.mean((1, 1), (statistics, scale, *tables, layer.kept, terms, programs, N, case.D, case.R), None, stream)
+    if stream is not None:
+        ready.launched.add(key)
     return y, terms, state
 
 
@@ -69,22 +71,26 @@ def backward(
     numbers: Numbers,
     stream: int | None = None,
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """grad_x, and the gradients of those parameters that are there and needed; no two share memory.
+    """grad_x, and the gradients of those parameters that are there and needed. In a direct launch these may be parts of
+    one piece of memory.
 
     grad_x has this shape of N rows of D entries, or is empty if it is not needed.
     `there`: of each parameter, whether there is one, which a bias may not be.
     """
     case, x, N = ready.case, tensors.x, tensors.x.shape[0]
     plan = ready.backward(needs, detach_target, arriving.at_decoder, there)
-    gradients = tuple(empties_like(list(compress(weights.flat, plan.flags))))
     shape = shape if needs.x else (0,)
+    grad_y, state = arriving.grad_y, packed(state)
+    key = x.dtype, None if grad_y is None else grad_y.dtype
+    direct = stream is not None and key in plan.launched
+    made = empties_like if direct else _apart_like
+    gradients = made(weights.flat, plan.flags)
     if N == 0 or not any(needs):
         return x.new_zeros(shape), [grad.zero_() for grad in gradients]
 
-    grad_y, state = arriving.grad_y, packed(state)
-    key = x.dtype, None if grad_y is None else grad_y.dtype
-    direct = stream is not None and plan.knows(key)
-    layer, tables = _layer(tensors, weights.networks.form(direct), ready.no_flags), numbers.tables.form(direct)
+    layer = _layer(tensors, weights.networks.form(direct), ready.no_flags)
+    objective, rest = numbers.tables.form(direct)
+    tables = objective, rest if ready.wide == torch.float64 else None
     chunks, scratch = plan.work(N)
     grad_x, memory = empties(x, x.dtype, shape, ready.wide, (scratch.entries,))
     grad_state, inputs, grad_hidden, parts = scratch.parts(memory, direct)
@@ -103,7 +109,14 @@ def backward(
     if plan.entries:
         sums = parts, gradients, plan.starts, plan.entries, chunks, plan.length
         plan.reduce((plan.reduce_programs, 1), sums, None, stream)
+    if stream is not None:
+        plan.launched.add(key)
     return grad_x, gradients
+
+
+def _apart_like(tensors: Sequence[Tensor], flags: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    """As `empties_like`, each in memory of its own, as the raw operators must return them."""
+    return tuple(map(torch.empty_like, compress(tensors, flags)))
 
 
 def _layer(tensors: Tensors, networks: Any, nothing: Tensor) -> Layer:

@@ -187,7 +187,7 @@ def layer_bwd_kernel(
     grad_y_stride,
     term_grads,  # TermGrads of pointers
     objective,  # Objective of weights as float32
-    rest,  # Objective of their rounding errors
+    rest,  # Objective of their rounding errors, None unless sums are taken in float64
     state_ptr,  # [N, state_width]
     grad_state_ptr,  # [N, state_width], or None if neither x nor the encoders need a gradient
     inputs_ptr,  # [N, inputs of the output layer], or None if not needed, as the next
