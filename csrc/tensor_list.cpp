@@ -35,12 +35,12 @@ void die(PyObject* list) {
   Py_TYPE(list)->tp_free(list);
 }
 
+// Made at the first call; null with a Python error if Python refuses it.
 PyTypeObject* type() {
   static PyTypeObject* const ready = [] {
     static PySequenceMethods sequence{};
     sequence.sq_length = length, sequence.sq_item = entry;
-    static PyTypeObject made{};
-    Py_SET_REFCNT(reinterpret_cast<PyObject*>(&made), 1);
+    static PyTypeObject made = {PyVarObject_HEAD_INIT(nullptr, 0)};
     made.tp_name = "fvae_kernels._C.TensorList", made.tp_doc = "Tensors without Python objects.";
     made.tp_basicsize = sizeof(TensorList), made.tp_flags = Py_TPFLAGS_DEFAULT;
     made.tp_dealloc = die, made.tp_as_sequence = &sequence;

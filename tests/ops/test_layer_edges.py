@@ -96,9 +96,17 @@ def test_saved_for_backward_at_the_recipe(backend, device, N):
     assert 0 < sum(t.nbytes for pointer, t in saved.items() if pointer not in own) <= 1.2e6 * N / 1576
 
 
-def test_wide_networks(backend, device):
-    sizes = {"rank": 20, "encoder_hidden": (17,), "decoder_hidden": (130, 16)}
-    inputs = layer_inputs((9,), 17, 12, mask=True, device=device, **sizes)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"rank": 20, "encoder_hidden": (17,), "decoder_hidden": (130, 16)},
+        {"rank": 130, "encoder_hidden": (), "decoder_hidden": (17, 5)},
+        {"rank": 130, "encoder_hidden": (), "decoder_hidden": (9,), "fusion": "average"},
+    ],
+    ids=str,
+)
+def test_wide_networks(backend, device, sizes):
+    inputs = layer_inputs((35,), 17, 12, mask=True, device=device, **sizes)
     testing.assert_same(testing.run(run_layer, inputs, backend=backend), testing.run(plain, inputs))
 
 

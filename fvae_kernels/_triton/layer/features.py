@@ -38,7 +38,7 @@ from .networks import (
     sliced,
 )
 from .objective import bounds_of, counting, nll_coefficient, samples, token_share
-from .sums import rows_of, store_sums, tiles_of
+from .sums import add_to_sums, rows_of, store_sums, tiles_of
 
 
 class Made(NamedTuple):
@@ -205,8 +205,9 @@ def decoder_rows(
     PARTS: tl.constexpr = 1 if number > 0 or S.average else 2
     SIZE: tl.constexpr = INPUTS // PARTS
     outs, ins = first + tl.arange(0, T), tl.arange(0, width_of(SIZE))
+    IN_MEMORY: tl.constexpr = PARTS == 2 and width_of(SIZE) > 128  # else the sums would fill registers
     sums, grad_bias = (), tl.zeros((T,), S.acc)
-    for _i in tl.static_range(PARTS):
+    for _i in tl.static_range(0 if IN_MEMORY else PARTS):
         sums = sums + (tl.zeros((T, width_of(SIZE)), S.acc),)
     # values that do not change with the block are not computed before the loop: they would fill registers
     for block in tl.range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1), disable_licm=True):
@@ -238,12 +239,20 @@ def decoder_rows(
             tl.debug_barrier()  # make the latents again: kept, they would fill registers
             z1, z2 = samples(state_ptr, layer, bounds, rows, inside, S, state_width(S))
             inputs = ((z1 + z2) / 2,) if S.average else (z1, z2)
-        added = ()
-        for i in tl.static_range(PARTS):
-            added = added + (product(tl.trans(grad.to(P)), inputs[i].to(P), sums[i], S),)
-        sums = added
+        if IN_MEMORY:
+            for i in tl.static_range(PARTS):
+                of_block = product(tl.trans(grad.to(P)), inputs[i].to(P), tl.zeros((T, width_of(SIZE)), S.acc), S)
+                add_to_sums(
+                    parts_ptr + to.weight, c_nll * of_block, outs, i * SIZE, ins, UNITS, SIZE, INPUTS,
+                    block == tl.program_id(1),
+                )  # fmt: skip
+        else:
+            added = ()
+            for i in tl.static_range(PARTS):
+                added = added + (product(tl.trans(grad.to(P)), inputs[i].to(P), sums[i], S),)
+            sums = added
         grad_bias += tl.sum(tl.where(inside[:, None], grad, 0.0), 0)
-    for i in tl.static_range(PARTS):
+    for i in tl.static_range(0 if IN_MEMORY else PARTS):
         store_sums(parts_ptr + to.weight, c_nll * sums[i], outs, i * SIZE, ins, UNITS, SIZE, INPUTS)
     tl.store(parts_ptr + to.bias + outs, c_nll * grad_bias, mask=outs < UNITS)
 

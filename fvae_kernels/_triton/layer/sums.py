@@ -26,6 +26,15 @@ def store_sums(parts_ptr, sums, rows, first, cols, ROWS, COLS, stride):
     tl.store(tile(parts_ptr, rows, first + cols, (stride, 1)), sums, mask=inside)
 
 
+@triton.jit
+def add_to_sums(parts_ptr, sums, rows, first, cols, ROWS, COLS, stride, empty):
+    """Add to a tile that only this program stores; `empty`: nothing is there yet."""
+    inside = (rows < ROWS)[:, None] & (cols < COLS)[None, :]
+    to = tile(parts_ptr, rows, first + cols, (stride, 1))
+    before = tl.load(to, mask=inside & (not empty), other=0)
+    tl.store(to, before + sums, mask=inside)
+
+
 @triton.jit(do_not_specialize=["P"])
 def layer_reduce_kernel(
     parts_ptr,  # [P, length]
