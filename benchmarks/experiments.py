@@ -22,7 +22,7 @@ class Settings:
     seconds: float = 6.0
     model_seconds: float = 20.0
     rounds: int = 5
-    model_rounds: int = 6
+    model_rounds: int = 9
     call_seconds: float = 0.01  # quick sides run several times in a round, to last that long
     tokens: int = 1576
     features: int = 768
@@ -47,7 +47,7 @@ FULL = replace(
     seconds=30.0,
     model_seconds=300.0,
     rounds=9,
-    model_rounds=9,
+    model_rounds=15,
     N=(128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
     all_sides_to=65536,
     compiled_models=tuple(models.CASES),
