@@ -36,7 +36,7 @@ def test_base_is_left_as_it_was(backend, device):
     "base_dtype", [torch.bfloat16, *(pytest.param(d, marks=not_interpreted) for d in (torch.float32, torch.float16))]
 )
 def test_half_precision_around_a_float32_adapter(backend, device, many, x_dtype, base_dtype):
-    tokens, seeds = (200, 4) if many(200) == 200 else (12, 3)
+    tokens, seeds = (200, 4) if many(200) == 200 else (12, 8)
 
     def inputs(seed):
         given = layer_inputs((tokens,), 40, 30, dtype=torch.float32, device=device, seed=seed)
