@@ -150,7 +150,7 @@ def step_side(name: str, model: nn.Module, batch: Batch) -> Side:
         if optimizer is not None:
             optimizer.step()
 
-    return Side(name, adapted, within(name, step), within(name, forward), tuple(batch.values()), step)
+    return Side(name, adapted, step, within(name, forward), tuple(batch.values()))
 
 
 def compile_blocks(model: nn.Module) -> None:

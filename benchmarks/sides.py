@@ -54,10 +54,12 @@ class Side:
 
     name: str
     module: nn.Module
-    run: Callable[[], Any]
+    step: Callable[[], Any]  # for a caller that is in the side's `environment`
     forward: Callable[[], Any]
-    inputs: tuple[Tensor, ...]
-    step: Callable[[], Any]  # `run` for a caller that is in the side's `environment`
+    inputs: tuple[Tensor, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.run = within(self.name, self.step)  # the same for any caller
 
     def cost(self) -> dict[str, Any]:
         """Operators, bytes, FLOPs and saved bytes of one run. Weights, buffers and inputs do not count as saved.
@@ -193,7 +195,7 @@ def layer_side(
             p.grad = None
         forward().backward(grad_y)
 
-    return Side(name, module, within(name, step), within(name, forward), (x,), step)
+    return Side(name, module, step, within(name, forward), (x,))
 
 
 def layer_sides(
@@ -238,7 +240,7 @@ def _inference(name: str, module: nn.Module, x: Tensor) -> Side:
     def forward() -> Tensor:
         return module(x)
 
-    return Side(name, module, forward, forward, (), forward)
+    return Side(name, module, forward, forward)
 
 
 def adapters(module: nn.Module) -> list[Any]:

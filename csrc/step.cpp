@@ -142,9 +142,9 @@ struct PlannedLayer : torch::autograd::Function<PlannedLayer> {
     PyObject* const arguments[] = {step, needed.get(), held.get(), grad_y.get(), grad_loss.get()};
     THPObjectPtr returned = entries_of(PyObject_VectorcallMethod(method, arguments, 5, nullptr), 4);
     const Gradients gradients(returned.get());
-    const size_t first = saved.size() - gradients.places.size();  // of the parameters
     TORCH_CHECK(gradients.places.size() + 2 <= saved.size(), "a step returned places for ", gradients.places.size(),
                 " parameters; there are ", saved.size() - 2, " entries");
+    const size_t first = saved.size() - gradients.places.size();  // of the parameters
     variable_list made{at::Tensor()};  // of the arguments as Python has them
     made.reserve(edges + 1);
     for (size_t i = 0; i < saved.size(); ++i) {

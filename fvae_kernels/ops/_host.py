@@ -61,10 +61,13 @@ def empties_like(tensors: Sequence[Tensor], flags: tuple[bool, ...]) -> Sequence
     The compiled library makes them parts of one piece of memory, and no Python object of any until it is read.
     """
     library = compiled()
-    if library is None:
-        return list(map(torch.empty_like, itertools.compress(tensors, flags)))
-    made: Sequence[Tensor] = library.empties_like(tensors, flags)
+    made: Sequence[Tensor] = apart_like(tensors, flags) if library is None else library.empties_like(tensors, flags)
     return made
+
+
+def apart_like(tensors: Sequence[Tensor], flags: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    """As `empties_like`, each in memory of its own, as raw operators must return them."""
+    return tuple(map(torch.empty_like, itertools.compress(tensors, flags)))
 
 
 def empties(like: Tensor, *kinds: Any) -> Sequence[Tensor]:

@@ -88,6 +88,7 @@ def test_empties_are_as_the_tensors(device):
     assert _host.look_as(made, _host.looks_of(tensors))
     assert [type(t) for t in made] == [torch.Tensor] * 3
     assert not any(t.requires_grad or t._is_view() for t in made)
+    assert device == "meta" or made[0].data_ptr() != tensors[0].data_ptr()
     assert len(_host.empties_like(tensors, (False,) * 3)) == 0
 
 

@@ -5,13 +5,12 @@ launches them; with a stream they go directly to the compiled kernels (see `laun
 """
 
 from collections.abc import Sequence
-from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...ops._host import empties, empties_like
+from ...ops._host import apart_like, empties, empties_like
 from ...ops._layer_inputs import Arriving, Needs, Networks, Options, Tensors
 from .arguments import Layer
 from .launch import Fixed
@@ -83,7 +82,7 @@ def backward(
     grad_y, state = arriving.grad_y, packed(state)
     key = x.dtype, None if grad_y is None else grad_y.dtype
     direct = stream is not None and key in plan.launched
-    made = empties_like if direct else _apart_like
+    made = empties_like if direct else apart_like
     gradients = made(weights.flat, plan.flags)
     if N == 0 or not any(needs):
         return x.new_zeros(shape), [grad.zero_() for grad in gradients]
@@ -112,11 +111,6 @@ def backward(
     if stream is not None:
         plan.launched.add(key)
     return grad_x, gradients
-
-
-def _apart_like(tensors: Sequence[Tensor], flags: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    """As `empties_like`, each in memory of its own, as the raw operators must return them."""
-    return tuple(map(torch.empty_like, compress(tensors, flags)))
 
 
 def _layer(tensors: Tensors, networks: Any, nothing: Tensor) -> Layer:
